@@ -1,0 +1,2220 @@
+"""The contract of memchunk, against real memcached processes and every kind of client.
+
+Faults are real ones: raw writes to the server, signals to its process, small servers. Races are made
+to happen, not waited for: `Interposed` runs another operation between any two commands of the first.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import copy
+import dataclasses
+import functools
+import gzip
+import io
+import itertools
+import mmap
+import os
+import pathlib
+import pickle
+import re
+import shutil
+import signal
+import tempfile
+import threading
+import time
+import tracemalloc
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable, Iterator, NamedTuple, Optional
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pymemcache.client.base import Client, PooledClient
+from pymemcache.client.hash import HashClient
+
+import memchunk
+from conftest import Memcached, wait_for
+from memchunk import FileCache, FileInfo
+
+CHUNK = 1000  # bytes per chunk in most tests: small files then have many chunks
+MIB = 1024 * 1024
+DAY = 24 * 3600
+
+OLD = bytes(range(256)) * 10  # three chunks
+NEW = bytes(reversed(range(256))) * 18  # five chunks
+LONG = NEW * 70  # more chunks than travel in one batch
+EDGES = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK - 1, 3 * CHUNK, 3 * CHUNK + 1]
+
+Start = Callable[..., Memcached]
+
+
+# What stands between the library and its client.
+
+
+Hook = Callable[[str], None]  # is told the command
+
+
+def nothing(command: str) -> None:
+    pass
+
+
+class Interposed:
+    """A pymemcache client that calls `before` and `after` around each command."""
+
+    def __init__(self, client: Any, before: Hook = nothing, after: Hook = nothing) -> None:
+        self._client, self._before, self._after = client, before, after
+
+    def __getattr__(self, command: str) -> Any:
+        method = getattr(self._client, command)
+        if not callable(method) or command == "close":
+            return method
+
+        @functools.wraps(method)
+        def call(*args: Any, **options: Any) -> Any:
+            self._before(command)
+            result = method(*args, **options)
+            self._after(command)
+            return result
+
+        return call
+
+
+class At:
+    """A hook that acts once: at the command with this number, or at the first of these names."""
+
+    def __init__(self, when: int | set[str], action: Callable[[], object]) -> None:
+        self._when, self._action, self._count = when, action, itertools.count()
+        self.acted = False
+
+    def __call__(self, command: str) -> None:
+        number = next(self._count)
+        due = number == self._when if isinstance(self._when, int) else command in self._when
+        if due and not self.acted:
+            self.acted = True
+            self._action()
+
+
+PUBLISH = {"add", "cas"}  # what makes a manifest appear
+FETCH = {"get_many", "gets_many", "get_multi"}  # what gets chunks
+
+
+# Kinds of clients: the same contract holds for each.
+
+
+def addresses(servers: list[Memcached]) -> list[Any]:
+    return [server.address for server in servers]
+
+
+def plain(servers: list[Memcached]) -> Any:
+    return Client(addresses(servers)[0], timeout=5)
+
+
+def pooled(servers: list[Memcached]) -> Any:
+    return PooledClient(addresses(servers)[0], timeout=5)
+
+
+def hashed(servers: list[Memcached]) -> Any:
+    return HashClient(addresses(servers), timeout=5)
+
+
+def hashed_pooled(servers: list[Memcached]) -> Any:
+    return HashClient(addresses(servers), timeout=5, use_pooling=True)
+
+
+class Kind(NamedTuple):
+    client: Optional[Callable[[list[Memcached]], Any]]  # None: memchunk.connect
+    servers: int = 1
+    unix: bool = False
+
+
+KINDS = {
+    "Client": Kind(plain),
+    "Client over a Unix socket": Kind(plain, unix=True),
+    "PooledClient": Kind(pooled),
+    "HashClient of 1": Kind(hashed),
+    "HashClient of 3": Kind(hashed, servers=3),
+    "pooled HashClient of 1": Kind(hashed_pooled),
+    "pooled HashClient of 3": Kind(hashed_pooled, servers=3),
+    "connect over TCP": Kind(None),
+    "connect over a Unix socket": Kind(None, unix=True),
+    "connect to 3": Kind(None, servers=3),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+some_kinds = pytest.mark.parametrize(
+    "kind", [KINDS["PooledClient"], KINDS["HashClient of 3"], KINDS["connect over TCP"]]
+)
+
+
+class Site:
+    """memcached processes, and the caches of one kind that were made on them."""
+
+    def __init__(self, kind: Kind, servers: list[Memcached]) -> None:
+        self.kind, self.servers = kind, servers
+        self._caches: list[FileCache] = []
+
+    def cache(self, chunk_size: Optional[int] = CHUNK, **options: Any) -> FileCache:
+        if self.kind.client:
+            cache = FileCache(self.kind.client(self.servers), chunk_size=chunk_size, **options)
+        else:
+            spelled = ",".join(server.server for server in self.servers)
+            cache = memchunk.connect(spelled, chunk_size=chunk_size, **options)
+        self._caches.append(cache)
+        return cache
+
+    def interposed(self, before: Hook = nothing, after: Hook = nothing) -> FileCache:
+        """A cache with a plain client, and these hooks around its commands."""
+        client = Interposed(plain(self.servers), before, after)
+        self._caches.append(FileCache(client, chunk_size=CHUNK))
+        return self._caches[-1]
+
+    def holder(self, key: str) -> Memcached:
+        [server] = [server for server in self.servers if key in server.keys()]
+        return server
+
+    def keys(self) -> list[str]:
+        return [key for server in self.servers for key in server.keys()]
+
+    def chunks(self, info: FileInfo) -> list[str]:
+        """The keys of a file's chunks, in order."""
+        keys = [key for key in self.keys() if info.version in key]
+        return sorted(keys, key=lambda key: int(key.rpartition(":")[2]))
+
+    def holds_only(self, **files: bytes) -> bool:
+        """These files are there, whole, and not one item more."""
+        cache = self.cache()
+        for name, data in files.items():
+            assert cache.get(name) == data
+        expected = sum(1 + cache.stat(name).chunks for name in files)
+        return len(self.keys()) == expected
+
+    def close(self) -> None:
+        for cache in self._caches:
+            cache.close()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Memcached]]:
+    """Four processes for the tests that don't hurt them; the last one is on a Unix socket."""
+    unix = [False, False, False, True]
+    servers = [Memcached(tmp_path_factory.mktemp("m"), unix=each) for each in unix]
+    yield servers
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture
+def site(kind: Kind, shared: list[Memcached]) -> Iterator[Site]:
+    """For `@every_kind`: shared processes, emptied."""
+    servers = shared[3:] if kind.unix else shared[: kind.servers]
+    for server in servers:
+        server.flush()
+    site = Site(kind, servers)
+    yield site
+    site.close()
+
+
+@pytest.fixture
+def own_site(kind: Kind, start_memcached: Start) -> Iterator[Site]:
+    """For `@every_kind`: processes that the test may kill."""
+    servers = [start_memcached("-m", "256", unix=kind.unix) for _ in range(kind.servers)]
+    site = Site(kind, servers)
+    yield site
+    site.close()
+
+
+@pytest.fixture
+def tcp(shared: list[Memcached]) -> Iterator[Site]:
+    """Where the kind of client makes no difference: `connect` to one shared process."""
+    shared[0].flush()
+    site = Site(KINDS["connect over TCP"], shared[:1])
+    yield site
+    site.close()
+
+
+@pytest.fixture
+def server(tcp: Site) -> Memcached:
+    return tcp.servers[0]
+
+
+@pytest.fixture
+def cache(tcp: Site) -> FileCache:
+    return tcp.cache()
+
+
+@pytest.fixture(scope="module")
+def big() -> bytes:
+    """50 MiB that no compressor and no repeated block could stand in for."""
+    return os.urandom(50 * MIB)
+
+
+def in_pieces(data: bytes, *sizes: int) -> Iterator[bytes]:
+    """`data` in pieces of these sizes, over and over."""
+    position = 0
+    for size in itertools.cycle(sizes):
+        if position >= len(data):
+            return
+        yield data[position : position + size]
+        position += size
+
+
+def failing(error: BaseException, data: bytes = LONG) -> Iterator[bytes]:
+    """A source that yields `data`, long enough for chunks to be sent, and then raises `error`."""
+    yield from in_pieces(data, 7777)
+    raise error
+
+
+def acting(action: Callable[[], object], data: bytes = LONG) -> Iterator[bytes]:
+    """A source that yields `data` and does `action` before its last bytes."""
+    yield from in_pieces(data[:-100], 7777)
+    action()
+    yield data[-100:]
+
+
+def sets(server: Memcached) -> int:
+    """How many items were ever sent to be stored."""
+    return int(server.stats()["cmd_set"])
+
+
+def fetches(server: Memcached) -> int:
+    """How many items were ever asked for."""
+    return int(server.stats()["cmd_get"])
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def action() -> None:
+        raise error
+
+    return action
+
+
+# The contract, for every kind of client.
+
+
+@every_kind
+@pytest.mark.parametrize("size", EDGES)
+def test_a_file_comes_back_byte_for_byte(site: Site, size: int) -> None:
+    data = os.urandom(size)
+    info = site.cache().set("file", data)
+    assert info.size == size
+    assert info.chunks == -(-size // CHUNK)
+    assert site.cache().get("file") == data
+    assert site.holds_only(file=data)
+
+
+@every_kind
+def test_set_replaces_a_file_and_frees_its_memory(site: Site) -> None:
+    cache = site.cache()
+    for data in (OLD, NEW, b"", OLD, b"x", NEW):
+        cache.set("file", data)
+        assert site.holds_only(file=data)
+
+
+@every_kind
+def test_add_refuses_a_file_that_is_there(site: Site) -> None:
+    cache = site.cache()
+    info = cache.add("file", OLD)
+    with pytest.raises(memchunk.FileExists) as caught:
+        cache.add("file", NEW)
+    assert (caught.value.name, caught.value.info) == ("file", info)
+    assert site.holds_only(file=OLD)
+
+
+@every_kind
+def test_cas_replaces_only_the_version_that_it_was_told(site: Site) -> None:
+    cache = site.cache()
+    first = cache.set("file", OLD)
+    second = cache.cas("file", NEW, first.version)
+    assert site.holds_only(file=NEW)
+    with pytest.raises(memchunk.FileChanged) as caught:
+        cache.cas("file", OLD, first.version)
+    error = caught.value
+    assert (error.name, error.version, error.current) == ("file", first.version, second.version)
+    assert site.holds_only(file=NEW)
+
+
+@every_kind
+def test_delete_removes_every_item(site: Site) -> None:
+    cache = site.cache()
+    cache.set("file", OLD)
+    cache.set("other", NEW)
+    cache.delete("file")
+    assert site.holds_only(other=NEW)
+
+
+@every_kind
+def test_delete_of_a_version_spares_every_other(site: Site) -> None:
+    cache = site.cache()
+    first = cache.set("file", OLD)
+    second = cache.set("file", NEW)
+    with pytest.raises(memchunk.FileChanged) as caught:
+        cache.delete("file", version=first.version)
+    assert (caught.value.version, caught.value.current) == (first.version, second.version)
+    assert site.holds_only(file=NEW)
+    cache.delete("file", version=second.version)
+    assert site.keys() == []
+
+
+@every_kind
+def test_what_is_not_there_is_not_found(site: Site) -> None:
+    cache = site.cache()
+    for call in (
+        lambda: cache.get("file"),
+        lambda: cache.open("file"),
+        lambda: cache.stat("file"),
+        lambda: cache.touch("file", 10),
+        lambda: cache.delete("file"),
+        lambda: cache.delete("file", version="0" * 16),
+        lambda: cache.cas("file", NEW, "0" * 16),
+    ):
+        with pytest.raises(memchunk.FileNotFound) as caught:
+            call()
+        assert caught.value.name == "file"
+    assert site.keys() == []
+
+
+@every_kind
+def test_a_name_is_free_again_after_delete(site: Site) -> None:
+    cache = site.cache()
+    for data in (OLD, NEW):
+        cache.add("file", data)
+        assert cache.get("file") == data
+        cache.delete("file")
+    cache.set("file", NEW)
+    assert site.holds_only(file=NEW)
+
+
+@every_kind
+def test_stat_open_and_the_write_tell_the_same(site: Site) -> None:
+    cache = site.cache()
+    info = cache.set("file", OLD, expire=1000, metadata=b"\0meta\xff")
+    assert cache.stat("file") == info
+    assert cache.open("file").info == info
+    assert (info.name, info.size, info.metadata) == ("file", len(OLD), b"\0meta\xff")
+    assert info.expires is not None
+    assert abs(info.created - time.time()) < 5
+    assert abs(info.expires - time.time() - 1000) < 5
+
+
+@every_kind
+def test_chunks_outlive_the_manifest_before_and_after_touch(site: Site) -> None:
+    cache = site.cache()
+    info = cache.set("file", OLD, expire=1000)
+    assert_expiries(site, info, 1000)
+    for expire in (5000, 40 * DAY, 100, 0, 70):
+        touched = cache.touch("file", expire)
+        assert touched == cache.stat("file")
+        assert dataclasses.replace(touched, expires=info.expires) == info
+        assert_expiries(site, touched, expire)
+    assert site.holds_only(file=OLD)
+
+
+def assert_expiries(site: Site, info: FileInfo, expire: int) -> None:
+    ends = {key: end for server in site.servers for key, end in server.expiries().items()}
+    chunks = [end for key, end in ends.items() if info.version in key]
+    [manifest] = [end for key, end in ends.items() if info.version not in key]
+    assert len(chunks) == info.chunks
+    if expire == 0:
+        assert {*chunks, manifest} == {-1}
+    else:
+        assert abs(manifest - time.time() - expire) < 5
+        assert info.expires is not None and abs(manifest - info.expires) < 5
+        assert all(manifest < end < manifest + 3600 for end in chunks)
+
+
+@every_kind
+def test_a_missing_chunk_is_eviction(site: Site) -> None:
+    cache = site.cache()
+    info = cache.set("file", NEW)
+    for index in (1, 3):
+        key = site.chunks(info)[index - (index == 3)]
+        site.holder(key).delete(key)
+    for call in (lambda: cache.get("file"), lambda: cache.touch("file", 100)):
+        with pytest.raises(memchunk.FileEvicted) as caught:
+            call()
+        assert (caught.value.name, caught.value.missing) == ("file", [1, 3])
+        assert caught.value.info.version == info.version
+    cache.add("file", OLD)  # a dead file does not block its name
+    assert site.holds_only(file=OLD)
+
+
+@every_kind
+def test_a_damaged_chunk_is_corrupt(site: Site) -> None:
+    cache = site.cache()
+    key = site.chunks(cache.set("file", OLD))[1]
+    damage(site.holder(key), key, 500)
+    with pytest.raises(memchunk.FileCorrupt) as caught:
+        cache.get("file")
+    assert (caught.value.name, caught.value.index) == ("file", 1)
+
+
+def damage(server: Memcached, key: str, position: int, bits: int = 0xFF) -> None:
+    value = bytearray(server.read(key))
+    value[position] ^= bits
+    server.write(key, bytes(value))
+
+
+@every_kind
+def test_a_source_that_fails_leaves_the_old_file_and_nothing_else(site: Site) -> None:
+    cache = site.cache()
+    cache.set("file", OLD)
+    for error in (OSError("disk"), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as caught:
+            cache.set("file", failing(error))
+        assert caught.value is error
+        assert site.holds_only(file=OLD)
+        with pytest.raises(type(error)):
+            cache.add("other", failing(error))
+        assert site.holds_only(file=OLD)
+
+
+@every_kind
+def test_a_writer_that_was_overtaken_still_wins_or_says_so(site: Site) -> None:
+    cache, other = site.cache(), site.cache()
+    version = cache.set("file", OLD).version
+    with pytest.raises(memchunk.FileChanged):
+        cache.cas("file", acting(lambda: other.set("file", NEW)), version)
+    assert site.holds_only(file=NEW)
+    cache.set("file", acting(lambda: other.set("file", NEW), data=OLD * 20))
+    assert site.holds_only(file=OLD * 20)
+    with pytest.raises(memchunk.FileExists):
+        cache.add("second", acting(lambda: other.add("second", OLD)))
+    assert site.holds_only(file=OLD * 20, second=OLD)
+
+
+@every_kind
+def test_a_stream_never_mixes_two_versions(site: Site) -> None:
+    cache, data = site.cache(), LONG * 2
+    opened = cache.set("file", data)
+    file = cache.open("file")
+    received = b"".join(itertools.islice(file.chunks(), 2))
+    replaced = cache.set("file", OLD)
+    with pytest.raises(memchunk.FileChanged) as caught:
+        for piece in file.chunks(len(received)):
+            received += piece
+    assert data.startswith(received)
+    assert (caught.value.version, caught.value.current) == (opened.version, replaced.version)
+
+
+@every_kind
+def test_a_stream_has_every_part_of_the_file(site: Site) -> None:
+    cache = site.cache()
+    cache.set("file", OLD)
+    with cache.open("file") as file:
+        assert file.read(10) == OLD[:10]
+        file.seek(-10, io.SEEK_END)
+        assert file.read() == OLD[-10:]
+        assert b"".join(file.chunks(990, 2010)) == OLD[990:2010]
+
+
+@every_kind
+def test_a_server_that_is_down_is_unavailable_and_nothing_else(own_site: Site) -> None:
+    cache = own_site.cache()
+    version = cache.set("file", OLD).version
+    for server in own_site.servers:
+        server.kill()
+    for _ in range(3):  # a HashClient behaves differently from call to call
+        for call in (
+            lambda: cache.get("file"),
+            lambda: cache.open("file"),
+            lambda: cache.stat("file"),
+            lambda: cache.touch("file", 10),
+            lambda: cache.delete("file"),
+            lambda: cache.delete("file", version=version),
+            lambda: cache.set("file", NEW),
+            lambda: cache.add("file", NEW),
+            lambda: cache.cas("file", NEW, version),
+            lambda: cache.ping(),
+        ):
+            with pytest.raises(memchunk.CacheUnavailable) as caught:
+                call()
+            assert isinstance(caught.value.server, str)
+
+
+@every_kind
+def test_a_server_that_goes_down_is_not_eviction(own_site: Site) -> None:
+    cache = own_site.cache()
+    cache.set("file", OLD)
+    file = cache.open("file")
+    for server in own_site.servers:
+        server.kill()
+    for _ in range(5):
+        with pytest.raises(memchunk.CacheUnavailable):
+            file.readall()
+
+
+@every_kind
+def test_the_first_call_after_a_restart_works(own_site: Site) -> None:
+    cache = own_site.cache()
+    for call in (
+        cache.ping,
+        lambda: cache.add("file", OLD),
+        lambda: cache.set("file", OLD),
+        lambda: not_found(lambda: cache.get("file")),
+        lambda: not_found(lambda: cache.stat("file")),
+        lambda: not_found(lambda: cache.delete("file")),
+    ):
+        cache.set("file", NEW)
+        for server in own_site.servers:
+            server.kill()
+            server.start()
+        call()
+
+
+def not_found(call: Callable[[], object]) -> None:
+    with pytest.raises(memchunk.FileNotFound):
+        call()
+
+
+@every_kind
+def test_a_server_killed_in_mid_write_is_unavailable(own_site: Site) -> None:
+    def kill_all() -> None:
+        for server in own_site.servers:
+            server.kill()
+
+    with pytest.raises(memchunk.CacheUnavailable):
+        own_site.cache().set("file", acting(kill_all))
+    for server in own_site.servers:
+        server.start()
+    cache = own_site.cache()
+    not_found(lambda: cache.get("file"))
+    cache.add("file", OLD)
+    assert own_site.holds_only(file=OLD)
+
+
+@every_kind
+def test_after_ctrl_c_in_mid_reply_no_call_reads_the_reply_of_another(own_site: Site) -> None:
+    cache = own_site.cache()
+    cache.set("file", OLD)
+    cache.set("other", NEW)
+    for server in own_site.servers:
+        server.pause()
+    with interrupt_after(0.05), pytest.raises(KeyboardInterrupt):
+        cache.get("file")  # waits for the reply until it is interrupted
+    for server in own_site.servers:
+        server.resume()
+    for _ in range(2):
+        assert cache.get("other") == NEW
+        assert cache.get("file") == OLD
+
+
+@contextlib.contextmanager
+def interrupt_after(seconds: float) -> Iterator[None]:
+    """Raise KeyboardInterrupt in the body, as Ctrl-C does."""
+    handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+
+
+@some_kinds
+def test_50_mib_come_back_and_one_byte_more_is_refused(own_site: Site, big: bytes) -> None:
+    cache = own_site.cache(chunk_size=None)
+    assert cache.set("file", big).size == 52_428_800
+    assert cache.get("file") == big
+    for source in (bytes(50 * MIB + 1), itertools.chain([big], [b"x"])):
+        with pytest.raises(memchunk.FileTooLarge) as caught:
+            cache.set("file", source)
+        assert (caught.value.size, caught.value.limit) == (50 * MIB + 1, 50 * MIB)
+    assert len(own_site.keys()) == 1 + cache.stat("file").chunks
+    assert cache.get("file") == big
+
+
+# Sizes with the chunk size that the server's own settings lead to.
+
+
+def test_the_real_chunk_size_holds_at_its_edges(memcached: Memcached) -> None:
+    cache = memchunk.connect(memcached.server)
+    chunk = largest_chunk(cache)
+    for count in (1, 2, 9):  # 9: more than one batch
+        for size in (count * chunk - 1, count * chunk, count * chunk + 1):
+            data = os.urandom(size)
+            assert cache.set("file", data).chunks == -(-size // chunk)
+            assert cache.get("file") == data
+            cache.set("file", in_pieces(data, 1_000_003))
+            assert cache.get("file") == data
+            assert len(memcached.keys()) == 1 + -(-size // chunk)
+    cache.close()
+
+
+def largest_chunk(cache: FileCache) -> int:
+    """The most bytes that the cache stores in one chunk."""
+    low, high = 1, MIB
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if cache.set("s", bytes(middle)).chunks == 1 else (low, middle - 1)
+    cache.delete("s")
+    return low
+
+
+def test_the_default_chunk_is_close_to_512_kib(tcp: Site) -> None:
+    assert 0.99 * 512 * 1024 < largest_chunk(tcp.cache(chunk_size=None)) < 512 * 1024
+
+
+# Sources of every kind.
+
+
+class OnlyRead:
+    """A file object with nothing but `read`."""
+
+    def __init__(self, data: Any) -> None:
+        self._data = data
+
+    def read(self, count: int = -1) -> Any:
+        count = len(self._data) if count < 0 else min(count, 700)  # short, as a socket's may be
+        piece, self._data = self._data[:count], self._data[count:]
+        return piece
+
+
+class NothingYet(OnlyRead):
+    """Does not block: `read` returns None in mid-file, as the io module specifies."""
+
+    def read(self, count: int = -1) -> Any:
+        return super().read(2) if len(self._data) != 2 else None
+
+
+def stored_file(data: bytes, folder: pathlib.Path) -> pathlib.Path:
+    path = folder / "source"
+    path.write_bytes(data)
+    return path
+
+
+def a_mapped_file(data: bytes, folder: pathlib.Path) -> mmap.mmap:
+    with open(stored_file(data, folder), "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def a_file_at_an_offset(data: bytes, folder: pathlib.Path) -> io.BufferedReader:
+    file = open(stored_file(b"skipped" + data, folder), "rb")
+    file.seek(len(b"skipped"))
+    return file
+
+
+def a_pipe(data: bytes, folder: pathlib.Path) -> io.BufferedReader:
+    reader, writer = os.pipe()
+
+    def fill() -> None:
+        with open(writer, "wb") as file:
+            file.write(data)
+
+    threading.Thread(target=fill).start()
+    return open(reader, "rb")
+
+
+def a_raw_pipe(data: bytes, folder: pathlib.Path) -> io.RawIOBase:
+    return a_pipe(data, folder).detach()
+
+
+def a_gzip_file(data: bytes, folder: pathlib.Path) -> Any:
+    return gzip.open(stored_file(gzip.compress(data), folder))
+
+
+def a_spooled_file(data: bytes, folder: pathlib.Path) -> Any:
+    file = tempfile.SpooledTemporaryFile()
+    file.write(data)
+    file.seek(0)
+    return file
+
+
+SOURCES: dict[str, Callable[[bytes, pathlib.Path], Any]] = {
+    "bytes": lambda data, _: data,
+    "bytearray": lambda data, _: bytearray(data),
+    "memoryview": lambda data, _: memoryview(data),
+    "every second byte": lambda data, _: memoryview(bytes(data[i // 2] for i in range(9216)))[::2],
+    "backwards": lambda data, _: memoryview(data[::-1])[::-1],
+    "integers": lambda data, _: memoryview(data).cast("I"),
+    "matrix": lambda data, _: memoryview(data).cast("B", (64, 72)),
+    "array": lambda data, _: array.array("H", data),
+    "mmap": a_mapped_file,
+    "file": lambda data, folder: open(stored_file(data, folder), "rb"),
+    "raw file": lambda data, folder: open(stored_file(data, folder), "rb", buffering=0),
+    "file at an offset": a_file_at_an_offset,
+    "BytesIO": lambda data, _: io.BytesIO(data),
+    "pipe": a_pipe,
+    "raw pipe": a_raw_pipe,
+    "gzip file": a_gzip_file,
+    "spooled file": a_spooled_file,
+    "only read": lambda data, _: OnlyRead(data),
+    "odd pieces": lambda data, _: in_pieces(data, 1, 0, 999, 3, 0, 0, 1001),
+    "bytes of one": lambda data, _: in_pieces(data, 1),
+    "list": lambda data, _: [data[:10], b"", bytearray(data[10:2000]), memoryview(data)[2000:]],
+    "pieces of integers": lambda data, _: iter([memoryview(data).cast("I"), array.array("H")]),
+}
+
+
+@pytest.mark.parametrize("make", SOURCES.values(), ids=SOURCES.keys())
+def test_a_source_of_any_kind_is_stored(
+    cache: FileCache, tcp: Site, make: Callable[..., Any], tmp_path: pathlib.Path
+) -> None:
+    for size in (None, len(NEW)):
+        source = make(NEW, tmp_path)
+        with contextlib.closing(source) if hasattr(source, "close") else contextlib.nullcontext():
+            assert cache.set("file", source, size=size).size == len(NEW)
+        assert tcp.holds_only(file=NEW)
+
+
+def test_a_proc_file_that_says_it_is_empty_is_stored(cache: FileCache) -> None:
+    with open("/proc/version", "rb") as file:
+        cache.set("file", file)
+    assert cache.get("file") == pathlib.Path("/proc/version").read_bytes()
+
+
+@pytest.mark.parametrize("source", [[], [b""], iter([b"", b""]), io.BytesIO(), OnlyRead(b"")])
+def test_a_source_without_bytes_is_an_empty_file(cache: FileCache, source: Any) -> None:
+    assert cache.set("file", source).chunks == 0
+    assert cache.get("file") == b""
+
+
+def test_a_pipe_longer_than_any_buffer_is_stored(tcp: Site, tmp_path: pathlib.Path) -> None:
+    data = os.urandom(6 * MIB + 1)
+    cache = tcp.cache(chunk_size=None)
+    with a_raw_pipe(data, tmp_path) as pipe:
+        cache.set("file", pipe)  # type: ignore[arg-type]
+    assert cache.get("file") == data
+
+
+NOT_BYTES = {
+    "text": "text",
+    "empty text": "",
+    "text stream": io.StringIO("text"),
+    "list of text": ["text"],
+    "text after nothing": [b"", "text"],
+    "text from read": OnlyRead("text"),
+    "number": 5,
+    "numbers": [1, 2, 3],
+    "None": None,
+    "list of None": [None],
+}
+
+
+@pytest.mark.parametrize("source", NOT_BYTES.values(), ids=NOT_BYTES.keys())
+def test_what_is_not_bytes_is_refused_before_anything_is_sent(
+    cache: FileCache, server: Memcached, source: Any
+) -> None:
+    before = sets(server)
+    with pytest.raises(TypeError):
+        cache.set("file", source)
+    assert sets(server) == before
+
+
+def test_a_text_file_is_refused(cache: FileCache, tcp: Site, tmp_path: pathlib.Path) -> None:
+    with open(stored_file(b"text", tmp_path), encoding="utf-8") as file, pytest.raises(TypeError):
+        cache.set("file", file)  # type: ignore[arg-type]
+    assert tcp.keys() == []
+
+
+def test_text_after_bytes_leaves_nothing(cache: FileCache, tcp: Site) -> None:
+    source: Any = itertools.chain(in_pieces(LONG, 999), ["text"])
+    with pytest.raises(TypeError):
+        cache.set("file", source)
+    assert tcp.keys() == []
+
+
+def test_a_source_that_has_nothing_yet_is_not_at_its_end(cache: FileCache, tcp: Site) -> None:
+    for source in ([b"bytes", None, b"more"], NothingYet(b"more")):
+        with pytest.raises((TypeError, BlockingIOError)):
+            cache.set("file", source)  # type: ignore[arg-type]
+    reader, writer = os.pipe()
+    os.write(writer, b"bytes")
+    os.set_blocking(reader, False)
+    with open(reader, "rb", buffering=0) as pipe, pytest.raises(BlockingIOError):
+        cache.set("file", pipe)  # type: ignore[arg-type]
+    os.close(writer)
+    assert tcp.keys() == []
+
+
+def test_a_closed_file_is_the_callers_error(cache: FileCache, tcp: Site) -> None:
+    file = io.BytesIO(NEW)
+    file.close()
+    with pytest.raises(ValueError, match="closed file"):
+        cache.set("file", file)
+    assert tcp.keys() == []
+
+
+# The size that the caller announces is binding.
+
+
+@pytest.mark.parametrize("actual", [0, 1, 999, 1000, 1001, 4608, 300_000])
+@pytest.mark.parametrize("announced", [0, 1, 1000, 2000, 299_999, 300_001])
+@pytest.mark.parametrize("sized", [True, False])
+def test_a_source_that_breaks_its_word_is_not_published(
+    cache: FileCache, tcp: Site, actual: int, announced: int, sized: bool
+) -> None:
+    if actual == announced:
+        actual += 1
+    cache.set("file", OLD)
+    data = bytes(actual)
+    with pytest.raises(memchunk.SizeMismatch) as caught:
+        cache.set("file", data if sized else in_pieces(data, 700), size=announced)
+    error = caught.value
+    assert (error.name, error.size) == ("file", announced)
+    assert error.received <= actual if actual < announced else error.received > announced
+    assert tcp.holds_only(file=OLD)
+
+
+def test_a_sized_source_that_breaks_its_word_sends_nothing(
+    cache: FileCache, server: Memcached
+) -> None:
+    before = sets(server)
+    for source in (NEW, bytearray(NEW), io.BytesIO(NEW)):
+        with pytest.raises(memchunk.SizeMismatch):
+            cache.set("file", source, size=len(NEW) - 1)
+    assert sets(server) == before
+
+
+@pytest.mark.parametrize("source", [b"", iter([]), b"x", iter([b"x"])])
+def test_a_negative_size_is_refused(cache: FileCache, source: Any) -> None:
+    with pytest.raises(ValueError):
+        cache.set("file", source, size=-1)
+
+
+def test_a_size_that_is_no_integer_is_refused(cache: FileCache, server: Memcached) -> None:
+    before = sets(server)
+    for size in ("1", 1.0):
+        with pytest.raises(TypeError):
+            cache.set("file", iter([b"x"]), size=size)  # type: ignore[arg-type]
+    assert sets(server) == before
+
+
+# The limit.
+
+
+def test_the_limit_is_inclusive(tcp: Site) -> None:
+    cache = tcp.cache(max_size=1500)
+    for source in (bytes(1500), in_pieces(bytes(1500), 7)):
+        cache.set("file", source)
+    for source in (bytes(1501), io.BytesIO(bytes(1501)), in_pieces(bytes(1501), 7)):
+        with pytest.raises(memchunk.FileTooLarge) as caught:
+            cache.set("file", source)
+        error = caught.value
+        assert (error.name, error.limit) == ("file", 1500) and error.size > 1500
+    assert tcp.holds_only(file=bytes(1500))
+
+
+def test_a_size_over_the_limit_is_refused_before_a_byte_is_sent(
+    tcp: Site, server: Memcached, tmp_path: pathlib.Path
+) -> None:
+    cache, before = tcp.cache(max_size=1500), sets(server)
+    with open(stored_file(bytes(1501), tmp_path), "rb") as file:
+        for source, size in ((bytes(1501), None), (file, None), (iter([b"x"]), 1501)):
+            with pytest.raises(memchunk.FileTooLarge) as caught:
+                cache.set("file", source, size=size)  # type: ignore[arg-type]
+            assert caught.value.size == 1501
+    assert sets(server) == before
+
+
+def test_a_source_without_end_is_cut_off_at_the_limit(tcp: Site) -> None:
+    cache, pieces = tcp.cache(max_size=300_000), itertools.count()
+    with pytest.raises(memchunk.FileTooLarge):
+        cache.set("file", (bytes(1000) for _ in pieces))
+    assert next(pieces) < 300 + 5000  # what one batch may hold more
+    assert tcp.keys() == []
+
+
+def test_add_of_a_file_that_is_there_sends_nothing(cache: FileCache, server: Memcached) -> None:
+    cache.add("file", OLD)
+    before = sets(server)
+    with pytest.raises(memchunk.FileExists):
+        cache.add("file", NEW)
+    with pytest.raises(memchunk.FileChanged):
+        cache.cas("file", NEW, "0" * 16)
+    assert sets(server) == before
+
+
+# Names.
+
+NAMES = [
+    "a",
+    "a ",
+    " a",
+    "A",
+    "a/b",
+    "a/b/",
+    "/",
+    ".",
+    "../../etc/passwd",
+    "a.tar.gz",
+    "\0",
+    "\r\nflush_all\r\n",
+    "tab\tbell\a\x7f",
+    "\N{LATIN SMALL LETTER E WITH ACUTE}",
+    "e\N{COMBINING ACUTE ACCENT}",
+    "\N{GRINNING FACE}",
+    "\N{GRINNING FACE}" * 256,
+    "n" * 1024,
+    "n" * 1023,
+    "%2F",
+    "memchunk:a",
+    "\N{RIGHT-TO-LEFT OVERRIDE}fdp.exe",
+]
+
+
+@every_kind
+def test_names_of_every_kind_are_files_of_their_own(site: Site) -> None:
+    cache = site.cache()
+    files = {name: name.encode() * 3 for name in NAMES}
+    for name, data in files.items():
+        assert cache.add(name, data).name == name
+    assert {name: cache.get(name) for name in NAMES} == files
+    for name in NAMES[::2]:
+        cache.delete(name)
+    assert [cache.get(name) for name in NAMES[1::2]] == [files[name] for name in NAMES[1::2]]
+
+
+def test_no_part_of_a_name_is_in_a_key(cache: FileCache, tcp: Site) -> None:
+    cache.set("secretname", OLD)
+    assert len(tcp.keys()) == 4
+    assert not any("secret" in key or "name" in key for key in tcp.keys())
+
+
+@pytest.mark.parametrize("name", ["", "n" * 1025, "\N{GRINNING FACE}" * 257, "\ud800", "a\udfff"])
+def test_a_name_without_a_proper_form_is_invalid(cache: FileCache, name: str) -> None:
+    for call in (
+        lambda: cache.set(name, OLD),
+        lambda: cache.add(name, OLD),
+        lambda: cache.cas(name, OLD, "0" * 16),
+        lambda: cache.get(name),
+        lambda: cache.open(name),
+        lambda: cache.stat(name),
+        lambda: cache.touch(name, 1),
+        lambda: cache.delete(name),
+    ):
+        with pytest.raises(memchunk.InvalidName) as caught:
+            call()
+        assert caught.value.name == name
+
+
+@pytest.mark.parametrize("name", [None, 5, b"bytes", pathlib.PurePath("a")])
+def test_a_name_that_is_no_text_is_refused(cache: FileCache, name: Any) -> None:
+    with pytest.raises((memchunk.InvalidName, TypeError)):
+        cache.set(name, OLD)
+    with pytest.raises((memchunk.InvalidName, TypeError)):
+        cache.get(name)
+
+
+def test_namespaces_are_apart(tcp: Site) -> None:
+    one, two = tcp.cache(namespace="one"), tcp.cache(namespace="two")
+    one.set("file", OLD)
+    not_found(lambda: two.get("file"))
+    two.set("file", NEW)
+    assert (one.get("file"), two.get("file")) == (OLD, NEW)
+    assert all(key.startswith(("one", "two")) for key in tcp.keys())
+
+
+@pytest.mark.parametrize("namespace", ["", "a b", "a\n", "\N{GRINNING FACE}", "n" * 101, "\x7f"])
+def test_a_namespace_that_is_no_key_is_refused(tcp: Site, namespace: str) -> None:
+    with pytest.raises(ValueError):
+        tcp.cache(namespace=namespace)
+
+
+def test_a_namespace_of_any_length_works(tcp: Site) -> None:
+    cache = tcp.cache(namespace="n" * 100)
+    cache.set("file", OLD)
+    assert cache.get("file") == OLD
+
+
+# Expiry.
+
+
+@pytest.mark.parametrize("expire", [2, 30 * DAY - 61, 30 * DAY - 1, 30 * DAY, 30 * DAY + 1, 400 * DAY])
+def test_expire_counts_from_now_however_long(cache: FileCache, tcp: Site, expire: int) -> None:
+    info = cache.set("file", OLD, expire=expire)
+    assert_expiries(tcp, info, expire)
+    assert cache.get("file") == OLD
+    assert_expiries(tcp, cache.touch("file", expire), expire)
+
+
+@pytest.mark.parametrize("expire", [2**31 - 1, 2**31, 2**40])
+def test_a_time_after_memcacheds_last_is_kept_as_long_as_it_can(
+    cache: FileCache, server: Memcached, expire: int
+) -> None:
+    info = cache.set("file", OLD, expire=expire)
+    assert cache.get("file") == OLD
+    assert info.expires is not None and abs(info.expires - time.time() - expire) < 5
+    assert set(server.expiries().values()) == {-1}
+
+
+def test_a_file_that_expires_is_not_found_and_never_half_there(cache: FileCache) -> None:
+    cache.set("file", OLD, expire=1)
+    cache.set("touched", OLD)
+    cache.touch("touched", 1)
+    wait_for(lambda: gone(cache, "file") and gone(cache, "touched"), "the files to expire")
+    cache.add("file", NEW)
+    assert cache.get("file") == NEW
+
+
+def gone(cache: FileCache, name: str) -> bool:
+    try:
+        assert cache.get(name) == OLD
+    except memchunk.FileNotFound:
+        return True
+    return False
+
+
+def test_a_file_that_would_expire_is_kept_by_touch_and_by_set(tcp: Site, cache: FileCache) -> None:
+    cache.set("file", OLD, expire=5)
+    assert cache.touch("file", 0).expires is None
+    assert set(tcp.servers[0].expiries().values()) == {-1}
+    cache.set("file", NEW, expire=5)
+    cache.set("file", NEW)
+    assert set(tcp.servers[0].expiries().values()) == {-1}
+
+
+@pytest.mark.parametrize(("expire", "error"), [(-1, ValueError), (1.5, TypeError), ("1", TypeError)])
+def test_an_expire_that_is_no_number_of_seconds_is_refused(
+    cache: FileCache, tcp: Site, expire: Any, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        cache.set("file", OLD, expire=expire)
+    assert tcp.keys() == []
+    cache.set("file", OLD)
+    with pytest.raises(error):
+        cache.touch("file", expire)
+    assert cache.stat("file").expires is None
+
+
+def test_chunks_are_on_a_lease_until_the_upload_is_complete(tcp: Site, server: Memcached) -> None:
+    cache, seen = tcp.cache(lease=600), dict[str, int]()
+    cache.set("file", acting(lambda: seen.update(server.expiries())), expire=0)
+    assert len(seen) > 100
+    assert all(0 < end - time.time() <= 601 for end in seen.values())
+    assert set(server.expiries().values()) == {-1}
+
+
+def test_what_a_dead_writer_leaves_is_on_a_lease(server: Memcached, tcp: Site) -> None:
+    class Dead(BaseException):
+        pass
+
+    def die(command: str) -> None:
+        if command in PUBLISH:
+            dead.append(command)
+        if dead:
+            raise Dead
+
+    dead: list[str] = []
+    with pytest.raises(Dead):
+        tcp.interposed(before=die).set("file", OLD, expire=60)
+    assert all(0 < end - time.time() <= 3601 for end in server.expiries().values())
+    not_found(lambda: tcp.cache().get("file"))
+
+
+# Metadata and FileInfo.
+
+
+@pytest.mark.parametrize("metadata", [b"", b"\0", bytes(range(256)), b"m" * 65535, b"\r\nEND\r\n"])
+def test_metadata_is_kept_whatever_it_is(cache: FileCache, metadata: bytes) -> None:
+    assert cache.set("file", OLD, metadata=metadata).metadata == metadata
+    assert cache.stat("file").metadata == metadata
+    assert cache.touch("file", 100).metadata == metadata
+    assert cache.open("file").info.metadata == metadata
+    assert cache.get("file") == OLD
+
+
+@pytest.mark.parametrize(("metadata", "error"), [(b"m" * 65536, ValueError), ("m", TypeError)])
+def test_metadata_that_does_not_fit_is_refused(
+    cache: FileCache, server: Memcached, metadata: Any, error: type[Exception]
+) -> None:
+    before = sets(server)
+    with pytest.raises(error):
+        cache.set("file", OLD, metadata=metadata)
+    assert sets(server) == before
+
+
+def test_the_longest_name_and_metadata_fit_together(cache: FileCache) -> None:
+    cache.set("n" * 1024, OLD, metadata=b"m" * 65535)
+    assert cache.get("n" * 1024) == OLD
+
+
+def test_fileinfo_is_frozen(cache: FileCache) -> None:
+    info = cache.set("file", OLD)
+    for field in dataclasses.fields(info):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(info, field.name, None)
+    names = ["name", "size", "chunks", "version", "created", "expires", "metadata"]
+    assert [field.name for field in dataclasses.fields(info)] == names
+
+
+def test_a_version_is_unique_short_printable_and_in_the_chunk_keys(
+    cache: FileCache, tcp: Site
+) -> None:
+    infos = [cache.set(f"file {number}", OLD) for number in range(50)]
+    assert len({info.version for info in infos}) == 50
+    assert all(re.fullmatch("[0-9A-Za-z]{11,32}", info.version) for info in infos)
+    keys = " ".join(tcp.keys())
+    assert all(keys.count(info.version) == info.chunks == 3 for info in infos)
+
+
+# CachedFile.
+
+
+class Opened(NamedTuple):
+    cache: FileCache
+    server: Memcached
+    file: memchunk.CachedFile
+
+
+DATA = os.urandom(10 * CHUNK)  # ten full chunks
+
+
+@pytest.fixture
+def opened(cache: FileCache, server: Memcached) -> Iterator[Opened]:
+    cache.set("file", DATA)
+    with cache.open("file") as file:
+        yield Opened(cache, server, file)
+
+
+@pytest.fixture
+def file(opened: Opened) -> memchunk.CachedFile:
+    return opened.file
+
+
+def test_a_stream_is_what_the_io_module_calls_one(file: memchunk.CachedFile) -> None:
+    assert isinstance(file, io.RawIOBase)
+    assert file.readable() and file.seekable() and not file.writable() and not file.isatty()
+    for call in (lambda: file.write(b""), lambda: file.truncate(), lambda: file.fileno()):
+        with pytest.raises((io.UnsupportedOperation, NotImplementedError)):
+            call()
+
+
+def test_a_stream_copies(file: memchunk.CachedFile) -> None:
+    target = io.BytesIO()
+    shutil.copyfileobj(file, target, length=777)
+    assert target.getvalue() == DATA
+
+
+def test_a_stream_can_be_the_source_of_a_file(opened: Opened) -> None:
+    opened.file.seek(5)
+    opened.cache.set("copy", opened.file)
+    assert opened.cache.get("copy") == DATA[5:]
+
+
+def test_every_slice_at_a_chunk_edge_can_be_read(file: memchunk.CachedFile) -> None:
+    edges = [0, 1, 999, 1000, 1001, 1999, 2000, 2001, 9999, 10000, 10001]
+    for start, count in itertools.product(edges, edges):
+        assert file.seek(start) == start
+        assert file.read(count) == DATA[start : start + count]
+        assert file.tell() == start + len(DATA[start : start + count])
+
+
+def test_seek_counts_from_start_position_and_end(file: memchunk.CachedFile) -> None:
+    assert file.seek(10) == 10
+    assert file.seek(5, io.SEEK_CUR) == 15
+    assert file.seek(-15, io.SEEK_CUR) == 0
+    assert file.seek(-1, io.SEEK_END) == 9999
+    assert file.read() == DATA[-1:]
+    assert file.seek(0, io.SEEK_END) == file.tell() == 10000
+    assert file.seek(20000) == 20000
+    assert file.read(5) == file.read() == b""
+    assert file.tell() == 20000
+
+
+@pytest.mark.parametrize(
+    ("offset", "whence", "error"),
+    [
+        (-1, 0, ValueError),
+        (-1, 1, ValueError),
+        (-10001, 2, ValueError),
+        (0, 3, ValueError),
+        (0, -1, ValueError),
+        (1.5, 0, TypeError),
+        ("1", 0, TypeError),
+    ],
+)
+def test_a_seek_that_means_nothing_is_refused(
+    file: memchunk.CachedFile, offset: Any, whence: int, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        file.seek(offset, whence)
+    assert file.tell() == 0
+    assert file.read() == DATA
+
+
+def test_read_takes_every_count(file: memchunk.CachedFile) -> None:
+    assert file.read(0) == b""
+    assert file.read(1) == DATA[:1]
+    assert file.read(2**40) == DATA[1:]  # more than memory has
+    for all_of_it in (-1, None):
+        file.seek(0)
+        assert file.read(all_of_it) == DATA  # type: ignore[arg-type]
+    assert file.read() == file.read(1) == file.readall() == b""
+
+
+def test_readinto_fills_any_buffer(file: memchunk.CachedFile) -> None:
+    numbers = array.array("I", bytes(4 * 400))
+    assert file.readinto(numbers) == 1600
+    assert numbers.tobytes() == DATA[:1600]
+    rest = bytearray(20000)
+    assert file.readinto(rest) == 8400
+    assert rest[:8400] == DATA[1600:]
+    assert file.readinto(rest) == file.readinto(bytearray()) == 0
+
+
+def test_lines_are_read_as_from_any_stream(cache: FileCache) -> None:
+    text = b"one\ntwo\r\n\n" + b"x" * 1500 + b"\nend"
+    cache.set("file", text)
+    assert list(cache.open("file")) == list(io.BytesIO(text))
+    assert list(io.TextIOWrapper(io.BufferedReader(cache.open("file")), newline="")) == [
+        line.decode() for line in io.BytesIO(text)
+    ]
+
+
+def test_a_buffered_reader_reads_peeks_and_seeks(file: memchunk.CachedFile) -> None:
+    reader = io.BufferedReader(file, buffer_size=1500)
+    assert reader.peek(1)[:1] == DATA[:1]
+    assert reader.read(2500) == DATA[:2500]
+    assert reader.seek(-1000, io.SEEK_CUR) == 1500
+    assert reader.read1(10) == DATA[1500:1510]
+    assert reader.read() == DATA[1510:]
+
+
+def test_a_closed_stream_refuses_everything(file: memchunk.CachedFile) -> None:
+    file.close()
+    file.close()
+    assert file.closed
+    for call in (
+        lambda: file.read(),
+        lambda: file.read(1),
+        lambda: file.readall(),
+        lambda: file.readinto(bytearray(1)),
+        lambda: file.readline(),
+        lambda: file.seek(0),
+        lambda: file.tell(),
+        lambda: file.readable(),
+        lambda: file.seekable(),
+        lambda: list(file.chunks()),
+        lambda: file.__enter__(),
+    ):
+        with pytest.raises(ValueError):
+            call()
+    assert file.info.size == 10000
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "count"),
+    [
+        (0, None, 10),
+        (0, 0, 0),
+        (0, 1, 1),
+        (0, 1000, 1),
+        (0, 1001, 2),
+        (999, 1001, 2),
+        (1000, 2000, 1),
+        (4500, 6500, 3),
+        (9999, None, 1),
+        (9999, 20000, 1),
+        (10000, None, 0),
+        (20000, None, 0),
+        (5000, 4000, 0),
+        (-1, None, 1),
+        (-1500, -1000, 1),
+    ],
+)
+def test_chunks_are_a_slice_and_only_what_it_needs_is_fetched(
+    opened: Opened, start: int, stop: Optional[int], count: int
+) -> None:
+    before = fetches(opened.server)
+    pieces = list(opened.file.chunks(start, stop))
+    assert fetches(opened.server) - before == count == len(pieces)
+    assert b"".join(pieces) == DATA[start:stop]
+    assert all(memoryview(piece).readonly for piece in pieces)
+    assert opened.file.tell() == 0
+
+
+def test_reads_within_one_chunk_fetch_it_once(opened: Opened) -> None:
+    before = fetches(opened.server)
+    assert b"".join(opened.file.read(10) for _ in range(150)) == DATA[:1500]
+    assert fetches(opened.server) - before == 2
+
+
+def test_open_stat_and_seek_fetch_no_chunk(opened: Opened) -> None:
+    for key in opened.server.keys():
+        if opened.file.info.version in key:
+            opened.server.delete(key)
+    assert opened.cache.stat("file") == opened.cache.open("file").info
+    assert opened.cache.open("file").seek(0, io.SEEK_END) == 10000
+
+
+def test_an_archive_is_read_from_the_chunks_that_it_needs(tcp: Site, server: Memcached) -> None:
+    members = {f"{number}.bin": os.urandom(10_000) for number in range(50)}
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    cache = tcp.cache()
+    assert cache.set("archive.zip", target.getvalue()).chunks > 500
+    before = fetches(server)
+    with zipfile.ZipFile(cache.open("archive.zip")) as archive:
+        assert archive.read("25.bin") == members["25.bin"]
+        assert fetches(server) - before < 30
+        assert archive.testzip() is None
+        assert {name: archive.read(name) for name in archive.namelist()} == members
+
+
+def test_parts_beside_the_hole_can_be_read(opened: Opened) -> None:
+    [hole] = [key for key in opened.server.keys() if key.endswith(":5")]
+    opened.server.delete(hole)
+    file = opened.file
+    assert b"".join(file.chunks(0, 5000)) == DATA[:5000]
+    assert b"".join(file.chunks(6000)) == DATA[6000:]
+    file.seek(4999)
+    with pytest.raises(memchunk.FileEvicted) as caught:
+        file.read(2)
+    assert (caught.value.missing, caught.value.info) == ([5], file.info)
+    assert file.tell() == 4999
+    assert file.read(1) == DATA[4999:5000]
+
+
+def test_a_stream_of_a_deleted_file_says_so(opened: Opened) -> None:
+    opened.cache.delete("file")
+    with pytest.raises(memchunk.FileChanged) as caught:
+        opened.file.read()
+    assert (caught.value.version, caught.value.current) == (opened.file.info.version, None)
+
+
+def test_a_stream_reads_on_after_touch(opened: Opened) -> None:
+    opened.file.read(5)
+    opened.cache.touch("file", 1000)
+    assert opened.file.read() == DATA[5:]
+
+
+def test_memory_does_not_grow_with_the_file(
+    start_memcached: Start, big: bytes, tmp_path: pathlib.Path
+) -> None:
+    cache = memchunk.connect(start_memcached("-m", "100").server)
+    with open(stored_file(big, tmp_path), "rb") as source:
+        assert peak(lambda: cache.set("file", source)) < 20 * MIB
+    assert peak(lambda: [None for _ in cache.open("file").chunks()]) < 16 * MIB
+    with open(os.devnull, "wb") as sink:
+        assert peak(lambda: shutil.copyfileobj(cache.open("file"), sink)) < 16 * MIB
+    cache.close()
+
+
+def peak(call: Callable[[], object]) -> int:
+    """Bytes that Python allocates at most, at one time, during the call."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+# Damage.
+
+
+class Damaged(NamedTuple):
+    cache: FileCache
+    server: Memcached
+    manifest: str
+    chunks: list[str]
+
+
+@pytest.fixture
+def sound(cache: FileCache, tcp: Site, server: Memcached) -> Damaged:
+    """A file of three chunks, to be damaged."""
+    chunks = tcp.chunks(cache.set("file", OLD, metadata=b"meta"))
+    [manifest] = set(tcp.keys()) - set(chunks)
+    return Damaged(cache, server, manifest, chunks)
+
+
+def corrupt(sound: Damaged) -> Optional[int]:
+    """The index that `get` calls damaged."""
+    with pytest.raises(memchunk.FileCorrupt) as caught:
+        sound.cache.get("file")
+    assert caught.value.name == "file"
+    return caught.value.index
+
+
+@pytest.mark.parametrize("bits", [0x01, 0x80, 0xFF])
+def test_damage_of_any_byte_of_a_chunk_is_found(sound: Damaged, bits: int) -> None:
+    for index, key in enumerate(sound.chunks):
+        value = sound.server.read(key)
+        for position in (*range(40), *range(40, len(value), 97), *range(len(value) - 9, len(value))):
+            damage(sound.server, key, position, bits)
+            assert corrupt(sound) == index
+            damage(sound.server, key, position, bits)
+    assert sound.cache.get("file") == OLD
+
+
+@pytest.mark.parametrize("bits", [0x01, 0x80, 0xFF])
+def test_damage_of_any_byte_of_a_manifest_is_found(sound: Damaged, bits: int) -> None:
+    for position in range(len(sound.server.read(sound.manifest))):
+        damage(sound.server, sound.manifest, position, bits)
+        assert corrupt(sound) is None
+        for call in (sound.cache.stat, sound.cache.open):
+            with pytest.raises(memchunk.FileCorrupt):
+                call("file")
+        damage(sound.server, sound.manifest, position, bits)
+    assert sound.cache.get("file") == OLD
+
+
+def test_a_value_of_another_length_is_found(sound: Damaged) -> None:
+    for key in (sound.chunks[2], sound.manifest):
+        value = sound.server.read(key)
+        lengths = [value[:length] for length in (0, 1, 3, 4, 12, len(value) - 1)]
+        for wrong in (*lengths, value + b"\0", value * 2):
+            sound.server.write(key, wrong)
+            assert corrupt(sound) == (None if key == sound.manifest else 2)
+        sound.server.write(key, value)
+    assert sound.cache.get("file") == OLD
+
+
+def test_swapped_chunks_are_found(sound: Damaged) -> None:
+    first, second, _ = sound.chunks
+    values = sound.server.read(first), sound.server.read(second)
+    assert len(values[0]) == len(values[1])
+    sound.server.write(first, values[1])
+    assert corrupt(sound) == 0
+    sound.server.write(second, values[0])
+    assert corrupt(sound) == 0
+    sound.server.write(first, values[0])
+    assert corrupt(sound) == 1
+
+
+def test_a_chunk_of_another_version_is_found(sound: Damaged, tcp: Site) -> None:
+    old = [sound.server.read(key) for key in sound.chunks]
+    chunks = tcp.chunks(sound.cache.set("file", OLD))
+    for index, key in enumerate(chunks):
+        value = sound.server.read(key)
+        sound.server.write(key, old[index])
+        assert corrupt(sound) == index
+        sound.server.write(key, value)
+    assert sound.cache.get("file") == OLD
+
+
+def test_a_manifest_of_another_file_is_found(sound: Damaged, tcp: Site) -> None:
+    before = set(tcp.keys())
+    info = sound.cache.set("other", OLD)
+    [other] = set(tcp.keys()) - before - set(tcp.chunks(info))
+    sound.server.write(sound.manifest, sound.server.read(other))
+    assert corrupt(sound) is None
+
+
+def test_a_damaged_file_does_not_block_its_name(sound: Damaged, tcp: Site) -> None:
+    for write in (sound.cache.set, sound.cache.add):
+        damage(sound.server, sound.manifest, 20)
+        write("file", NEW)
+        assert sound.cache.get("file") == NEW
+    damage(sound.server, sound.manifest, 20)
+    sound.cache.delete("file")
+    not_found(lambda: sound.cache.get("file"))
+
+
+def test_a_damaged_chunk_goes_with_its_file(sound: Damaged, tcp: Site) -> None:
+    damage(sound.server, sound.chunks[0], 20)
+    sound.cache.set("file", NEW)
+    assert tcp.holds_only(file=NEW)
+
+
+def test_a_manifest_of_an_unknown_format_is_a_clear_error(sound: Damaged) -> None:
+    value = sound.server.read(sound.manifest)
+    body = value[:3] + bytes([99]) + value[4:-4]
+    future = body + zlib.crc32(body).to_bytes(4, "big")
+    sound.server.write(sound.manifest, future)
+    for call in (
+        lambda: sound.cache.get("file"),
+        lambda: sound.cache.open("file"),
+        lambda: sound.cache.stat("file"),
+        lambda: sound.cache.touch("file", 10),
+        lambda: sound.cache.add("file", NEW),
+    ):
+        with pytest.raises(memchunk.FileCorrupt, match="format 99") as caught:
+            call()
+        assert caught.value.index is None
+    assert sound.server.read(sound.manifest) == future
+    sound.cache.set("file", NEW)
+    assert sound.cache.get("file") == NEW
+
+
+def test_a_file_whose_manifest_is_gone_is_not_found(sound: Damaged) -> None:
+    sound.server.delete(sound.manifest)
+    not_found(lambda: sound.cache.get("file"))
+    sound.cache.add("file", NEW)
+    assert sound.cache.get("file") == NEW
+
+
+# A server that won't keep the file.
+
+
+def test_a_chunk_lost_during_the_write_is_found_before_publication(
+    cache: FileCache, tcp: Site, server: Memcached
+) -> None:
+    def lose() -> None:
+        chunks = sorted(set(server.keys()) - before, key=lambda key: int(key.rpartition(":")[2]))
+        for index in (0, 2):
+            server.delete(chunks[index])
+
+    cache.set("file", OLD)
+    before = set(server.keys())
+    with pytest.raises(memchunk.CacheFull) as caught:
+        cache.set("file", acting(lose))
+    assert (caught.value.name, caught.value.missing) == ("file", [0, 2])
+    assert tcp.holds_only(file=OLD)
+
+
+def test_a_server_emptied_during_the_write_did_not_keep_the_file(
+    cache: FileCache, tcp: Site, server: Memcached
+) -> None:
+    with pytest.raises(memchunk.CacheFull) as caught:
+        cache.set("file", acting(server.flush))
+    assert len(caught.value.missing) > 100
+    assert tcp.keys() == []
+
+
+def test_a_chunk_larger_than_an_item_is_refused_by_the_server(tcp: Site) -> None:
+    tcp.cache().set("file", OLD)
+    with pytest.raises(memchunk.CacheFull) as caught:
+        tcp.cache(chunk_size=2 * MIB).set("file", bytes(3 * MIB))
+    assert caught.value.name == "file"
+    assert tcp.holds_only(file=OLD)
+
+
+def test_a_cache_smaller_than_the_file_is_full(start_memcached: Start) -> None:
+    server = start_memcached("-m", "1", "-I", "512k")
+    cache = memchunk.connect(server.server)
+    cache.set("old", OLD)
+    before = server.keys()
+    for write in (cache.set, cache.add):
+        for source in (bytes(50 * MIB), itertools.repeat(bytes(100_000), 400)):
+            with pytest.raises(memchunk.CacheFull) as caught:
+                write("file", source)
+            assert caught.value.name == "file"
+            assert server.keys() == before
+    assert cache.get("old") == OLD
+    cache.close()
+
+
+def test_the_item_limit_of_the_server_is_respected(start_memcached: Start) -> None:
+    for options in (["-I", "512k"], ["-I", "4m"], ["-I", "256k", "-o", "slab_chunk_max=131072"]):
+        server = start_memcached(*options)
+        cache, data = memchunk.connect(server.server), os.urandom(3 * MIB)
+        cache.set("file", data)
+        assert cache.get("file") == data
+        cache.close()
+
+
+def test_a_cache_held_by_small_items_keeps_the_file_or_says_no(
+    memcached: Memcached, big: bytes
+) -> None:
+    cache = memchunk.connect(memcached.server)
+    cache.set("old", OLD)
+    memcached.fill(60_000, 1000)
+    try:
+        cache.set("file", big)
+    except memchunk.CacheFull:
+        not_found(lambda: cache.get("file"))
+        files = [key for key in memcached.keys() if key.startswith("memchunk")]
+        assert len(files) <= 2
+    else:
+        assert cache.get("file") == big
+    cache.close()
+
+
+def test_a_stock_server_takes_50_mib_again_and_again(memcached: Memcached, big: bytes) -> None:
+    cache = memchunk.connect(memcached.server)
+    for turn in range(10):
+        data = bytes([turn]) + big[1:]
+        cache.set("file", data)
+        assert cache.get("file") == data
+        assert len(memcached.keys()) == 1 + cache.stat("file").chunks
+    cache.close()
+
+
+# A server that does not answer.
+
+
+def test_a_stopped_server_is_unavailable_within_the_timeout(memcached: Memcached) -> None:
+    cache = memchunk.connect(memcached.server, timeout=0.1, chunk_size=CHUNK)
+    version = cache.set("file", OLD).version
+    memcached.pause()
+    for call in (
+        lambda: cache.get("file"),
+        lambda: cache.stat("file"),
+        lambda: cache.set("file", NEW),
+        lambda: cache.add("file", NEW),
+        lambda: cache.cas("file", NEW, version),
+        lambda: cache.touch("file", 10),
+        lambda: cache.delete("file"),
+    ):
+        start = time.monotonic()
+        with pytest.raises(memchunk.CacheUnavailable) as caught:
+            call()
+        assert time.monotonic() - start < 2
+        assert (caught.value.name, caught.value.server) == ("file", memcached.server)
+    memcached.resume()
+    assert cache.get("file") == OLD
+    cache.close()
+
+
+def test_a_server_stopped_in_mid_write_leaves_the_old_file(memcached: Memcached) -> None:
+    cache = memchunk.connect(memcached.server, timeout=0.1, chunk_size=CHUNK)
+    info = cache.set("file", OLD)
+    start = time.monotonic()
+    with pytest.raises(memchunk.CacheUnavailable):
+        cache.set("file", acting(memcached.pause))
+    assert time.monotonic() - start < 5
+    memcached.resume()
+    assert cache.get("file") == OLD
+    left = [end for key, end in memcached.expiries().items() if end != -1]
+    assert all(end - time.time() <= 3601 for end in left)
+    assert len(memcached.keys()) - len(left) == 1 + info.chunks
+    cache.close()
+
+
+def test_a_server_killed_after_the_write_has_forgotten_it(memcached: Memcached) -> None:
+    cache = memchunk.connect(memcached.server)
+    cache.set("file", OLD)
+    memcached.kill()
+    with pytest.raises(memchunk.CacheUnavailable):
+        cache.get("file")
+    memcached.start()
+    not_found(lambda: cache.get("file"))
+    cache.close()
+
+
+@pytest.mark.parametrize("pooling", ["PooledClient", "HashClient"])
+def test_every_idle_connection_may_break_in_a_restart(memcached: Memcached, pooling: str) -> None:
+    client: Any = PooledClient(memcached.address, timeout=5)
+    pool = client.client_pool
+    if pooling == "HashClient":
+        client = HashClient([memcached.address], timeout=5, use_pooling=True)
+        [inner] = client.clients.values()
+        pool = inner.client_pool
+    cache = FileCache(client, chunk_size=CHUNK)
+    cache.set("file", OLD)
+    memcached.pause()
+    with ThreadPoolExecutor(5) as threads:
+        waiting = [threads.submit(cache.stat, "file") for _ in range(5)]
+        wait_for(lambda: len(pool.used) == 5, "five connections at work")
+        memcached.resume()
+        assert {each.result().size for each in waiting} == {len(OLD)}
+    assert len(pool.free) == 5
+    memcached.kill()
+    memcached.start()
+    cache.add("file", NEW)
+    assert cache.get("file") == NEW
+    cache.close()
+
+
+def test_a_server_restarted_in_mid_write_did_not_keep_the_file(memcached: Memcached) -> None:
+    cache = memchunk.connect(memcached.server, chunk_size=CHUNK)
+
+    def restart() -> None:
+        memcached.kill()
+        memcached.start()
+
+    with pytest.raises(memchunk.CacheFull):  # the server answers, and has forgotten chunks
+        cache.set("file", acting(restart))
+    assert memcached.keys() == []
+    cache.close()
+
+
+# Several servers.
+
+
+def test_a_file_lives_whole_on_one_server(shared: list[Memcached]) -> None:
+    servers = shared[:3]
+    for server in servers:
+        server.flush()
+    cache = memchunk.connect(",".join(each.server for each in servers), chunk_size=CHUNK)
+    for number in range(60):
+        cache.set(f"file {number}", OLD)
+    counts = [len(server.keys()) for server in servers]
+    assert sum(counts) == 240
+    assert all(count % 4 == 0 and count >= 20 for count in counts)
+    cache.close()
+
+
+def test_the_order_of_the_servers_makes_no_difference(shared: list[Memcached]) -> None:
+    spelled = [server.server for server in shared[:3]]
+    one = memchunk.connect(",".join(spelled), chunk_size=CHUNK)
+    two = memchunk.connect(" , ".join(reversed(spelled)), chunk_size=CHUNK)
+    for number in range(20):
+        one.set(f"file {number}", OLD)
+        assert two.get(f"file {number}") == OLD
+    one.close()
+    two.close()
+
+
+def test_one_dead_server_of_three_costs_only_its_own_files(start_memcached: Start) -> None:
+    servers = [start_memcached() for _ in range(3)]
+    cache = memchunk.connect(",".join(each.server for each in servers), chunk_size=CHUNK)
+    names = [f"file {number}" for number in range(30)]
+    for name in names:
+        cache.set(name, OLD)
+    lost = len(servers[0].keys()) // 4
+    servers[0].kill()
+    failures = 0
+    for name in names:
+        try:
+            assert cache.get(name) == OLD
+        except memchunk.CacheUnavailable as error:
+            assert error.server == servers[0].server
+            failures += 1
+    assert failures == lost > 0
+    with pytest.raises(memchunk.CacheUnavailable):
+        cache.ping()
+    servers[0].start()
+    cache.ping()
+    cache.close()
+
+
+@pytest.mark.parametrize("retries", [0, 2])
+def test_one_dead_server_behind_a_hash_client_is_never_a_miss(
+    start_memcached: Start, retries: int
+) -> None:
+    servers = [start_memcached() for _ in range(3)]
+    client = HashClient(addresses(servers), timeout=5, retry_attempts=retries, retry_timeout=0)
+    cache = FileCache(client, chunk_size=CHUNK)
+    for number in range(10):
+        cache.set(f"file {number}", NEW)
+    servers[0].kill()
+    failures = 0
+    for number in list(range(10)) * 3:
+        try:
+            assert cache.get(f"file {number}") == NEW
+        except memchunk.CacheUnavailable:
+            failures += 1
+    assert failures > 0
+    cache.close()
+
+
+# Two at once. Each operation runs whole between any two commands of another one.
+
+FIRST, SECOND = b"1" * 2500, b"2" * 1500
+Operation = Callable[[FileCache, str, bytes], object]
+
+OPERATIONS: dict[str, Operation] = {
+    "add": lambda cache, version, data: cache.add("file", data),
+    "set": lambda cache, version, data: cache.set("file", data),
+    "cas": lambda cache, version, data: cache.cas("file", data, version),
+    "touch longer": lambda cache, version, data: cache.touch("file", 9000),
+    "touch shorter": lambda cache, version, data: cache.touch("file", 100),
+    "touch for ever": lambda cache, version, data: cache.touch("file", 0),
+    "delete": lambda cache, version, data: cache.delete("file"),
+    "delete version": lambda cache, version, data: cache.delete("file", version),
+    "get": lambda cache, version, data: cache.get("file"),
+    "stat": lambda cache, version, data: cache.stat("file").size,
+}
+CHANGING = [name for name in OPERATIONS if name not in ("get", "stat")]
+
+
+def result(operation: str, cache: FileCache, version: str, data: bytes) -> object:
+    """What the operation returns or raises, in a form that can be compared."""
+    try:
+        returned = OPERATIONS[operation](cache, version, data)
+    except memchunk.MemchunkError as error:
+        return type(error).__name__
+    return "done" if isinstance(returned, FileInfo) else returned
+
+
+def prepare(server: Memcached, cache: FileCache, present: bool) -> str:
+    server.flush()
+    return cache.set("file", OLD, expire=1000).version if present else "0" * 16
+
+
+def left(site: Site) -> tuple[object, ...]:
+    """The file that is there and when it ends, after a look at all items."""
+    cache, server = site.cache(), site.servers[0]
+    try:
+        data = cache.get("file")
+    except memchunk.FileNotFound:
+        assert server.keys() == []
+        return (None,)
+    info, ends = cache.stat("file"), server.expiries()
+    assert len(ends) == 1 + info.chunks
+    [manifest] = [end for key, end in ends.items() if info.version not in key]
+    for end in ends.values():
+        assert end == -1 if manifest == -1 else end == -1 or end >= manifest
+    return data, info.expires and round(info.expires - time.time(), -2)
+
+
+@pytest.mark.parametrize("present", [True, False], ids=["replacing", "creating"])
+@pytest.mark.parametrize("second", CHANGING)
+@pytest.mark.parametrize("first", OPERATIONS)
+def test_two_operations_have_the_effect_of_one_after_the_other(
+    tcp: Site, server: Memcached, first: str, second: str, present: bool
+) -> None:
+    one, two = tcp.cache(), tcp.cache()
+    in_turn = []
+    for swap in (False, True):
+        version = prepare(server, one, present)
+        if swap:
+            late = result(second, two, version, SECOND)
+        early = result(first, one, version, FIRST)
+        if not swap:
+            late = result(second, two, version, SECOND)
+        in_turn.append((early, late, *left(tcp)))
+    for moment in itertools.count():
+        version, others = prepare(server, one, present), list[object]()
+        at = At(moment, lambda: others.append(result(second, two, version, SECOND)))
+        early = result(first, tcp.interposed(before=at), version, FIRST)
+        if not at.acted:
+            assert moment > 0
+            return
+        assert (early, *others, *left(tcp)) in in_turn, f"before command {moment} of {first}"
+
+
+@pytest.mark.parametrize("overtake", ["set", "delete"])
+def test_a_reader_overtaken_at_the_first_chunk_starts_over(
+    tcp: Site, server: Memcached, overtake: str
+) -> None:
+    other = tcp.cache()
+    other.set("file", OLD)
+    action = {"set": lambda: other.set("file", NEW), "delete": lambda: other.delete("file")}
+    at = At(FETCH, action[overtake])
+    reader = tcp.interposed(before=at)
+    if overtake == "set":
+        assert reader.get("file") == NEW
+    else:
+        not_found(lambda: reader.get("file"))
+    assert at.acted
+
+
+def test_a_reader_overtaken_between_batches_gets_one_version(tcp: Site, server: Memcached) -> None:
+    other, large = tcp.cache(), LONG * 2
+    other.set("file", large)
+    at = At(FETCH, lambda: other.set("file", OLD))
+    assert tcp.interposed(after=at).get("file") == OLD
+    assert at.acted
+
+
+def test_a_reader_who_is_always_overtaken_gives_up(tcp: Site, server: Memcached) -> None:
+    other = tcp.cache()
+    other.set("file", OLD)
+
+    def overtake(command: str) -> None:
+        if command in FETCH:
+            other.set("file", NEW)
+
+    with pytest.raises(memchunk.FileChanged):
+        tcp.interposed(before=overtake).get("file")
+
+
+def test_threads_see_one_version_or_another_and_leave_no_rest(tcp: Site) -> None:
+    cache = tcp.cache()
+    versions = [bytes([number]) * (number * 700) for number in range(1, 9)]
+    cache.set("file", versions[0])
+
+    def work(number: int) -> None:
+        for turn in range(25):
+            cache.set("file", versions[(number + turn) % len(versions)])
+            assert cache.get("file") in versions
+
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(work, number) for number in range(4)]:
+            done.result()
+    assert tcp.holds_only(file=cache.get("file"))
+
+
+def test_of_many_adds_exactly_one_wins(tcp: Site) -> None:
+    cache, barrier = tcp.cache(), threading.Barrier(6)
+
+    def add(number: int) -> bool:
+        barrier.wait()
+        try:
+            cache.add("file", bytes([number]) * 3000)
+        except memchunk.FileExists:
+            return False
+        return True
+
+    with ThreadPoolExecutor(6) as threads:
+        for _ in range(10):
+            winners = list(threads.map(add, range(6)))
+            assert winners.count(True) == 1
+            assert tcp.holds_only(file=bytes([winners.index(True)]) * 3000)
+            cache.delete("file")
+
+
+# A command that fails, or whose reply is lost: every command of every operation, in turn.
+
+LOST = [ConnectionResetError("lost"), TimeoutError("lost"), BrokenPipeError("lost")]
+
+
+@pytest.mark.parametrize("error", LOST, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("executed", [True, False], ids=["after", "before"])
+@pytest.mark.parametrize("operation", CHANGING)
+def test_a_lost_connection_is_mended_or_reported(
+    tcp: Site, server: Memcached, operation: str, executed: bool, error: OSError
+) -> None:
+    present, other = operation != "add", tcp.cache()
+    version = prepare(server, other, present)
+    before = left(tcp)
+    assert result(operation, other, version, FIRST) in ("done", None)
+    after = left(tcp)
+    for moment in itertools.count():
+        version = prepare(server, other, present)
+        at = At(moment, raising(error))
+        cache = tcp.interposed(**{"after" if executed else "before": at})
+        outcome = result(operation, cache, version, FIRST)
+        if not at.acted:
+            assert moment > 1
+            return
+        assert outcome in ("done", None, "CacheUnavailable")
+        allowed = [before, after] if outcome == "CacheUnavailable" else [after]
+        assert left(tcp) in allowed, f"{outcome} at command {moment}"
+
+
+@pytest.mark.parametrize("error", LOST, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("operation", CHANGING)
+def test_a_lost_reply_to_the_publication_is_recovered(
+    tcp: Site, server: Memcached, operation: str, error: OSError
+) -> None:
+    present, other = operation != "add", tcp.cache()
+    version = prepare(server, other, present)
+    at = At(PUBLISH, raising(error))
+    assert result(operation, tcp.interposed(after=at), version, FIRST) in ("done", None)
+    assert at.acted
+    written = {"add": FIRST, "set": FIRST, "cas": FIRST}
+    if operation.startswith("delete"):
+        assert server.keys() == []
+    else:
+        assert tcp.holds_only(file=written.get(operation, OLD))
+
+
+@pytest.mark.parametrize("executed", [True, False], ids=["after", "before"])
+@pytest.mark.parametrize("operation", CHANGING)
+def test_ctrl_c_in_any_command_leaves_the_old_file_or_the_new(
+    tcp: Site, server: Memcached, operation: str, executed: bool
+) -> None:
+    present, other = operation != "add", tcp.cache()
+    version = prepare(server, other, present)
+    before = left(tcp)
+    result(operation, other, version, FIRST)
+    after = left(tcp)
+    for moment in itertools.count():
+        version = prepare(server, other, present)
+        at = At(moment, raising(KeyboardInterrupt()))
+        cache = tcp.interposed(**{"after" if executed else "before": at})
+        with contextlib.suppress(KeyboardInterrupt):
+            result(operation, cache, version, FIRST)
+        if not at.acted:
+            assert moment > 1
+            return
+        assert left(tcp) in (before, after), f"at command {moment}"
+
+
+# Errors, and what the constructors refuse.
+
+
+def unavailable(site: Site) -> None:
+    memchunk.connect("127.0.0.1:1", timeout=0.5).get("file")
+
+
+def evicted(site: Site) -> None:
+    for key in site.chunks(site.cache().set("file", OLD)):
+        site.servers[0].delete(key)
+    site.cache().get("file")
+
+
+def damaged(site: Site) -> None:
+    damage(site.servers[0], site.chunks(site.cache().set("file", OLD))[0], 20)
+    site.cache().get("file")
+
+
+def added_twice(site: Site) -> None:
+    site.cache().add("file", OLD)
+    site.cache().add("file", OLD)
+
+
+def changed(site: Site) -> None:
+    site.cache().set("file", OLD)
+    site.cache().cas("file", NEW, "0" * 16)
+
+
+ERRORS: dict[str, tuple[Callable[[Site], object], type[Exception], set[str]]] = {
+    "InvalidName": (lambda site: site.cache().get(""), ValueError, set()),
+    "FileNotFound": (lambda site: site.cache().get("file"), KeyError, set()),
+    "FileExists": (added_twice, Exception, {"info"}),
+    "FileChanged": (changed, Exception, {"version", "current"}),
+    "FileTooLarge": (
+        lambda site: site.cache(max_size=1).set("file", OLD),
+        ValueError,
+        {"size", "limit"},
+    ),
+    "SizeMismatch": (
+        lambda site: site.cache().set("file", OLD, size=1),
+        ValueError,
+        {"size", "received"},
+    ),
+    "FileEvicted": (evicted, LookupError, {"info", "missing"}),
+    "FileCorrupt": (damaged, Exception, {"index"}),
+    "CacheFull": (
+        lambda site: site.cache(chunk_size=2 * MIB).set("file", bytes(2 * MIB)),
+        Exception,
+        {"missing"},
+    ),
+    "CacheUnavailable": (unavailable, ConnectionError, {"server"}),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_says_what_happened_and_survives_pickling(tcp: Site, name: str) -> None:
+    provoke, builtin, attributes = ERRORS[name]
+    with pytest.raises(memchunk.MemchunkError) as caught:
+        provoke(tcp)
+    error = caught.value
+    assert type(error) is getattr(memchunk, name)
+    assert name in memchunk.__all__
+    assert isinstance(error, builtin)
+    assert error.name == ("" if name == "InvalidName" else "file")
+    assert repr(error.name) in str(error) or name == "CacheUnavailable"
+    assert "{" not in str(error) and len(str(error)) > 20
+    assert attributes <= set(vars(error))
+    for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+        assert type(twin) is type(error)
+        assert vars(twin) == vars(error)
+        assert str(twin) == str(error)
+
+
+def test_every_error_is_in_the_table() -> None:
+    errors = {name for name in memchunk.__all__ if issubclass_of_root(getattr(memchunk, name))}
+    assert errors == {*ERRORS, "MemchunkError"}
+
+
+def issubclass_of_root(thing: object) -> bool:
+    return isinstance(thing, type) and issubclass(thing, memchunk.MemchunkError)
+
+
+@pytest.mark.parametrize("servers", ["", " ", ","])
+def test_servers_that_are_none_are_refused(servers: str) -> None:
+    with pytest.raises(ValueError):
+        memchunk.connect(servers)
+
+
+@pytest.mark.parametrize("servers", ["host:port", "127.0.0.1:99999", "127.0.0.1:-1", "[::1"])
+def test_a_server_without_a_sound_address_is_refused_or_unavailable(servers: str) -> None:
+    with pytest.raises((ValueError, memchunk.CacheUnavailable)):
+        memchunk.connect(servers, timeout=0.5).get("file")
+
+
+def test_a_client_that_hides_errors_is_refused(shared: list[Memcached]) -> None:
+    for client in (
+        Client(shared[0].address, ignore_exc=True),
+        PooledClient(shared[0].address, ignore_exc=True),
+        HashClient([shared[0].address], ignore_exc=True),
+    ):
+        with pytest.raises(ValueError, match="ignore_exc"):
+            FileCache(client)
+
+
+@pytest.mark.parametrize("options", [{"chunk_size": 0}, {"chunk_size": -1}])
+def test_options_that_make_no_sense_are_refused(tcp: Site, options: dict[str, int]) -> None:
+    with pytest.raises(ValueError):
+        FileCache(plain(tcp.servers), **options)  # type: ignore[arg-type]
+
+
+def test_clients_that_are_given_by_name_share_the_files(shared: list[Memcached]) -> None:
+    for server in shared:
+        server.flush()
+    cache = FileCache({each.server: plain([each]) for each in shared}, chunk_size=CHUNK)
+    for number in range(20):
+        cache.set(f"file {number}", OLD)
+    assert [cache.get(f"file {number}") for number in range(20)] == [OLD] * 20
+    assert all(len(server.keys()) % 4 == 0 for server in shared)
+    cache.close()
+
+
+@every_kind
+def test_a_closed_cache_opens_new_connections(site: Site) -> None:
+    cache = site.cache()
+    cache.set("file", OLD)
+    cache.close()
+    assert cache.get("file") == OLD
+    cache.ping()
+
+
+# Properties, around the edges of chunks.
+
+EXAMPLES = settings(max_examples=60, deadline=None)
+SIZES = st.integers(0, 60)
+CHUNKS = st.integers(1, 25)
+
+
+def small_cache(shared: list[Memcached], chunk_size: int) -> FileCache:
+    return FileCache(plain(shared[:1]), chunk_size=chunk_size, namespace="property")
+
+
+@EXAMPLES
+@given(size=SIZES, chunk_size=CHUNKS, pieces=st.lists(st.integers(0, 30), min_size=1))
+def test_any_file_in_any_pieces_comes_back(
+    shared: list[Memcached], size: int, chunk_size: int, pieces: list[int]
+) -> None:
+    data = bytes(range(size))
+    with contextlib.closing(small_cache(shared, chunk_size)) as cache:
+        info = cache.set("file", in_pieces(data, *pieces, 1))
+        assert cache.get("file") == data
+        assert info.chunks == -(-size // chunk_size)
+
+
+@EXAMPLES
+@given(
+    size=SIZES,
+    chunk_size=CHUNKS,
+    start=st.integers(-70, 70),
+    stop=st.none() | st.integers(-70, 70),
+)
+def test_any_slice_is_the_slice_of_the_file(
+    shared: list[Memcached], size: int, chunk_size: int, start: int, stop: Optional[int]
+) -> None:
+    data = bytes(range(size))
+    with contextlib.closing(small_cache(shared, chunk_size)) as cache:
+        cache.set("file", data)
+        assert b"".join(cache.open("file").chunks(start, stop)) == data[start:stop]
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("read"), st.integers(-1, 70)),
+    st.tuples(st.just("readline"), st.integers(-1, 70)),
+    st.tuples(st.just("seek"), st.integers(0, 70)),
+    st.tuples(st.just("seek"), st.integers(-70, 70), st.integers(0, 2)),
+    st.tuples(st.just("readinto"), st.integers(0, 70)),
+    st.tuples(st.just("tell")),
+)
+
+
+def step(stream: Any, method: str, *arguments: int) -> object:
+    """What a step returns or leaves; a stream that refuses it says ValueError."""
+    if method == "readinto":
+        buffer = bytearray(*arguments)
+        return stream.readinto(buffer), buffer
+    if method == "seek" and arguments[1:] and target(stream, *arguments) < 0:
+        # BytesIO goes to 0 where a file refuses to go before its start.
+        if isinstance(stream, io.BytesIO):
+            return "refused"
+        with pytest.raises(ValueError):
+            stream.seek(*arguments)
+        return "refused"
+    return getattr(stream, method)(*arguments)
+
+
+def target(stream: Any, offset: int, whence: int) -> int:
+    here = stream.tell()
+    end: int = stream.seek(0, io.SEEK_END)
+    stream.seek(here)
+    return offset + int((0, here, end)[whence])
+
+
+@EXAMPLES
+@given(size=SIZES, chunk_size=CHUNKS, steps=st.lists(STEPS, max_size=20), buffered=st.booleans())
+def test_any_sequence_of_reads_and_seeks_is_that_of_bytesio(
+    shared: list[Memcached],
+    size: int,
+    chunk_size: int,
+    steps: list[tuple[Any, ...]],
+    buffered: bool,
+) -> None:
+    data = bytes(range(size))
+    with contextlib.closing(small_cache(shared, chunk_size)) as cache:
+        cache.set("file", data)
+        raw, model = cache.open("file"), io.BytesIO(data)
+        stream = io.BufferedReader(raw, 16) if buffered else raw
+        for each in steps:
+            assert step(stream, *each) == step(model, *each), each
+        assert stream.tell() == model.tell()
