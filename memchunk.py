@@ -33,11 +33,13 @@ import hashlib
 import io
 import math
 import operator
+import os
 import re
 import secrets
 import socket
 import struct
 import time
+import weakref
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -45,29 +47,13 @@ from typing import IO, Any, Callable, NoReturn, TypeVar, Union
 
 from pymemcache.client.base import Client, PooledClient
 from pymemcache.client.rendezvous import RendezvousHash
-from pymemcache.exceptions import (
-    MemcacheError,
-    MemcacheServerError,
-    MemcacheUnexpectedCloseError,
-)
+from pymemcache.exceptions import MemcacheError, MemcacheServerError, MemcacheUnexpectedCloseError
+from pymemcache.pool import ObjectPool
 
 __all__ = [
-    "CacheFull",
-    "CacheUnavailable",
-    "CachedFile",
-    "FileCache",
-    "FileChanged",
-    "FileCorrupt",
-    "FileEvicted",
-    "FileExists",
-    "FileInfo",
-    "FileNotFound",
-    "FileTooLarge",
-    "InvalidName",
-    "MAX_SIZE",
-    "MemchunkError",
-    "SizeMismatch",
-    "connect",
+    "CacheFull", "CacheUnavailable", "CachedFile", "FileCache", "FileChanged", "FileCorrupt",
+    "FileEvicted", "FileExists", "FileInfo", "FileNotFound", "FileTooLarge", "InvalidName",
+    "MAX_SIZE", "MemchunkError", "SizeMismatch", "connect",
 ]
 
 MAX_SIZE = 50 * 1024 * 1024  # bytes, inclusive: the largest file unless `max_size` says otherwise
@@ -284,12 +270,15 @@ class _Manifest:
         body = bytes(value[: -_CRC.size]) if isinstance(value, (bytes, bytearray)) else b""
         if value != body + _CRC.pack(zlib.crc32(body)) or not body.startswith(_MAGIC):
             raise FileCorrupt(name=name, index=None)
-        if body[len(_MAGIC)] != _FORMAT:
-            raise _UnknownFormat(name=name, index=None, format=body[len(_MAGIC)])
+        found = int.from_bytes(body[len(_MAGIC) : len(_MAGIC) + 1], "big")
+        if found != _FORMAT:
+            raise _UnknownFormat(name=name, index=None, format=found)
+        if len(body) < _MANIFEST.size:
+            raise FileCorrupt(name=name, index=None)
         fields = _MANIFEST.unpack_from(body)
         chunk_size, floor, total, size, created, expires, version, length = fields[2:]
         tail = body[_MANIFEST.size :]
-        if tail[:length] != name.encode():
+        if tail[:length] != name.encode() or not chunk_size:
             raise FileCorrupt(name=name, index=None)
         info = FileInfo(
             *(name, size, -(-size // chunk_size), version.hex(), created, expires or None),
@@ -330,13 +319,8 @@ class FileCache:
     """
 
     def __init__(
-        self,
-        client: Any,
-        *,
-        namespace: str = "memchunk",
-        max_size: int = MAX_SIZE,
-        chunk_size: int | None = None,
-        lease: int = LEASE,
+        self, client: Any, *, namespace: str = "memchunk", max_size: int = MAX_SIZE,
+        chunk_size: int | None = None, lease: int = LEASE,
     ) -> None:
         if not re.fullmatch(r"[!-~]{1,100}", namespace):
             raise ValueError("namespace must be 1 to 100 printable ASCII characters without spaces")
@@ -353,11 +337,7 @@ class FileCache:
         self.max_size = max_size
 
     def add(
-        self,
-        name: str,
-        source: Source,
-        size: int | None = None,
-        expire: int = 0,
+        self, name: str, source: Source, size: int | None = None, expire: int = 0,
         metadata: bytes = b"",
     ) -> FileInfo:
         """Store a new file; return its FileInfo.
@@ -382,11 +362,7 @@ class FileCache:
         return self._write(name, source, size, expire, metadata, check)
 
     def set(
-        self,
-        name: str,
-        source: Source,
-        size: int | None = None,
-        expire: int = 0,
+        self, name: str, source: Source, size: int | None = None, expire: int = 0,
         metadata: bytes = b"",
     ) -> FileInfo:
         """Store a file, replacing what is there. Until it returns, and where it raises, readers get
@@ -394,12 +370,7 @@ class FileCache:
         return self._write(name, source, size, expire, metadata, lambda store, current: None)
 
     def cas(
-        self,
-        name: str,
-        source: Source,
-        version: str,
-        size: int | None = None,
-        expire: int = 0,
+        self, name: str, source: Source, version: str, size: int | None = None, expire: int = 0,
         metadata: bytes = b"",
     ) -> FileInfo:
         """Check and set: replace the file only while it is `version`. Arguments and errors are those
@@ -477,12 +448,7 @@ class FileCache:
         return _Store(self._clients[server], server, self.namespace, name, digest)
 
     def _write(
-        self,
-        name: str,
-        source: Source,
-        size: int | None,
-        expire: int,
-        metadata: bytes,
+        self, name: str, source: Source, size: int | None, expire: int, metadata: bytes,
         check: Callable[[_Store, _Current], None],
     ) -> FileInfo:
         """The five steps of every write. `check` raises where the current file forbids it."""
@@ -619,10 +585,7 @@ def connect(servers: str, *, timeout: float = TIMEOUT, **options: Any) -> FileCa
     """
     clients = {
         server: _FastPool(
-            server,
-            connect_timeout=timeout,
-            timeout=timeout,
-            no_delay=True,
+            server, connect_timeout=timeout, timeout=timeout, no_delay=True,
             pool_idle_timeout=60,  # seconds; firewalls forget connections that idle longer
         )
         for server in map(str.strip, servers.split(","))
@@ -645,13 +608,8 @@ class _FastClient(Client):
         return value
 
     def _store_cmd(
-        self,
-        name: bytes,
-        values: dict[Any, Any],
-        expire: int,
-        noreply: bool,
-        flags: int | None = None,
-        cas: bytes | None = None,
+        self, name: bytes, values: dict[Any, Any], expire: int, noreply: bool,
+        flags: int | None = None, cas: bytes | None = None,
     ) -> dict[Any, bool | None]:
         buffers: list[Any] = []
         for key, value in values.items():
@@ -671,11 +629,7 @@ class _FastClient(Client):
         return {key: line == b"STORED" for key, line in zip(values, lines)}
 
     def _extract_value(
-        self,
-        expect_cas: bool,
-        line: bytes,
-        buf: bytes,
-        remapped_keys: dict[bytes, Any],
+        self, expect_cas: bool, line: bytes, buf: bytes, remapped_keys: dict[bytes, Any],
         prefixed_keys: list[bytes],
     ) -> tuple[Any, Any, bytes]:
         _, key, _, size, *cas = line.split()
@@ -694,9 +648,7 @@ class _FastClient(Client):
         return key, (value, cas[0]) if expect_cas else self._each(key, value), buf
 
     def get_each(
-        self,
-        keys: list[str],
-        each: Callable[[str, bytearray], Any],
+        self, keys: list[str], each: Callable[[str, bytearray], Any],
         allocate: Callable[[int], bytearray],
     ) -> dict[Any, Any]:
         """`get_many`, of what `each` makes of a key and its value while the server sends the next."""
@@ -712,19 +664,47 @@ class _FastClient(Client):
         return [line == b"TOUCHED" for line in self._misc_cmd(commands, b"touch", False)]
 
 
+class _Pool(ObjectPool[Any]):
+    """Discards a connection after Ctrl-C or a gevent time-out too, as it may be in mid-reply."""
+
+    @contextlib.contextmanager
+    def get_and_release(self, destroy_on_fail: bool = True) -> Iterator[Any]:
+        client = super().get()  # type: ignore[no-untyped-call]
+        try:
+            yield client
+        except BaseException:
+            self.destroy(client)
+            raise
+        self.release(client)
+
+
 class _FastPool(PooledClient):
-    """A pool of them, which makes it thread-safe."""
+    """A pool of fast clients, which makes them safe for threads and for processes that fork."""
 
     client_class = _FastClient
+    client_pool: Any
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._renew()
+        renew = weakref.WeakMethod(self._renew)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=lambda: (renew() or (lambda: None))())
+
+    def _renew(self) -> None:
+        """Begin with no connections: a child must not talk on those of its parent. Not by `clear`,
+        since the pool's lock may have been held by a thread that the child doesn't have."""
+        for client in (*self.client_pool.free, *self.client_pool.used):
+            client.close()
+        idle = self.client_pool.idle_timeout
+        self.client_pool = _Pool(self._create_client, _FastClient.close, idle_timeout=idle)
 
     def get_each(self, *args: Any) -> Any:
-        client: Any
-        with self.client_pool.get_and_release(destroy_on_fail=True) as client:
+        with self.client_pool.get_and_release() as client:
             return client.get_each(*args)
 
     def touch_many(self, *args: Any) -> Any:
-        client: Any
-        with self.client_pool.get_and_release(destroy_on_fail=True) as client:
+        with self.client_pool.get_and_release() as client:
             return client.touch_many(*args)
 
 
@@ -1026,8 +1006,6 @@ class _Store:
             raise CacheUnavailable(
                 name=self.name, server=self.server, reason=repr(error)
             ) from error
-        except Exception:
-            raise
         except BaseException:
             # Ctrl-C or a gevent time-out, perhaps in mid-reply. pymemcache closes a connection after
             # an Exception only; the next command would take the rest of the reply for its own.
