@@ -1,4 +1,4 @@
-"""Fixtures that every test shares: real memcached processes, one per test, on a port of their own."""
+"""Fixtures that every test shares: real memcached processes, each on a port of its own."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ import signal
 import socket
 import subprocess
 import time
-from typing import Callable, Iterator
+from collections.abc import Iterator
+from typing import Callable
 from urllib.parse import unquote
 
 import pytest
 
-INSTALL = "install it: 'apt-get install memcached', 'dnf install memcached' or 'brew install memcached'"
+INSTALL = "'apt-get install memcached', 'dnf install memcached' or 'brew install memcached'"
 
 
 class Memcached:
     """A memcached process that a test owns, may damage, stop and kill.
 
-    `server` is its address in the form that `memchunk.connect` takes. `unix=True` listens on a Unix
-    socket instead of a free TCP port of the loopback interface.
+    `server` is its address in the form that `memchunk.connect` takes. `unix=True` listens on a
+    Unix socket instead of a free TCP port of the loopback interface.
     """
 
     def __init__(self, folder: pathlib.Path, *options: str, unix: bool = False) -> None:
         program = shutil.which("memcached")
         if program is None:
-            pytest.fail(f"these tests need memcached; {INSTALL}")
+            pytest.fail(f"these tests need memcached: {INSTALL}")
         self._options = options
         self._program = program
         self._unix = str(folder / "memcached.sock") if unix else None
@@ -36,11 +37,11 @@ class Memcached:
         self.start()
 
     def start(self) -> None:
-        """Start the process, after `kill` on the same address as before, and wait until it answers."""
+        """Start the process, after `kill` on the same address, and wait until it answers."""
         listen = ["-s", self._unix] if self._unix else ["-l", "127.0.0.1", "-p", str(self._port)]
         self._port_file.unlink(missing_ok=True)
         user = ["-u", "root"] if os.geteuid() == 0 else []
-        self.process = subprocess.Popen(
+        self.process = subprocess.Popen(  # noqa: S603 - the arguments are the tests' own
             [self._program, *listen, "-U", "0", *user, *self._options],
             env={**os.environ, "MEMCACHED_PORT_FILENAME": str(self._port_file)},
         )
@@ -137,11 +138,13 @@ class Memcached:
 
     def stats(self, what: str = "") -> dict[str, str]:
         reply = self.command(f"stats {what}".strip(), until=b"END\r\n").decode()
-        return dict(line.split(" ", 2)[1:] for line in reply.splitlines() if line.startswith("STAT"))
+        lines = [line.split(" ", 2) for line in reply.splitlines()]
+        return {name: value for _, name, value in (line for line in lines if line[0] == "STAT")}
 
     def pause(self) -> None:
         """SIGSTOP: connections are accepted by the kernel and never answered."""
         self.process.send_signal(signal.SIGSTOP)
+        os.waitpid(self.process.pid, os.WUNTRACED)  # until all of its threads have stopped
 
     def resume(self) -> None:
         self.process.send_signal(signal.SIGCONT)
@@ -163,8 +166,11 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = 20) ->
         time.sleep(0.005)
 
 
+Start = Callable[..., Memcached]
+
+
 @pytest.fixture
-def start_memcached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Memcached]]:
+def start_memcached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Start any number of memcached processes: `start_memcached("-m", "64", unix=False)`."""
     started: list[Memcached] = []
 
@@ -179,6 +185,6 @@ def start_memcached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callab
 
 
 @pytest.fixture
-def memcached(start_memcached: Callable[..., Memcached]) -> Memcached:
+def memcached(start_memcached: Start) -> Memcached:
     """A memcached with stock settings (`-m 64`), empty."""
     return start_memcached()

@@ -46,6 +46,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any, Callable, NoReturn, TypeVar, Union
 
 from pymemcache.client.base import Client, PooledClient
+from pymemcache.client.hash import HashClient
 from pymemcache.client.rendezvous import RendezvousHash
 from pymemcache.exceptions import MemcacheError, MemcacheServerError, MemcacheUnexpectedCloseError
 from pymemcache.pool import ObjectPool
@@ -306,9 +307,9 @@ _Current = Union[_Manifest, FileCorrupt, None]  # what is at a manifest's key, o
 class FileCache:
     """Files in memcached, through any pymemcache client.
 
-    client: a pymemcache `Client`, `PooledClient` or `HashClient`, or a mapping of server names to
-        clients: then each file lives whole on one server, chosen by rendezvous hashing of its name.
-        Thread-safe when the client is.
+    client: a pymemcache `Client` or `PooledClient`, or several: a `HashClient` or a mapping of server
+        names to clients. Then each file lives whole on one server, chosen by rendezvous hashing of
+        its name: what is lost with a server is its own files. Thread-safe when the clients are.
     namespace: prefix of every key, 1 to 100 printable ASCII characters without spaces.
     max_size: bytes, the largest file. 50 MiB by default.
     chunk_size: bytes of payload per chunk. By default the most that the server keeps well, as told by
@@ -326,6 +327,10 @@ class FileCache:
             raise ValueError("namespace must be 1 to 100 printable ASCII characters without spaces")
         if chunk_size is not None and chunk_size < 1:
             raise ValueError("chunk_size must be at least 1 byte")
+        if isinstance(client, HashClient):
+            # Its own routing calls a server that is down a miss, and what it put on another instead
+            # is stale when the first returns. Its clients are sound, one by one.
+            client = client.clients
         self._clients = dict(client) if isinstance(client, Mapping) else {"memcached": client}
         if any(getattr(each, "ignore_exc", False) for each in self._clients.values()):
             raise ValueError("a client with ignore_exc=True reports a server that is down as a miss")
@@ -621,11 +626,19 @@ class _FastClient(Client):
             self._connect()
         try:
             _send(self.sock, buffers)
+            # All of them, errors too: after an early end the server would go on storing.
+            replies = b""
+            while replies.count(b"\r\n") < len(values):
+                received = self.sock.recv(4096)
+                if not received:
+                    raise MemcacheUnexpectedCloseError
+                replies += received
+            lines = replies.split(b"\r\n")
+            for line in lines:
+                self._raise_errors(line, name)
         except Exception:
             self.close()
             raise
-        # All is sent; what is left of the commands is their replies.
-        lines = self._misc_cmd([b""] * len(values), name, noreply)
         return {key: line == b"STORED" for key, line in zip(values, lines)}
 
     def _extract_value(
@@ -811,7 +824,6 @@ class _Store:
     def __init__(self, client: Any, server: str, namespace: str, name: str, digest: str) -> None:
         self.server, self.name = server, name
         self._client, self._namespace = client, namespace
-        self._nodes = list(getattr(client, "clients", {"": client}).values())  # of a HashClient
         self._fast = isinstance(client, _FastPool)
         self._key = f"{namespace}:{digest}"
 
@@ -820,7 +832,7 @@ class _Store:
 
     def lookup(self) -> tuple[_Current, Any, Any]:
         """What is at the manifest's key: what it means, the value (None: nothing), its cas token."""
-        value, token = self._gets(self._key)
+        value, token = self._retry("gets", self._key)
         if value is None:
             return None, None, None
         try:
@@ -847,7 +859,11 @@ class _Store:
             try:
                 done = self._replace(value, token, exptime)
             except BaseException as lost:  # the reply, to the network or to Ctrl-C
-                error, found = lost, self.lookup()
+                error = lost
+                with contextlib.suppress(CacheUnavailable):
+                    found = self.lookup()
+                if found is None:
+                    raise  # nobody tells
                 done = found[1] == (value or None)
                 # The old token proves that it was not done, and may be tried again. Without that it
                 # may have been done, and undone by another writer, who deleted our chunks.
@@ -866,13 +882,15 @@ class _Store:
             return bool(self._call("add", self._key, value, expire=exptime, noreply=False))
         return bool(self._call("cas", self._key, value, token, expire=exptime, noreply=False))
 
-    def put(self, values: dict[str, Any], lease: int, hold: bool) -> None:
+    def put(self, values: dict[str, tuple[Any, ...]], lease: int, hold: bool) -> None:
         """Store chunks, each value given in parts, for `lease` seconds. Raises CacheFull."""
-        if not self._fast:
-            values = {key: b"".join(parts) for key, parts in values.items()}
-        if self._store_all(values, lease):
-            self._confirm(values)
-            raise CacheFull(name=self.name, missing=[], reason="it refuses chunks")
+        if self._fast:
+            self._put(values, lease)
+        else:
+            # One by one: `set_many` stops at the first refusal, and the server goes on to store what
+            # was sent behind it, perhaps after the command by which this upload cleans up.
+            for key, parts in values.items():
+                self._put({key: b"".join(parts)}, lease)
         if hold:
             # What was asked for twice is active in the eyes of memcached's LRU, like the chunks of
             # files that were read; otherwise a full cache evicts the new chunks to keep those. Done
@@ -880,12 +898,16 @@ class _Store:
             self._touch(list(values), lease)
             self._touch(list(values), lease)
 
-    def _store_all(self, values: dict[str, Any], lease: int) -> list[str]:
-        for _ in range(2):
-            # While most chunks are active memcached may refuse one, and take it the next time.
-            with contextlib.suppress(CacheFull):
-                return list(self._retry("set_many", values, expire=lease, noreply=False))
-        return list(self._retry("set_many", values, expire=lease, noreply=False))
+    def _put(self, values: dict[str, Any], lease: int) -> None:
+        for last in (False, False, True):
+            try:
+                if not self._retry("set_many", values, expire=lease, noreply=False):
+                    return
+                raise CacheFull(name=self.name, missing=[], reason="it refuses chunks")
+            except CacheFull:
+                # While most chunks are active memcached may refuse one, and take it the next time.
+                if last:
+                    raise
 
     def fetch(self, manifest: _Manifest, indices: range, buffers: _Buffers) -> list[memoryview]:
         """Verified payloads. Raises FileEvicted, FileChanged, FileCorrupt."""
@@ -899,10 +921,7 @@ class _Store:
             payloads = self._retry("get_each", list(keys), verify, buffers.take)
         else:
             values = self._retry("get_many", list(keys))
-            # A second look at what is missing: some clients call missing what a server has that is
-            # down. This raises CacheUnavailable then.
-            values.update((key, self._gets(key)[0]) for key in keys if key not in values)
-            payloads = {k: verify(k, value) for k, value in values.items() if value is not None}
+            payloads = {key: verify(key, value) for key, value in values.items()}
         missing = [index for key, index in keys.items() if key not in payloads]
         if missing:
             self.explain(manifest.info, missing)
@@ -921,9 +940,7 @@ class _Store:
         exptime, touched = _exptime(expires, _SLACK), []
         for start in range(0, len(keys), _PIPELINE):
             touched += self._touch(keys[start : start + _PIPELINE], exptime)
-        missing = [index for index in range(info.chunks) if not touched[index]]
-        self._confirm(keys[index] for index in missing)
-        return missing
+        return [index for index, found in enumerate(touched) if not found]
 
     def _touch(self, keys: list[str], exptime: int) -> list[bool]:
         if self._fast:
@@ -964,31 +981,17 @@ class _Store:
         """Bytes of the largest item that the server keeps in one piece, and of its memory, as its
         `stats settings` say; stock values and no limit where a client or proxy hides them."""
         try:
-            settings = [node.stats("settings") for node in self._nodes]
-            sizes = [each[key] for each in settings for key in (b"item_size_max", b"slab_chunk_max")]
-            return min(_LARGEST_ITEM, *sizes), sum(each[b"maxbytes"] for each in settings)
-        except (*_CLIENT_ERRORS, AttributeError):
+            settings = self._client.stats("settings")
+            sizes = (settings[b"item_size_max"], settings[b"slab_chunk_max"], _LARGEST_ITEM)
+            return min(sizes), settings[b"maxbytes"]
+        except (*_CLIENT_ERRORS, AttributeError, TypeError):
             return _LARGEST_ITEM, math.inf
-
-    def _confirm(self, keys: Iterable[str]) -> None:
-        """Raise CacheUnavailable where "no" meant that a server is down, as a HashClient has it."""
-        for key in keys:
-            self._gets(key)
-
-    def _gets(self, key: str) -> tuple[Any, Any]:
-        found = self._retry("gets", key)
-        # A HashClient says None, instead of (None, None), where a server failed lately, and turns to
-        # another server for what was on one that it gave up. Neither is a miss.
-        if found is None or found[0] is None and getattr(self._client, "_dead_clients", None):
-            raise CacheUnavailable(name=self.name, server=self.server, reason="it was down lately")
-        value, token = found
-        return value, token
 
     def _retry(self, command: str, *args: Any, **options: Any) -> Any:
         """Call what may be done twice; again where the connection turns out to be broken. After a
         restart of the server, all that idle in a pool are."""
-        pools = [getattr(node, "client_pool", None) for node in self._nodes]
-        for _ in range(sum(1 + len(pool.free if pool else ()) for pool in pools)):
+        pool = getattr(self._client, "client_pool", None)
+        for _ in range(1 + len(pool.free if pool else ())):
             try:
                 return self._call(command, *args, **options)
             except CacheUnavailable as error:
@@ -1009,9 +1012,8 @@ class _Store:
         except BaseException:
             # Ctrl-C or a gevent time-out, perhaps in mid-reply. pymemcache closes a connection after
             # an Exception only; the next command would take the rest of the reply for its own.
-            for node in self._nodes:
-                if not hasattr(node, "client_pool"):  # a pool does not use that connection again
-                    node.close()
+            if not hasattr(self._client, "client_pool"):  # a pool does not use it again
+                self._client.close()
             raise
 
 
