@@ -1060,7 +1060,8 @@ class _Pieces(io.RawIOBase):
         read = getattr(source, "read", None)
         self._pieces = iter(functools.partial(read, 65536), b"") if read else iter(source)
         self._piece = memoryview(b"")
-        self._advance()  # at once, so that text is refused before anything is sent
+        if self._pieces is not source:
+            self._advance()  # so that text is refused first of all; what a generator does can wait
 
     def _advance(self) -> None:
         for piece in self._pieces:

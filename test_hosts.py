@@ -1,0 +1,527 @@
+"""The HTTP API on real WSGI hosts, in front of real clients, and behind Lambda adapters.
+
+Every host runs in a process of its own, started by the command that the README gives, and gets the
+same requests. What a host can't do is named here, in HOSTS, and in the README's table.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import http.client
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+import requests
+
+import wsgi
+from conftest import Memcached, wait_for
+
+MIB = 1024 * 1024
+FOLDER = pathlib.Path(wsgi.__file__).parent
+SECONDS = 60  # that any answer may take; only a hang takes as long
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """A WSGI host: the command that serves on {port}, and where it differs from the others.
+
+    chunked: whether it reads chunked uploads. early: whether it answers before the body has come.
+    """
+
+    command: str
+    chunked: bool = True
+    early: bool = True
+    streams: bool = True
+
+
+HOSTS = {
+    "werkzeug": Host("{python} wsgi.py --port {port}"),
+    "gunicorn": Host("{python} -m gunicorn -w 2 -b 127.0.0.1:{port} wsgi:application"),
+    "gunicorn-threads": Host(
+        "{python} -m gunicorn -w 2 --threads 4 -b 127.0.0.1:{port} wsgi:application"
+    ),
+    "waitress": Host(
+        "{python} -m waitress --listen=127.0.0.1:{port} wsgi:application",
+        early=False,  # it keeps the whole body, in a temporary file, before it calls
+        streams=False,
+    ),
+    "cheroot": Host(
+        "{python} -m cheroot --bind 127.0.0.1:{port} wsgi:application",
+        early=False,  # it reads what the application left of a body before it answers
+    ),
+    "uwsgi": Host(
+        "{uwsgi} --master --need-app --processes 2 --buffer-size 16384 --die-on-term "
+        "--http 127.0.0.1:{port} --http-manage-expect --http-keepalive --module wsgi:application",
+        chunked=False,
+    ),
+}
+
+
+class Server:
+    """A host that runs the API on a free port of the loopback interface."""
+
+    def __init__(self, host: Host, log: pathlib.Path, **environ: str) -> None:
+        self.host, self.log = host, log
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        uwsgi = pathlib.Path(sys.executable).with_name("uwsgi")
+        command = host.command.format(python=sys.executable, uwsgi=uwsgi, port=self.port)
+        if "{uwsgi}" in host.command and not uwsgi.exists():
+            pytest.fail("these tests need uWSGI; install it: 'pip install uwsgi'")
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command.split(),
+                cwd=FOLDER,
+                env={**os.environ, **environ},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # so that its workers can be stopped with it
+            )
+
+    def wait(self) -> Server:
+        wait_for(self.answers, f"{self.host.command} to answer")
+        return self
+
+    def answers(self) -> bool:
+        if self.process.poll() is not None:
+            pytest.fail(f"{self.host.command} ended: {self.output()}")
+        try:
+            return self.request("GET", "/healthz").status == 200
+        except OSError:
+            return False
+
+    def stop(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.port}{path}"
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=SECONDS)
+
+    def request(
+        self, method: str, path: str, body: Any = None, headers: Any = None, **options: Any
+    ) -> Answer:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
+        with contextlib.closing(connection):
+            connection.request(method, path, body, headers or {}, **options)
+            response = connection.getresponse()
+            return Answer(response.status, response.headers, response.read())
+
+    def raw(self, *parts: bytes, end: bool = True) -> bytes:
+        """Send bytes, end the sending side, return all that comes back until the host closes."""
+        with self.connect() as connection:
+            with contextlib.suppress(OSError):  # it may have closed already
+                for part in parts:
+                    connection.sendall(part)
+                if end:
+                    connection.shutdown(socket.SHUT_WR)
+            return receive(connection)
+
+    def peak(self) -> int:
+        """The most memory in bytes that any one of its processes had so far."""
+        group = subprocess.run(
+            ["ps", "-o", "pid=", "-s", str(self.process.pid)], capture_output=True, check=True
+        )
+        peaks = []
+        for pid in group.stdout.split():
+            with contextlib.suppress(FileNotFoundError):
+                status = pathlib.Path(f"/proc/{int(pid)}/status").read_text()
+                peaks += [int(kib) * 1024 for kib in re.findall(r"VmHWM:\s+(\d+)", status)]
+        return max(peaks)
+
+
+@dataclasses.dataclass
+class Answer:
+    status: int
+    headers: Any
+    data: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.data)
+
+
+def receive(connection: socket.socket) -> bytes:
+    """All that comes until the other side closes. A time-out, which is a hang, fails the test."""
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while piece := connection.recv(65536):
+            received += piece
+    return received
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Memcached]:
+    memcached = Memcached(tmp_path_factory.mktemp("m"), "-m", "512")
+    yield memcached
+    memcached.kill()
+
+
+@pytest.fixture(scope="module", params=HOSTS)
+def server(
+    request: Any, cache: Memcached, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("host") / "log"
+    server = Server(HOSTS[request.param], log, MEMCHUNK_SERVERS=cache.server)
+    try:
+        yield server.wait()
+    finally:
+        server.stop()
+    assert "unexpected error" not in server.output(), server.output()
+
+
+@pytest.fixture(scope="module")
+def big() -> bytes:
+    return os.urandom(50 * MIB)
+
+
+def form(data: bytes, name: str = "a b.bin") -> tuple[bytes, dict[str, str]]:
+    """A multipart/form-data body, and the header that goes with it."""
+    request = requests.Request("POST", "http://x", files={"file": (name, data)}).prepare()
+    return request.body, {"Content-Type": request.headers["Content-Type"]}  # type: ignore
+
+
+# Uploads and downloads
+
+
+def test_50_mib_and_back(server: Server, big: bytes) -> None:
+    before = server.peak()
+    for headers in ({}, {"Repr-Digest": ""}):
+        created = server.request("POST", "/files", big, headers)
+        assert created.status == 201
+    if server.host.streams:
+        assert server.peak() - before < 12 * MIB
+    read = server.request("GET", "/files/" + created.json["name"])
+    assert (read.status, read.data == big) == (200, True)
+    assert server.request("DELETE", "/files/" + created.json["name"]).status == 204
+
+
+def test_50_mib_in_a_form(server: Server, big: bytes) -> None:
+    body, headers = form(big)
+    before = server.peak()
+    created = server.request("POST", "/files", body, headers)
+    assert created.status == 201
+    if server.host.streams:
+        assert server.peak() - before < 12 * MIB
+    read = server.request("GET", "/files/" + created.json["name"])
+    assert (read.status, read.data == big) == (200, True)
+    assert 'filename="a b.bin"' in read.headers["Content-Disposition"]
+
+
+@pytest.mark.parametrize("size", [0, 1, 65535, 65536, 65537, 1_000_000])
+def test_small_files(server: Server, big: bytes, size: int) -> None:
+    for body, headers in ((big[:size], {}), form(big[:size])):
+        created = server.request("PUT", "/files/small", body, headers)
+        assert created.status in (200, 201), created.data
+        assert server.request("GET", "/files/small").data == big[:size]
+
+
+def test_chunked_transfer_coding(server: Server, big: bytes) -> None:
+    pieces = (big[start : start + 99_999] for start in range(0, 5 * MIB, 99_999))
+    data = b"".join(big[start : start + 99_999] for start in range(0, 5 * MIB, 99_999))
+    headers = {"Transfer-Encoding": "chunked"}
+    if not server.host.chunked:
+        refused = server.request("PUT", "/files/c", [b"x"], headers, encode_chunked=True)
+        assert (refused.status, refused.json["status"]) == (411, 411)
+        return
+    created = server.request("PUT", "/files/c", pieces, headers, encode_chunked=True)
+    assert created.status == 201
+    assert server.request("GET", "/files/c").data == data
+    assert server.request("DELETE", "/files/c").status == 204
+
+
+def test_a_chunked_body_over_the_limit(server: Server) -> None:
+    if not server.host.chunked:
+        return
+    pieces = (bytes(MIB) for _ in range(60))
+    headers = {"Transfer-Encoding": "chunked"}
+    refused = server.request("PUT", "/files/none", pieces, headers, encode_chunked=True)
+    assert (refused.status, refused.json["status"]) == (413, 413)
+    assert server.request("GET", "/files/none").status == 404
+
+
+def test_expect_100_continue(server: Server) -> None:
+    with server.connect() as connection:
+        connection.sendall(
+            b"PUT /files/e HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nExpect: 100-continue\r\n"
+            b"Connection: close\r\n\r\n"
+        )
+        assert connection.recv(65536).startswith(b"HTTP/1.1 100 ")
+        connection.sendall(b"hello")
+        assert b"HTTP/1.1 20" in receive(connection)
+    assert server.request("GET", "/files/e").data == b"hello"
+
+
+@pytest.mark.parametrize("kind", ["raw", "form", "chunked"])
+def test_a_body_cut_off(server: Server, kind: str) -> None:
+    body, headers = form(bytes(100_000)) if kind == "form" else (bytes(100_000), {})
+    length = f"Content-Length: {len(body)}\r\n"
+    if kind == "chunked":
+        length = "Transfer-Encoding: chunked\r\n"
+        body = b"186a0\r\n" + body
+    more = "".join(f"{key}: {value}\r\n" for key, value in headers.items())
+    head = f"PUT /files/cut HTTP/1.1\r\nHost: x\r\n{length}{more}\r\n".encode()
+    answer = server.raw(head, body[: len(body) // 2])
+    assert not answer or b" 4" in answer.split(b"\r\n")[0]  # a host may see no one to answer
+    with server.connect() as connection:
+        connection.sendall(head + body[: len(body) // 2])
+    assert server.request("GET", "/files/cut").status == 404
+
+
+@pytest.mark.parametrize("is_form", [False, True])
+def test_a_client_that_sends_too_much_gets_to_read_why(server: Server, is_form: bool) -> None:
+    body, headers = form(bytes(60_000_000)) if is_form else (bytes(60_000_000), {})
+    refused = server.request("POST", "/files", body, headers)  # sends all, then reads
+    assert (refused.status, refused.json["status"]) == (413, 413)
+    assert "50 MiB" in refused.json["detail"]
+
+
+def test_a_client_that_waits_is_answered_before_it_sends(server: Server) -> None:
+    if not server.host.early:
+        return
+    with server.connect() as connection:
+        connection.sendall(b"POST /files HTTP/1.1\r\nHost: x\r\nContent-Length: 60000000\r\n\r\n")
+        assert b" 413 " in connection.recv(65536).split(b"\r\n")[0]
+
+
+def test_other_refusals_can_be_read(server: Server, big: bytes) -> None:
+    assert server.request("PUT", "/files/there", b"x").status in (200, 201)
+    for method, path, headers, status in (
+        ("POST", "/files/there", {}, 409),
+        ("PUT", "/files/there", {"If-None-Match": "*"}, 412),
+        ("PUT", "/nowhere", {}, 404),
+        ("PATCH", "/files/there", {}, 405),
+        ("PUT", "/files/there", {"Origin": "https://evil.example"}, 403),
+        ("POST", "/files", {"Repr-Digest": "sha-256=:AAAA:"}, 400),
+    ):
+        refused = server.request(method, path, big[: 20 * MIB], headers)
+        assert (refused.status, refused.json["status"]) == (status, status)
+    assert server.request("GET", "/files/there").data == b"x"
+
+
+# Reads
+
+
+def test_reads(server: Server) -> None:
+    data = bytes(range(256)) * 4000
+    etag = server.request("PUT", "/files/r", data).headers["ETag"]
+    head = server.request("HEAD", "/files/r")
+    assert (head.status, head.data, head.headers["Content-Length"]) == (200, b"", str(len(data)))
+    part = server.request("GET", "/files/r", headers={"Range": "bytes=-300000"})
+    assert (part.status, part.data) == (206, data[-300_000:])
+    fresh = server.request("GET", "/files/r", headers={"If-None-Match": etag})
+    assert (fresh.status, fresh.data) == (304, b"")
+    beyond = server.request("GET", "/files/r", headers={"Range": "bytes=9999999-"})
+    assert (beyond.status, beyond.headers["Content-Range"]) == (416, f"bytes */{len(data)}")
+    allowed = server.request("OPTIONS", "/files/r")
+    assert (allowed.status, allowed.data) == (204, b"")
+    assert b"memchunk" in server.request("GET", "/").data
+    assert server.request("GET", "/readyz").status == 200
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a b",
+        "a/b//c",
+        "\u4f60\u597d \U0001f600",
+        "a\r\nX: y",
+        "q?#%&+",
+        "x" * 1024,
+        "\u00e9" * 512,
+    ],
+)
+def test_names(server: Server, name: str) -> None:
+    path = "/files/" + quote(name)
+    stored = server.request("PUT", path, name.encode())
+    assert stored.status in (200, 201)
+    assert stored.json["name"] == name
+    read = server.request("GET", path)
+    assert read.data == name.encode()
+    assert "X" not in read.headers
+
+
+def test_a_name_that_is_none(server: Server) -> None:
+    for path in ("/files/%FF", "/files/a%ED%A0%80", "/files/" + "x" * 1025):
+        assert server.request("PUT", path, b"x").status == 400
+
+
+def test_a_connection_that_stays(server: Server) -> None:
+    """What follows a refused upload on the same connection is read as a request of its own."""
+    inner = b"GET /files/none HTTP/1.1\r\nHost: x\r\n\r\n"
+    with requests.Session() as session:  # connects again where the host has closed
+        session.mount("http://", requests.adapters.HTTPAdapter(max_retries=2))
+        for _ in range(5):
+            refused = session.put(server.url("/nowhere"), inner)
+            assert (refused.status_code, refused.json()["status"]) == (404, 404)
+            alive = session.get(server.url("/healthz"))
+            assert (alive.status_code, alive.json()) == (200, {"status": "ok"})
+
+
+def test_many_at_once(server: Server, big: bytes) -> None:
+    def there_and_back(index: int) -> bool:
+        data = big[index : index + 3 * MIB]
+        assert server.request("PUT", f"/files/many{index}", data).status in (200, 201)
+        return server.request("GET", f"/files/many{index}").data == data
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(there_and_back, range(16)))
+
+
+# Requests that break the rules: whatever the answer, it comes, and the host lives
+
+HOST = b"Host: x\r\n"
+RULE_BREAKERS = {
+    "garbage": b"\x00\xff\xfe\r\n\r\n",
+    "tls": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(100),
+    "no version": b"GET /files/a\r\n\r\n",
+    "version 9": b"GET /files/a HTTP/9.9\r\n" + HOST + b"\r\n",
+    "http/1.0": b"GET /files/none HTTP/1.0\r\n\r\n",
+    "no host": b"GET /files/none HTTP/1.1\r\n\r\n",
+    "two hosts": b"GET /files/none HTTP/1.1\r\n" + HOST + HOST + b"\r\n",
+    "line feeds": b"GET /files/none HTTP/1.1\nHost: x\n\n",
+    "absolute": b"GET http://x/files/none HTTP/1.1\r\n" + HOST + b"\r\n",
+    "asterisk": b"OPTIONS * HTTP/1.1\r\n" + HOST + b"\r\n",
+    "nul": b"GET /files/\x00 HTTP/1.1\r\n" + HOST + b"\r\n",
+    "raw bytes": b"GET /files/\xff\xfe?\x80=\xff HTTP/1.1\r\n" + HOST + b"\r\n",
+    "folded": b"GET /files/none HTTP/1.1\r\n" + HOST + b"A: b\r\n c\r\n\r\n",
+    "a header without a name": b"GET /files/none HTTP/1.1\r\n" + HOST + b": x\r\n\r\n",
+    "a long header": b"GET /files/none HTTP/1.1\r\n" + HOST + b"A: " + b"x" * 99999 + b"\r\n\r\n",
+    "a long address": b"GET /files/" + b"x" * 99999 + b" HTTP/1.1\r\n" + HOST + b"\r\n",
+    "many headers": b"GET /files/none HTTP/1.1\r\n" + HOST + b"A: b\r\n" * 2000 + b"\r\n",
+    "two lengths": b"PUT /files/bad HTTP/1.1\r\n"
+    + HOST
+    + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nxx",
+    "negative": b"PUT /files/bad HTTP/1.1\r\n" + HOST + b"Content-Length: -1\r\n\r\n",
+    "not a number": b"PUT /files/bad HTTP/1.1\r\n" + HOST + b"Content-Length: 0x1\r\n\r\nx",
+    "huge": b"PUT /files/bad HTTP/1.1\r\n" + HOST + b"Content-Length: " + b"9" * 40 + b"\r\n\r\n",
+    "bad chunk": b"PUT /files/bad HTTP/1.1\r\n"
+    + HOST
+    + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\nabc\r\n0\r\n\r\n",
+    "no last chunk": b"PUT /files/bad HTTP/1.1\r\n"
+    + HOST
+    + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n",
+    "chunk too long": b"PUT /files/bad HTTP/1.1\r\n"
+    + HOST
+    + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabcdef\r\n0\r\n\r\n",
+    "another coding": b"PUT /files/bad HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: gzip\r\n\r\nxx",
+    "expect": b"PUT /files/bad HTTP/1.1\r\n"
+    + HOST
+    + b"Expect: something\r\nContent-Length: 4\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("what", RULE_BREAKERS)
+def test_rule_breakers(server: Server, what: str) -> None:
+    server.request("DELETE", "/files/bad")
+    answer = server.raw(RULE_BREAKERS[what])
+    for status in re.findall(rb"^HTTP/1\.[01] (\d+)", answer, re.MULTILINE):
+        assert int(status) < 500 or int(status) in (501, 505), answer
+    assert server.request("GET", "/healthz").status == 200
+    if what != "two lengths":  # Werkzeug's server and cheroot take the last one
+        assert server.request("GET", "/files/bad").status == 404
+
+
+# Clients
+
+
+def run(*command: str, cwd: pathlib.Path) -> str:
+    if shutil.which(command[0]) is None:
+        pytest.fail(f"these tests need {command[0]}; install it: 'apt-get install {command[0]}'")
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def file(tmp_path: pathlib.Path, big: bytes) -> pathlib.Path:
+    path = tmp_path / "big old file.dat"
+    path.write_bytes(big)
+    return path
+
+
+def test_curl(server: Server, file: pathlib.Path, tmp_path: pathlib.Path, big: bytes) -> None:
+    fast = ("curl", "-sS", "--fail-with-body")
+    posted = json.loads(
+        run(*fast, "--data-binary", f"@{file}", server.url("/files"), cwd=tmp_path)
+    )
+    run(*fast, "-o", "1", posted["url"], cwd=tmp_path)
+    run(*fast, "-T", str(file), server.url("/files/"), cwd=tmp_path)
+    run(*fast, "-o", "2", server.url("/files/big%20old%20file.dat"), cwd=tmp_path)
+    sent = json.loads(run(*fast, "-F", f"file=@{file}", server.url("/files"), cwd=tmp_path))
+    (tmp_path / "saved").mkdir()
+    run(*fast, "-OJ", sent["url"], cwd=tmp_path / "saved")
+    (tmp_path / "3").write_bytes(big[: 20 * MIB])
+    run(*fast, "-C", "-", "-o", "3", sent["url"], cwd=tmp_path)
+    for path in ("1", "2", "3", "saved/big old file.dat"):
+        assert (tmp_path / path).read_bytes() == big, path
+    code = ("-o", "/dev/null", "-w", "%{http_code}")
+    if server.host.chunked:
+        assert run("curl", "-s", *code, "-T", "-", server.url("/files/x"), cwd=tmp_path) == "201"
+        run(*fast, "-X", "DELETE", server.url("/files/x"), cwd=tmp_path)
+    empty = ("-X", "PUT", server.url("/files/empty"))
+    assert run("curl", "-s", *code, *empty, cwd=tmp_path) in ("200", "201")
+
+
+def test_wget(server: Server, file: pathlib.Path, tmp_path: pathlib.Path, big: bytes) -> None:
+    run("wget", "-q", "-O", "answer", f"--post-file={file}", server.url("/files"), cwd=tmp_path)
+    url = json.loads((tmp_path / "answer").read_text())["url"]
+    (tmp_path / "part").write_bytes(big[: 20 * MIB])
+    run("wget", "-q", "-c", "-O", "part", url, cwd=tmp_path)
+    run("wget", "-q", "-O", "whole", url, cwd=tmp_path)
+    assert (tmp_path / "part").read_bytes() == (tmp_path / "whole").read_bytes() == big
+
+
+def test_requests(server: Server, file: pathlib.Path, big: bytes) -> None:
+    with requests.Session() as session:
+        for options in (
+            {"data": big},
+            {"data": file.open("rb")},
+            {"files": {"file": file.open("rb")}},
+        ):
+            created = session.post(server.url("/files"), **options)
+            assert created.status_code == 201
+            digest = hashlib.sha256(session.get(created.headers["Location"]).content).digest()
+            assert digest == hashlib.sha256(big).digest()
+
+
+# Starts
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_a_bad_setting_stops_the_start(name: str, tmp_path: pathlib.Path) -> None:
+    log = tmp_path / "log"
+    environ = {"MEMCHUNK_SERVERS": "127.0.0.1:1", "MEMCHUNK_MAX_SIZE": "50M"}
+    server = Server(HOSTS[name], log, **environ)
+    try:
+        server.process.wait(SECONDS)  # waitress says 0 even then
+    finally:
+        server.stop()
+    assert "MEMCHUNK_MAX_SIZE must be a number, not '50M'" in server.output()

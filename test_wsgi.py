@@ -1,0 +1,1317 @@
+"""The HTTP API through Werkzeug's test client, on real memcached processes.
+
+Real hosts, browsers and Lambda adapters are in test_hosts.py.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+import urllib.request
+from collections.abc import Iterator
+from typing import Any, Callable
+from urllib.parse import quote, unquote_to_bytes
+from wsgiref.validate import validator
+
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies
+from werkzeug.http import http_date, parse_options_header
+from werkzeug.test import Client, TestResponse
+
+import memchunk
+import wsgi
+from conftest import Memcached, wait_for
+
+MIB = 1024 * 1024
+CHUNK = 1000  # bytes, so that small files have many chunks
+BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
+
+
+opened: list[memchunk.FileCache] = []
+
+
+@pytest.fixture(autouse=True)
+def _close() -> Iterator[None]:
+    yield
+    while opened:
+        opened.pop().close()
+
+
+def make(memcached: Memcached, chunk_size: int | None = CHUNK, **values: Any) -> Any:
+    """A client of an API with the given settings."""
+    settings = wsgi.Settings(servers=memcached.server, **values)
+    cache = memchunk.connect(
+        memcached.server,
+        chunk_size=chunk_size,
+        max_size=settings.max_size,
+        timeout=settings.timeout,
+    )
+    opened.append(cache)
+    return Client(wsgi.Application(cache, settings))
+
+
+@pytest.fixture
+def client(memcached: Memcached) -> Any:
+    return make(memcached)
+
+
+def content(size: int, seed: int = 0) -> bytes:
+    """Bytes that differ at every offset that a chunk or a piece could be mistaken for."""
+    block = b"".join((seed * 7919 + index).to_bytes(5, "big") for index in range(-(-size // 5)))
+    return block[:size]
+
+
+def send(
+    client: Any, method: str, path: str, stream: Any, length: int | None, **options: Any
+) -> Any:
+    """A request whose body is a stream, which the test client would rewind and measure."""
+    environ = {"wsgi.input": stream, **options.pop("environ", {})}
+    if length is not None:
+        environ["CONTENT_LENGTH"] = str(length)
+    return client.open(path, method=method, environ_overrides=environ, **options)
+
+
+def version(response: TestResponse) -> str:
+    return response.headers["ETag"].strip('"')
+
+
+def chunk_key(memcached: Memcached, response: TestResponse, index: int) -> str:
+    """The key of one chunk of the file whose ETag is in `response`."""
+    (key,) = filter(lambda key: key.endswith(f":{version(response)}:{index}"), memcached.keys())
+    return key
+
+
+def damage(memcached: Memcached, key: str) -> None:
+    value = bytearray(memcached.read(key))
+    value[-1] ^= 1
+    memcached.write(key, bytes(value))
+
+
+def is_problem(response: TestResponse, status: int) -> dict[str, Any]:
+    """Assert that the answer is that error, in the form of RFC 9457; return its JSON."""
+    assert response.status_code == status, response.text
+    assert response.mimetype == "application/problem+json"
+    problem: dict[str, Any] = json.loads(response.data)
+    assert problem["status"] == status
+    assert problem["title"]
+    assert problem["detail"].endswith(".")
+    return problem
+
+
+# Store, read, replace, delete
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 10 * CHUNK])
+def test_a_file_comes_back_byte_for_byte(client: Any, size: int) -> None:
+    data = content(size)
+    created = client.put("/files/a", data=data)
+    assert created.status_code == 201
+    read = client.get("/files/a")
+    assert (read.status_code, read.data) == (200, data)
+    assert read.headers["Content-Length"] == str(size)
+    assert read.headers["ETag"] == created.headers["ETag"] == created.json["etag"]
+
+
+def test_50_mib_and_one_byte_more(memcached: Memcached) -> None:
+    client = make(memcached, chunk_size=None)
+    data = os.urandom(50 * MIB)
+    for _ in range(3):  # on a stock memcached of 64 MB, each replaces the one before
+        assert client.put("/files/big", data=data).status_code in (200, 201)
+    assert client.get("/files/big").data == data
+    sets = memcached.stats()["cmd_set"]
+    problem = is_problem(client.put("/files/big", data=data + b"x"), 413)
+    assert problem["limit"] == 50 * MIB
+    assert memcached.stats()["cmd_set"] == sets  # refused before a byte was stored
+    assert client.get("/files/big").data == data
+
+
+def test_post_makes_up_a_name(client: Any) -> None:
+    first = client.post("/files", data=b"one", content_type="image/png")
+    second = client.post("/files/", data=b"two")
+    assert first.status_code == second.status_code == 201
+    assert len(first.json["name"]) >= 22  # 128 bits of base64
+    assert first.json["name"] != second.json["name"]
+    assert first.headers["Location"] == first.json["url"]
+    read = client.get(first.headers["Location"])
+    assert (read.data, read.mimetype) == (b"one", "image/png")
+
+
+def test_the_answer_describes_the_file(client: Any) -> None:
+    info = client.put("/files/a/b c.txt?expire=60", data=b"x", content_type="text/plain").json
+    assert set(info) == {"name", "size", "content_type", "etag", "url", "created", "expires"}
+    assert (info["name"], info["size"], info["content_type"]) == ("a/b c.txt", 1, "text/plain")
+    assert info["url"] == "http://localhost/files/a/b%20c.txt"
+    assert abs(info["created"] - time.time()) < 5
+    assert info["expires"] - info["created"] == 60
+
+
+def test_post_with_a_name_only_creates(client: Any) -> None:
+    assert client.post("/files/a", data=b"one").status_code == 201
+    is_problem(client.post("/files/a", data=b"two"), 409)
+    assert client.get("/files/a").data == b"one"
+
+
+def test_put_creates_then_replaces(client: Any, memcached: Memcached) -> None:
+    first = client.put("/files/a", data=content(5 * CHUNK))
+    second = client.put("/files/a", data=b"two")
+    assert (first.status_code, second.status_code) == (201, 200)
+    assert "Location" in first.headers
+    assert "Location" not in second.headers
+    assert first.headers["ETag"] != second.headers["ETag"]
+    assert client.get("/files/a").data == b"two"
+    assert version(first) not in " ".join(memcached.keys())
+
+
+def test_delete(client: Any, memcached: Memcached) -> None:
+    client.put("/files/a", data=content(5 * CHUNK))
+    deleted = client.delete("/files/a")
+    assert (deleted.status_code, deleted.data) == (204, b"")
+    is_problem(client.get("/files/a"), 404)
+    is_problem(client.delete("/files/a"), 404)
+    assert memcached.keys() == []
+
+
+def test_expiry(memcached: Memcached) -> None:
+    client = make(memcached, expire=1000)
+    assert client.put("/files/a", data=b"").json["expires"] == pytest.approx(
+        time.time() + 1000, abs=5
+    )
+    assert client.put("/files/a?expire=0", data=b"").json["expires"] is None
+    year = 365 * 24 * 3600
+    assert (
+        client.put("/files/a?expire=31536000", data=b"").json["expires"] > time.time() + year - 5
+    )
+    client.put("/files/b?expire=1", data=b"x")
+    wait_for(lambda: client.get("/files/b").status_code == 404, "the file to expire")
+    for bad in ("-1", "1.5", "x", "9" * 30, "1e3", "\u0663"):
+        is_problem(client.put("/files/c", query_string={"expire": bad}, data=b"x"), 400)
+    is_problem(client.get("/files/c"), 404)
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain.txt",
+        "with space",
+        "a/b/c",
+        "/leading",
+        "trailing/",
+        "a//b",
+        "\u00e9\u00e8 \u4f60\u597d \U0001f600.txt",
+        "question?mark#hash%25&=+;",
+        'quote"back\\slash',
+        "line\r\nSet-Cookie: a=b",
+        "nul\x00tab\t\x7f",
+        "bidi\u202egpj.exe",
+        "x" * 1024,
+        "\U0001f600" * 256,
+    ],
+)
+def test_any_name(client: Any, name: str) -> None:
+    path = "/files/" + quote(name)
+    created = client.put(path, data=b"x")
+    assert created.status_code == 201
+    assert created.json["name"] == name
+    read = client.get(created.json["url"])
+    assert (read.status_code, read.data) == (200, b"x")
+    assert all(32 <= ord(c) < 127 for value in read.headers.values() for c in str(value))
+    assert client.get(path).headers["ETag"] == created.headers["ETag"]
+
+
+@pytest.mark.parametrize("path", ["%FF", "a%C3", "%ED%A0%80", "x" * 1025, "%EF%BF%BD"])
+def test_names_that_are_none(client: Any, path: str) -> None:
+    for method in ("GET", "PUT", "POST", "DELETE"):
+        is_problem(raw_path(client, method, "/files/" + path), 400)
+
+
+def raw_path(client: Any, method: str, path: str) -> Any:
+    """A request whose path reaches the application as a host would decode it."""
+    decoded = unquote_to_bytes(path).decode("latin-1")
+    return client.open(method=method, environ_overrides={"PATH_INFO": decoded})
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("report.pdf", "report.pdf"),
+        ("folder/report.pdf", "report.pdf"),
+        ("C:\\temp\\x.txt", "x.txt"),
+        ("../../etc/passwd", "passwd"),
+        ("na\u00efve \u4f60.txt", "na\u00efve \u4f60.txt"),
+        ("exe\u202egpj.txt", "exegpj.txt"),
+        ("a\r\nb\x00c.txt", "abc.txt"),
+        (".bashrc", "bashrc"),
+        ("..", "file"),
+        ('a"b.txt', 'a"b.txt'),
+    ],
+)
+def test_file_names_are_cleaned(client: Any, name: str, expected: str) -> None:
+    client.put("/files/" + quote(name), data=b"x")
+    header = client.get("/files/" + quote(name)).headers["Content-Disposition"]
+    kind, _options = parse_options_header(header)
+    assert kind == "attachment"
+    assert header.split("filename*=")[1] == "UTF-8''" + quote(expected, safe="")
+    fallback = header.split('filename="')[1].split('"')[0]
+    assert fallback.isascii()
+    assert not set(fallback) & set('/\\"%\r\n\x00')
+
+
+def test_headers_of_stored_files(client: Any) -> None:
+    client.put("/files/x.html", data=b"<script>", content_type="text/html; charset=utf-8")
+    headers = client.get("/files/x.html").headers
+    assert headers["Content-Type"] == "text/html; charset=utf-8"
+    assert headers["Content-Disposition"].startswith("attachment;")
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Content-Security-Policy"] == "sandbox; default-src 'none'"
+    assert headers["Accept-Ranges"] == "bytes"
+    assert headers["Cache-Control"] == "no-cache"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        "",
+        "text",
+        "text/html\u00e9",
+        "a/b, c/d",
+        "x/" + "y" * 300,
+        "application/x-www-form-urlencoded",
+    ],
+)
+def test_content_types_that_are_none(client: Any, sent: str) -> None:
+    client.put("/files/a", data=b"x", headers={"Content-Type": sent})
+    assert client.get("/files/a").headers["Content-Type"] == "application/octet-stream"
+
+
+def test_files_that_others_stored(client: Any, memcached: Memcached) -> None:
+    cache = memchunk.connect(memcached.server)
+    opened.append(cache)
+    for metadata in (
+        b"",
+        b"\xff\x00",
+        b"[]",
+        b"[" * 60_000,
+        b"7",
+        b'{"type": "a\\r\\nb/c", "filename": 3}',
+    ):
+        cache.set("theirs", b"x", metadata=metadata)
+        read = client.get("/files/theirs")
+        assert (read.status_code, read.data) == (200, b"x")
+        assert read.headers["Content-Type"] == "application/octet-stream"
+
+
+# Conditional requests: RFC 9110, section 13.2.2
+
+
+def test_not_modified(client: Any) -> None:
+    created = client.put("/files/a", data=b"x")
+    etag, modified = created.headers["ETag"], client.get("/files/a").headers["Last-Modified"]
+    for headers in (
+        {"If-None-Match": etag},
+        {"If-None-Match": f'"other", W/{etag}'},
+        {"If-None-Match": "*"},
+        {"If-Modified-Since": modified},
+        {"If-Modified-Since": http_date(time.time() + 1000)},
+    ):
+        for method in (client.get, client.head):
+            read = method("/files/a", headers=headers)
+            assert (read.status_code, read.data) == (304, b"")
+            assert read.headers["ETag"] == etag
+    for headers in (
+        {"If-None-Match": '"other"'},
+        {"If-None-Match": '"other"', "If-Modified-Since": modified},  # the date is ignored
+        {"If-Modified-Since": http_date(1)},
+        {"If-Modified-Since": "yesterday"},
+    ):
+        assert client.get("/files/a", headers=headers).status_code == 200
+
+
+def test_preconditions_of_reads(client: Any) -> None:
+    etag = client.put("/files/a", data=b"x").headers["ETag"]
+    modified = client.get("/files/a").headers["Last-Modified"]
+    for headers in (
+        {"If-Match": etag},
+        {"If-Match": "*"},
+        {
+            "If-Match": f'"other", {etag}',
+            "If-Unmodified-Since": http_date(1),
+        },  # the date is ignored
+        {"If-Unmodified-Since": modified},
+        {"If-Unmodified-Since": "yesterday"},
+    ):
+        assert client.get("/files/a", headers=headers).status_code == 200
+    for headers in (
+        {"If-Match": '"other"'},
+        {"If-Match": f"W/{etag}"},
+        {"If-Match": ""},
+        {"If-Unmodified-Since": http_date(1)},
+        {"If-Match": '"other"', "If-None-Match": etag},  # If-Match comes first
+        {"If-Match": '"other"', "Range": "bytes=9-"},
+    ):
+        is_problem(client.get("/files/a", headers=headers), 412)
+    assert client.get("/files/none", headers={"If-Match": "*"}).status_code == 404
+
+
+def test_preconditions_of_put(client: Any) -> None:
+    def put(data: bytes, **headers: str) -> Any:
+        names = {key.replace("_", "-"): value for key, value in headers.items()}
+        return client.put("/files/a", data=data, headers=names)
+
+    is_problem(put(b"0", If_Match="*"), 412)
+    is_problem(put(b"0", If_Match='"x"'), 412)
+    first = put(b"1", If_None_Match="*")
+    assert first.status_code == 201
+    is_problem(put(b"2", If_None_Match="*"), 412)
+    is_problem(put(b"2", If_None_Match=first.headers["ETag"]), 412)
+    is_problem(put(b"2", If_Match='"other"'), 412)
+    is_problem(put(b"2", If_Match="W/" + first.headers["ETag"]), 412)
+    is_problem(put(b"2", If_Unmodified_Since=http_date(1)), 412)
+    assert client.get("/files/a").data == b"1"
+    second = put(b"2", If_Match=first.headers["ETag"])
+    assert second.status_code == 200
+    is_problem(put(b"3", If_Match=first.headers["ETag"]), 412)
+    assert put(b"3", If_Match="*").status_code == 200
+    assert put(b"4", If_Unmodified_Since=http_date(time.time() + 10)).status_code == 200
+    assert put(b"5", If_None_Match='"other"').status_code == 200
+    assert client.get("/files/a").data == b"5"
+
+
+class Overtaken(io.RawIOBase):
+    """A body that lets another writer in when it is read."""
+
+    def __init__(self, data: bytes, meanwhile: Callable[[], object]) -> None:
+        super().__init__()
+        self._data, self._meanwhile = io.BytesIO(data), meanwhile
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        meanwhile, self._meanwhile = self._meanwhile, lambda: None
+        meanwhile()
+        return self._data.read(size)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_preconditions_hold_to_the_end_of_an_upload(client: Any, there: bool) -> None:
+    headers = {"If-None-Match": "*"}
+    if there:
+        headers = {"If-Match": client.put("/files/a", data=b"old").headers["ETag"]}
+    stream = Overtaken(b"mine", lambda: client.put("/files/a", data=b"theirs"))
+    upload = send(client, "PUT", "/files/a", stream, 4, headers=headers)
+    is_problem(upload, 412)
+    assert client.get("/files/a").data == b"theirs"
+
+
+def test_a_file_deleted_during_a_conditional_upload(client: Any) -> None:
+    etag = client.put("/files/a", data=b"old").headers["ETag"]
+    stream = Overtaken(b"mine", lambda: client.delete("/files/a"))
+    headers = {"If-Match": etag}
+    is_problem(send(client, "PUT", "/files/a", stream, 4, headers=headers), 412)
+    is_problem(client.get("/files/a"), 404)
+
+
+def test_two_posts_at_once(client: Any) -> None:
+    stream = Overtaken(b"mine", lambda: client.post("/files/a", data=b"theirs"))
+    is_problem(send(client, "POST", "/files/a", stream, 4), 409)
+    assert client.get("/files/a").data == b"theirs"
+
+
+def test_preconditions_of_delete(client: Any) -> None:
+    etag = client.put("/files/a", data=b"x").headers["ETag"]
+    is_problem(client.delete("/files/a", headers={"If-Match": '"other"'}), 412)
+    is_problem(client.delete("/files/a", headers={"If-None-Match": "*"}), 412)
+    is_problem(client.delete("/files/a", headers={"If-Unmodified-Since": http_date(1)}), 412)
+    is_problem(client.delete("/files/none", headers={"If-Match": "*"}), 404)
+    assert client.delete("/files/a", headers={"If-Match": etag}).status_code == 204
+
+
+# Ranges
+
+
+@pytest.mark.parametrize(
+    ("header", "start", "stop"),
+    [
+        ("bytes=0-0", 0, 1),
+        ("bytes=0-", 0, 5000),
+        ("bytes=999-1000", 999, 1001),
+        ("bytes=1000-1999", 1000, 2000),
+        ("bytes=4999-", 4999, 5000),
+        ("bytes=-1", 4999, 5000),
+        ("bytes=-5000", 0, 5000),
+        ("bytes=-9999", 0, 5000),
+        ("bytes=10-9999999999999999999999", 10, 5000),
+        ("BYTES=1-2", 1, 3),
+    ],
+)
+def test_ranges(client: Any, header: str, start: int, stop: int) -> None:
+    data = content(5 * CHUNK)
+    client.put("/files/a", data=data)
+    read = client.get("/files/a", headers={"Range": header})
+    assert (read.status_code, read.data) == (206, data[start:stop])
+    assert read.headers["Content-Range"] == f"bytes {start}-{stop - 1}/5000"
+    assert read.headers["Content-Length"] == str(stop - start)
+    head = client.head("/files/a", headers={"Range": header})
+    assert (head.status_code, head.headers["Content-Length"]) == (200, "5000")
+    assert "Content-Range" not in head.headers
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "bytes=0-1,3-4",
+        "lines=0-1",
+        "bytes=2-1",
+        "bytes=-",
+        "bytes",
+        "bytes=a-b",
+        "0-1",
+        "bytes=1-2x",
+    ],
+)
+def test_ranges_to_ignore(client: Any, header: str) -> None:
+    client.put("/files/a", data=b"0123456789")
+    read = client.get("/files/a", headers={"Range": header})
+    assert (read.status_code, read.data) == (200, b"0123456789")
+
+
+@pytest.mark.parametrize(
+    "header", ["bytes=10-", "bytes=10-20", "bytes=-0", "bytes=99999999999999999-"]
+)
+def test_ranges_that_cannot_be(client: Any, header: str) -> None:
+    client.put("/files/a", data=b"0123456789")
+    read = client.get("/files/a", headers={"Range": header})
+    assert is_problem(read, 416)["size"] == 10
+    assert read.headers["Content-Range"] == "bytes */10"
+
+
+def test_ranges_of_an_empty_file(client: Any) -> None:
+    client.put("/files/a", data=b"")
+    is_problem(client.get("/files/a", headers={"Range": "bytes=0-0"}), 416)
+    read = client.get("/files/a", headers={"Range": "bytes=-5"})
+    assert (read.status_code, read.data) == (200, b"")
+
+
+def test_if_range(client: Any) -> None:
+    etag = client.put("/files/a", data=b"0123456789").headers["ETag"]
+    modified = client.get("/files/a").headers["Last-Modified"]
+    for value, status in (
+        (etag, 206),
+        (modified, 206),
+        ('"other"', 200),
+        (f"W/{etag}", 200),
+        (http_date(time.time() + 1000), 200),
+        (http_date(1), 200),
+        ("nonsense", 200),
+    ):
+        read = client.get("/files/a", headers={"Range": "bytes=2-3", "If-Range": value})
+        assert read.status_code == status, value
+        assert read.data == (b"23" if status == 206 else b"0123456789")
+    past = {"Range": "bytes=99-", "If-Range": '"other"'}
+    assert client.get("/files/a", headers=past).status_code == 200
+
+
+def test_a_range_fetches_only_the_chunks_that_it_touches(memcached: Memcached) -> None:
+    client = make(memcached)
+    client.put("/files/a", data=content(100 * CHUNK))
+    before = int(memcached.stats()["get_hits"])
+    read = client.get("/files/a", headers={"Range": f"bytes={40 * CHUNK + 1}-{42 * CHUNK}"})
+    assert read.data == content(100 * CHUNK)[40 * CHUNK + 1 : 42 * CHUNK + 1]
+    assert int(memcached.stats()["get_hits"]) - before == 1 + 3  # the manifest and three chunks
+
+
+def test_a_limit_on_answers(memcached: Memcached) -> None:
+    client = make(memcached, max_response=2500)
+    data = content(6000)
+    client.put("/files/a", data=data)
+    problem = is_problem(client.get("/files/a"), 403)
+    assert "Range: bytes=0-" in problem["detail"]
+    assert (problem["size"], problem["limit"]) == (6000, 2500)
+    assert client.head("/files/a").headers["Content-Length"] == "6000"
+    received = b""
+    while len(received) < 6000:
+        read = client.get("/files/a", headers={"Range": f"bytes={len(received)}-"})
+        assert read.status_code == 206
+        assert len(read.data) <= 2500
+        received += read.data
+    assert received == data
+    client.put("/files/b", data=data[:2500])
+    assert client.get("/files/b").data == data[:2500]
+
+
+# What memcached may do to a file
+
+
+def test_evicted(client: Any, memcached: Memcached) -> None:
+    created = client.put("/files/a", data=content(5 * CHUNK))
+    memcached.delete(chunk_key(memcached, created, 3))
+    is_problem(client.get("/files/a"), 410)
+    assert client.head("/files/a").status_code == 410
+    is_problem(client.get("/files/a", headers={"Range": "bytes=3500-3501"}), 410)
+    assert client.get("/files/a", headers={"Range": "bytes=0-9"}).data == content(10)
+    assert client.post("/files/a", data=b"new").status_code == 201  # a dead file blocks no name
+    assert client.get("/files/a").data == b"new"
+
+
+def test_damaged(client: Any, memcached: Memcached) -> None:
+    created = client.put("/files/a", data=content(5 * CHUNK))
+    damage(memcached, chunk_key(memcached, created, 3))
+    is_problem(client.get("/files/a"), 502)
+    assert client.head("/files/a").status_code == 502
+    is_problem(client.get("/files/a", headers={"Range": "bytes=3500-3501"}), 502)
+    is_problem(client.get("/files/a", headers={"Want-Repr-Digest": "sha-256=1"}), 502)
+    assert client.get("/files/a", headers={"Range": "bytes=0-9"}).data == content(10)
+
+
+def test_a_damaged_manifest(client: Any, memcached: Memcached) -> None:
+    created = client.put("/files/a", data=b"x")
+    (manifest,) = filter(lambda key: version(created) not in key, memcached.keys())
+    damage(memcached, manifest)
+    is_problem(client.get("/files/a"), 502)
+    is_problem(client.put("/files/a", data=b"y", headers={"If-Match": "*"}), 412)
+    assert client.put("/files/a", data=b"y").status_code == 201
+    assert client.get("/files/a").data == b"y"
+
+
+def test_a_file_replaced_while_it_is_read(memcached: Memcached, monkeypatch: Any) -> None:
+    client = make(memcached)
+    client.put("/files/a", data=content(5 * CHUNK))
+    opened = memchunk.FileCache.open
+
+    def overtaken(cache: memchunk.FileCache, name: str) -> memchunk.CachedFile:
+        file = opened(cache, name)
+        monkeypatch.undo()
+        client.put("/files/a", data=content(5 * CHUNK, seed=1))
+        return file
+
+    monkeypatch.setattr(memchunk.FileCache, "open", overtaken)
+    assert client.get("/files/a").data == content(5 * CHUNK, seed=1)
+
+
+def test_a_file_replaced_all_the_time(client: Any, monkeypatch: Any) -> None:
+    client.put("/files/a", data=content(5 * CHUNK))
+    opened_file = memchunk.FileCache.open
+
+    def overtaken(cache: memchunk.FileCache, name: str) -> memchunk.CachedFile:
+        file = opened_file(cache, name)
+        client.put("/files/a", data=content(5 * CHUNK))
+        return file
+
+    monkeypatch.setattr(memchunk.FileCache, "open", overtaken)
+    answer = client.get("/files/a")
+    is_problem(answer, 503)
+    assert int(answer.headers["Retry-After"]) > 0
+
+
+def test_no_memcached(memcached: Memcached) -> None:
+    client = make(memcached)
+    client.put("/files/a", data=b"x")
+    assert client.get("/readyz").status_code == 200
+    memcached.kill()
+    for answer in (
+        client.get("/files/a"),
+        client.put("/files/a", data=b"x"),
+        client.post("/files", data=b"x"),
+        client.delete("/files/a"),
+        client.get("/readyz"),
+    ):
+        problem = is_problem(answer, 503)
+        assert int(answer.headers["Retry-After"]) > 0
+        assert memcached.server not in json.dumps(problem)
+    assert client.get("/healthz").status_code == 200
+
+
+def test_memcached_that_does_not_answer(memcached: Memcached) -> None:
+    client = make(memcached, timeout=0.2)
+    client.put("/files/a", data=b"x")
+    memcached.pause()
+    try:
+        is_problem(client.get("/files/a"), 503)
+    finally:
+        memcached.resume()
+
+
+def test_a_cache_too_small(start_memcached: Callable[..., Memcached]) -> None:
+    client = make(start_memcached("-m", "2"), chunk_size=None)
+    is_problem(client.put("/files/a", data=content(20 * MIB)), 507)
+    is_problem(client.get("/files/a"), 404)
+
+
+def test_nothing_internal_in_a_500(client: Any, monkeypatch: Any, caplog: Any) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("the secret")
+
+    monkeypatch.setattr(memchunk.FileCache, "open", fail)
+    answer = client.get("/files/a")
+    is_problem(answer, 500)
+    assert "secret" not in answer.text
+    assert "the secret" in caplog.text
+
+
+# Bodies
+
+
+def test_a_body_cut_off(client: Any, memcached: Memcached) -> None:
+    client.put("/files/a", data=b"old")
+    items = memcached.keys()
+    for path in ("/files/a", "/files/b"):
+        stream = io.BytesIO(content(9999))
+        is_problem(send(client, "PUT", path, stream, 10000), 400)
+    assert memcached.keys() == items
+    assert client.get("/files/a").data == b"old"
+
+
+def test_bytes_after_the_content_length_are_not_read(client: Any) -> None:
+    stream = io.BytesIO(b"0123456789")
+    assert send(client, "PUT", "/files/a", stream, 4).status_code == 201
+    assert client.get("/files/a").data == b"0123"
+    assert stream.tell() == 4
+
+
+def test_chunked_transfer_coding(client: Any) -> None:
+    chunked = {"Transfer-Encoding": "chunked"}
+    is_problem(send(client, "PUT", "/files/a", io.BytesIO(b"x"), None, headers=chunked), 411)
+    ends = {"wsgi.input_terminated": True}
+    data = content(300_000)
+    for headers, length in ((chunked, None), (chunked, 5), ({}, None)):
+        stream = io.BytesIO(data)
+        stored = send(client, "PUT", "/files/a", stream, length, headers=headers, environ=ends)
+        assert stored.status_code in (200, 201)
+        assert client.get("/files/a").data == data
+
+
+def test_a_body_that_cannot_be_read(client: Any, memcached: Memcached) -> None:
+    def fail() -> None:
+        raise OSError("Invalid chunk header")
+
+    for environ, length in (({"wsgi.input_terminated": True}, None), ({}, 4)):
+        stream = Overtaken(b"", fail)
+        is_problem(send(client, "PUT", "/files/a", stream, length, environ=environ), 400)
+    assert memcached.keys() == []
+
+
+@pytest.mark.parametrize("length", ["-1", "x", "1_0", "+1", "1,1", "\u0661"])
+def test_a_length_that_is_none(client: Any, length: str) -> None:
+    is_problem(client.put("/files/a", environ_overrides={"CONTENT_LENGTH": length}), 400)
+
+
+def test_a_refused_body_is_read_after_the_answer(client: Any) -> None:
+    stream = io.BytesIO(bytes(60 * MIB))
+    refused = send(client, "PUT", "/files/a", stream, 60 * MIB)
+    assert refused.status_code == 413
+    refused.close()
+    assert stream.tell() == 60 * MIB
+
+
+def test_no_more_than_that_of_a_refused_body(client: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(wsgi, "DRAIN", 1_000_000)
+    stream = io.BytesIO(bytes(60 * MIB))
+    send(client, "PUT", "/files/a", stream, 60 * MIB).close()
+    assert 1_000_000 < stream.tell() < 2_000_000
+
+
+def test_uploads_that_http_forbids(client: Any) -> None:
+    is_problem(client.put("/files/a", data=b"x", headers={"Content-Range": "bytes 0-0/2"}), 400)
+    is_problem(client.put("/files/a", data=b"x", headers={"Content-Encoding": "gzip"}), 415)
+    is_problem(client.get("/files/a"), 404)
+
+
+def digest(data: bytes, algorithm: str = "sha256") -> str:
+    return base64.b64encode(hashlib.new(algorithm, data).digest()).decode()
+
+
+def test_digests_of_uploads(client: Any, memcached: Memcached) -> None:
+    data = content(5000)
+    for header in (
+        f"sha-256=:{digest(b'other')}:",
+        f"sha-256=:{digest(data)}:, sha-512=:{digest(b'other', 'sha512')}:",
+        "sha-256=:x:",
+        "sha-256=x",
+        "sha-256",
+    ):
+        is_problem(client.put("/files/a", data=data, headers={"Repr-Digest": header}), 400)
+        assert memcached.keys() == []
+    for header in (
+        f"sha-256=:{digest(data)}:",
+        f"sha-512=:{digest(data, 'sha512')}:, sha-256=:{digest(data)}:",
+        "md5=:whatever:",
+    ):
+        stored = client.put("/files/a", data=data, headers={"Repr-Digest": header})
+        assert stored.status_code in (200, 201)
+
+
+def test_digests_of_downloads(client: Any) -> None:
+    data = content(5000)
+    client.put("/files/a", data=data)
+    assert "Repr-Digest" not in client.get("/files/a").headers
+    for wanted, expected in (
+        ("sha-256=10", f"sha-256=:{digest(data)}:"),
+        ("sha-512=9, sha-256=1", f"sha-512=:{digest(data, 'sha512')}:"),
+        ("sha-256=0", None),
+        ("md5=10", None),
+        ("nonsense", None),
+    ):
+        headers = {"Want-Repr-Digest": wanted}
+        assert client.get("/files/a", headers=headers).headers.get("Repr-Digest") == expected
+        assert client.head("/files/a", headers=headers).headers.get("Repr-Digest") == expected
+        read = client.get("/files/a", headers={**headers, "Range": "bytes=9-18"})
+        assert (read.status_code, read.data) == (206, data[9:19])
+        assert read.headers.get("Repr-Digest") == expected
+
+
+# Forms
+
+
+def form(
+    *parts: tuple[str, str | None, bytes], boundary: str = "XbX", end: str = "--\r\n"
+) -> bytes:
+    """A multipart/form-data body of (name, file name, content)."""
+    body = b""
+    for name, filename, data in parts:
+        body += f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"'.encode()
+        if filename is not None:
+            body += f'; filename="{filename}"\r\nContent-Type: image/png'.encode()
+        body += b"\r\n\r\n" + data + b"\r\n"
+    return body + f"--{boundary}{end}".encode()
+
+
+def post_form(client: Any, body: bytes, path: str = "/files", **options: Any) -> Any:
+    content_type = "multipart/form-data; boundary=XbX"
+    return client.post(path, data=body, content_type=content_type, **options)
+
+
+TRICKY = [
+    b"",
+    b"\r\n",
+    b"\r",
+    b"\n--XbX--\r\n",
+    b"--XbX--",
+    b"\r\n--Xb",
+    b"a\r\n--XBX\r\n",
+    b"-" * 99,
+]
+
+
+@pytest.mark.parametrize("data", [*TRICKY, content(300_000)], ids=len)
+def test_a_file_in_a_form(client: Any, data: bytes) -> None:
+    created = post_form(client, form(("file", "caf\u00e9 1.png", data)))
+    assert created.status_code == 201
+    read = client.get(created.headers["Location"])
+    assert (read.data, read.mimetype) == (data, "image/png")
+    assert "filename*=UTF-8''caf%C3%A9%201.png" in read.headers["Content-Disposition"]
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 7, 50])
+def test_a_form_in_pieces_of_any_size(client: Any, monkeypatch: Any, piece: int) -> None:
+    monkeypatch.setattr(wsgi, "PIECE", piece)
+    for data in TRICKY:
+        created = post_form(client, form(("expire", None, b"60"), ("file", "a", data)))
+        assert client.get(created.headers["Location"]).data == data
+        assert created.json["expires"] - created.json["created"] == 60
+
+
+def test_forms_for_put_and_named_post(client: Any) -> None:
+    content_type = "multipart/form-data; boundary=XbX"
+    body = form(("file", "x.png", b"data"))
+    assert client.put("/files/a", data=body, content_type=content_type).status_code == 201
+    assert post_form(client, body, "/files/b?expire=9").json["expires"] is not None
+    assert client.get("/files/a").data == client.get("/files/b").data == b"data"
+
+
+def test_a_form_field_without_a_file_name(client: Any) -> None:
+    created = post_form(
+        client, form(("other", None, b"1"), ("file", None, b"text"), ("x", None, b""))
+    )
+    assert client.get(created.headers["Location"]).data == b"text"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"nonsense",
+        b"--XbX--\r\n",
+        form(("other", None, b"x")),
+        form(("file", "", b"")),
+        form(("file", "a", b"1"), ("file", "b", b"2")),
+        form(("file", "a", b"1"), end=""),
+        form(("file", "a", b"1"), end="-"),
+        form(("file", "a", b"1"), end="x"),
+        form(("expire", None, b"x" * 5000), ("file", "a", b"1")),
+        form(("expire", None, b"soon"), ("file", "a", b"1")),
+        b"--XbX\r\n" + b"x" * 100_000,
+        b"--XbX\r\nContent-Disposition: form-data; name=file\r\n\r\nabc",
+    ],
+    ids=len,
+)
+def test_broken_forms(client: Any, memcached: Memcached, body: bytes) -> None:
+    is_problem(post_form(client, body), 400)
+    assert memcached.keys() == []
+
+
+@pytest.mark.parametrize(
+    "options", ["", "; boundary=", "; boundary=" + "x" * 71, "; boundary=\u00e9"]
+)
+def test_forms_without_a_boundary(client: Any, options: str) -> None:
+    headers = {"Content-Type": "multipart/form-data" + options}
+    is_problem(client.post("/files", data=form(("file", "a", b"1")), headers=headers), 400)
+
+
+def test_a_form_over_the_limit(memcached: Memcached) -> None:
+    client = make(memcached, max_size=10_000)
+    assert post_form(client, form(("file", "a", content(10_000)))).status_code == 201
+    items = memcached.keys()
+    for size in (10_001, 100_001):  # one that the length gives away, one that it doesn't
+        assert (
+            is_problem(post_form(client, form(("file", "a", content(size)))), 413)["limit"]
+            == 10_000
+        )
+    assert memcached.keys() == items
+
+
+@dataclasses.dataclass
+class Endless(io.RawIOBase):
+    """A body of zeros between two ends, made as it is read."""
+
+    head: bytes
+    size: int
+    tail: bytes
+
+    def __post_init__(self) -> None:
+        self.length = len(self.head) + self.size + len(self.tail)
+        self._pieces = filter(None, self._make())
+
+    def _make(self) -> Iterator[bytes]:
+        yield self.head
+        for _ in range(self.size // 65536):
+            yield bytes(65536)
+        yield self.tail
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        return next(self._pieces, b"")
+
+
+@pytest.mark.parametrize("is_form", [False, True])
+def test_memory_does_not_grow_with_an_upload(memcached: Memcached, is_form: bool) -> None:
+    client = make(memcached, chunk_size=None)
+    head, _, tail = form(("file", "a", b"|")).partition(b"|")
+    # Not as a header: the test client would put a boundary of its own there.
+    environ = {"CONTENT_TYPE": "multipart/form-data; boundary=XbX"} if is_form else {}
+    peaks = []
+    for size in (8 * MIB, 48 * MIB):
+        body = Endless(head, size, tail) if is_form else Endless(b"", size, b"")
+        tracemalloc.start()
+        stored = send(client, "PUT", "/files/a", body, body.length, environ=environ)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert stored.json["size"] == size
+    assert peaks[1] - peaks[0] < MIB
+    assert peaks[1] < 12 * MIB
+
+
+def test_a_download_holds_the_file_once(memcached: Memcached) -> None:
+    client = make(memcached, chunk_size=None)
+    client.put("/files/a", data=bytes(40 * MIB))
+    for headers in ({}, {"Range": "bytes=1-"}, {"Want-Repr-Digest": "sha-256=1"}):
+        tracemalloc.start()
+        read = client.get("/files/a", headers=headers)  # the first piece is taken, and all is held
+        assert read.content_length >= 40 * MIB - 1
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        read.close()
+        assert peak < 48 * MIB, headers
+
+
+# Other requests
+
+
+def test_options(client: Any) -> None:
+    for path, allowed in (
+        ("/files/a", "DELETE, GET, HEAD, OPTIONS, POST, PUT"),
+        ("/files", "OPTIONS, POST"),
+        ("/", "GET, HEAD, OPTIONS"),
+    ):
+        answer = client.options(path)
+        assert (answer.status_code, answer.data, answer.headers["Allow"]) == (204, b"", allowed)
+    assert client.options("*").status_code == 204
+    is_problem(client.options("/nowhere"), 404)
+
+
+def test_methods_and_addresses_that_are_none(client: Any) -> None:
+    answer = client.patch("/files/a", data=b"x")
+    is_problem(answer, 405)
+    assert answer.headers["Allow"] == "DELETE, GET, HEAD, OPTIONS, POST, PUT"
+    is_problem(client.get("/files"), 405)
+    is_problem(client.get("/nowhere"), 404)
+    is_problem(client.open("/files/a", method="BREW"), 405)
+
+
+def test_health(memcached: Memcached) -> None:
+    client = make(memcached, token="t")
+    for path in ("/healthz", "/readyz"):
+        assert client.get(path).status_code == client.head(path).status_code == 200
+
+
+def test_uploads_from_other_sites(client: Any) -> None:
+    for headers in (
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Sec-Fetch-Site": "cross-site", "Origin": "http://localhost"},
+    ):
+        is_problem(post_form(client, form(("file", "a", b"1")), headers=headers), 403)
+        is_problem(client.put("/files/a", data=b"1", headers=headers), 403)
+        is_problem(client.delete("/files/a", headers=headers), 403)
+    for headers in (
+        {"Sec-Fetch-Site": "same-origin", "Origin": "http://localhost"},
+        {"Sec-Fetch-Site": "none"},
+        {"Origin": "http://localhost"},
+        {"Origin": "https://localhost"},  # behind a proxy that speaks TLS
+    ):
+        assert client.put("/files/a", data=b"1", headers=headers).status_code in (200, 201)
+    assert client.get("/files/a", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200
+
+
+def test_token(memcached: Memcached) -> None:
+    client = make(memcached, token="s3cret")
+    basic = base64.b64encode(b"anyone:s3cret").decode()
+    for value in (
+        None,
+        "Bearer wrong",
+        "Bearer",
+        "Bearer s3cret2",
+        "s3cret",
+        "Basic s3cret",
+        "Basic " + base64.b64encode(b"s3cret:").decode(),
+        "Digest username=a",
+        "Bearer \u00e9",
+    ):
+        headers = {"Authorization": value} if value else {}
+        for path in ("/files/a", "/files", "/files/"):
+            answer = client.post(path, data=b"x", headers=headers)
+            is_problem(answer, 401)
+            assert answer.headers["WWW-Authenticate"] == 'Bearer realm="memchunk"'
+        is_problem(client.get("/files/a", headers=headers), 401)
+    for value in ("Bearer s3cret", "bearer s3cret", f"Basic {basic}"):
+        headers = {"Authorization": value}
+        assert client.put("/files/a", data=b"x", headers=headers).status_code in (200, 201)
+        assert client.get("/files/a", headers=headers).data == b"x"
+    assert client.get("/").status_code == 200
+
+
+def test_a_browser_is_asked_for_the_token(memcached: Memcached) -> None:
+    answer = make(memcached, token="s3cret").get("/files/a", headers=BROWSER)
+    assert answer.status_code == 401
+    assert answer.headers["WWW-Authenticate"] == 'Basic realm="memchunk"'
+
+
+def test_words_for_browsers(client: Any) -> None:
+    answer = client.get("/files/<b>", headers=BROWSER)
+    assert (answer.status_code, answer.mimetype) == (404, "text/html")
+    assert "Not Found" in answer.text
+    assert "<b>" not in answer.text
+    stored = post_form(client, form(("file", "a.png", b"1")), "/files?expire=60", headers=BROWSER)
+    assert "1 bytes, kept until 20" in stored.text
+    assert (stored.status_code, stored.mimetype) == (201, "text/html")
+    assert f'href="{stored.headers["Location"]}"' in stored.text
+    assert "default-src 'none'" in stored.headers["Content-Security-Policy"]
+    named = client.put("/files/%3Ci%3E&", data=b"1", headers=BROWSER)
+    assert "<i>" not in named.text
+
+
+def test_the_page(memcached: Memcached) -> None:
+    page = make(memcached, max_size=12345, token="t", expire=7 * 86400).get("/")
+    assert "for 7 days<" in page.text
+    assert (page.status_code, page.mimetype) == (200, "text/html")
+    assert "12345" in page.text
+    assert "{{" not in page.text
+    assert 'action="http://localhost/files"' in page.text
+    assert "default-src 'none'" in page.headers["Content-Security-Policy"]
+
+
+def test_mounted_under_a_prefix(client: Any) -> None:
+    created = client.post("/files", data=b"x", environ_overrides={"SCRIPT_NAME": "/prod"})
+    assert created.json["url"].startswith("http://localhost/prod/files/")
+
+
+def test_a_host_header_that_is_none(client: Any) -> None:
+    created = client.post("/files", data=b"x", headers={"Host": "<script>"})
+    assert created.status_code == 201
+    assert created.json["url"].startswith("/files/")
+
+
+@pytest.mark.parametrize("headers", [{}, BROWSER])
+def test_wsgiref_finds_nothing(memcached: Memcached, headers: dict[str, str]) -> None:
+    client = make(memcached, token="t")
+    checked = Client(validator(client.application))
+    auth = {**headers, "Authorization": "Bearer t"}
+    with checked.put("/files/a", data=b"0123", headers=auth) as stored:
+        etag = stored.headers["ETag"]
+    for method, path, more in (
+        ("GET", "/files/a", {}),
+        ("HEAD", "/files/a", {}),
+        ("GET", "/files/a", {"Range": "bytes=1-2"}),
+        ("GET", "/files/a", {"Range": "bytes=9-"}),
+        ("GET", "/files/a", {"If-None-Match": etag}),
+        ("GET", "/files/a", {"If-Match": '"x"'}),
+        ("POST", "/files/a", {}),
+        ("GET", "/files/b", {}),
+        ("GET", "/", {}),
+        ("GET", "/healthz", {}),
+        ("GET", "/readyz", {}),
+        ("OPTIONS", "/files/a", {}),
+        ("PATCH", "/files/a", {}),
+        ("GET", "/nowhere", {}),
+        ("GET", "/files/a", {"Authorization": "x"}),
+        ("DELETE", "/files/a", {}),
+    ):
+        with checked.open(path, method=method, headers={**auth, **more}) as answer:
+            assert answer.status_code < 500
+    with post_form(checked, form(("file", "a", content(99_999))), headers=auth) as upload:
+        assert upload.status_code == 201
+
+
+# Settings, and `python wsgi.py`
+
+
+def test_settings_from_the_environment() -> None:
+    assert wsgi.Settings.from_environment({}) == wsgi.Settings()
+    environ = {
+        "MEMCHUNK_SERVERS": "a:1,b:2",
+        "MEMCHUNK_NAMESPACE": "n",
+        "MEMCHUNK_MAX_SIZE": "1000",
+        "MEMCHUNK_EXPIRE": "0",
+        "MEMCHUNK_TIMEOUT": "0.5",
+        "MEMCHUNK_TOKEN": "t",
+        "MEMCHUNK_MAX_RESPONSE": "500",
+        "MEMCHUNK_OTHER": "",
+    }
+    expected = wsgi.Settings("a:1,b:2", "n", 1000, 0, 0.5, "t", 500)
+    assert wsgi.Settings.from_environment(environ) == expected
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("MEMCHUNK_MAX_SIZE", "50M"),
+        ("MEMCHUNK_MAX_SIZE", "0"),
+        ("MEMCHUNK_MAX_SIZE", ""),
+        ("MEMCHUNK_EXPIRE", "-1"),
+        ("MEMCHUNK_TIMEOUT", "nan"),
+        ("MEMCHUNK_TIMEOUT", "0"),
+        ("MEMCHUNK_MAX_RESPONSE", "1.5"),
+        ("MEMCHUNK_TOKEN", ""),
+        ("MEMCHUNK_TOKEN", "two words"),
+        ("MEMCHUNK_TOKEN", "\u00e9"),
+        ("MEMCHUNK_NAMESPACE", "two words"),
+        ("MEMCHUNK_SERVERS", " "),
+        ("MEMCHUNK_SERVERS", ","),
+    ],
+)
+def test_bad_settings_stop_the_start(variable: str, value: str) -> None:
+    with pytest.raises(wsgi.SettingError, match=variable):
+        wsgi.Settings.from_environment({variable: value}).connect()
+
+
+def call(method: str, url: str, data: bytes | None = None) -> tuple[int, bytes]:
+    request = urllib.request.Request(url, data=data, method=method)
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        return answer.status, answer.read()
+
+
+@pytest.fixture
+def run() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start `python wsgi.py` with the given arguments and environment."""
+    started = []
+
+    def start(*arguments: str, **environ: str) -> subprocess.Popen[str]:
+        started.append(
+            subprocess.Popen(
+                [sys.executable, str(pathlib.Path(wsgi.__file__)), *arguments],
+                env={**os.environ, **environ},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_python_wsgi_py_brings_its_own_memcached(run: Any, tmp_path: Any, stop: int) -> None:
+    process = run("--port", "0", TMPDIR=str(tmp_path))
+    url = process.stdout.readline().split()[1]
+    assert call("PUT", url + "files/a", b"x")[0] == 201
+    assert call("GET", url + "files/a") == (200, b"x")
+    (folder,) = tmp_path.iterdir()
+    assert folder.stat().st_mode & 0o77 == 0
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(stop)
+    assert process.wait(20) == 0
+    assert list(tmp_path.iterdir()) == []
+    assert children
+    assert not any(pathlib.Path("/proc", child).exists() for child in children)
+
+
+def test_python_wsgi_py_without_memcached(run: Any, tmp_path: Any) -> None:
+    process = run(PATH=str(tmp_path))
+    assert process.wait(20) == 1
+    assert "apt-get install memcached" in process.stderr.read()
+
+
+def test_python_wsgi_py_with_a_bad_setting(run: Any) -> None:
+    process = run(MEMCHUNK_MAX_SIZE="50M")
+    assert process.wait(20) == 1
+    assert process.stderr.read() == "wsgi.py: MEMCHUNK_MAX_SIZE must be a number, not '50M'\n"
+
+
+def test_python_wsgi_py_with_servers(run: Any, memcached: Memcached) -> None:
+    process = run("--port", "0", MEMCHUNK_SERVERS=memcached.server)
+    url = process.stdout.readline().split()[1]
+    assert call("PUT", url + "files/a", b"x")[0] == 201
+    with contextlib.closing(memchunk.connect(memcached.server)) as cache:
+        assert cache.get("a") == b"x"
+
+
+# Whatever comes in
+
+
+HEADERS = {
+    "Range": ["bytes=0-0", "bytes=-", "bytes=99999-", "bytes=-0", "bytes=" + "9" * 5000 + "-"],
+    "If-Match": ["*", '"', 'W/"x"', ",,,", '"a", *'],
+    "If-None-Match": ["*", '"', 'W/"', ",,,"],
+    "If-Modified-Since": ["Thu, 01 Jan 0000 00:00:00 GMT", "9" * 99, "Mon, 99 Foo 2020"],
+    "If-Unmodified-Since": ["Sun, 06 Nov 9999 08:49:37 GMT", "Thu, 01 Jan 1970 00:00:00 +9999"],
+    "If-Range": ['"x"', "W/", "\x7f", "Sun, 06 Nov 1994 08:49:37 GMT"],
+    "Content-Type": [
+        "multipart/form-data",
+        "multipart/form-data; boundary=XbX",
+        "a/b; c=\xff",
+        ";",
+    ],
+    "Content-Encoding": ["identity", "gzip", ""],
+    "Transfer-Encoding": ["chunked", "gzip, chunked", ""],
+    "Repr-Digest": ["sha-256=:AA==:", "sha-256=:=:", ",", "sha-512", "=", "sha-256=:\xff:"],
+    "Want-Repr-Digest": ["sha-256=1", "sha-512=99, sha-256=99", "\xff"],
+    "Accept": ["text/html", "*/*;q=x", ",", "text/html;q=9999999999"],
+    "Authorization": ["Basic", "Basic =", "Basic /w==", "Bearer \xff", "=", "Digest a=b"],
+    "Origin": ["null", "http://[", "\xff"],
+    "Host": ["", "a b", "[::1", "x:99999", "\xff", "a" * 300, "xn--a"],
+    "Sec-Fetch-Site": ["", "cross-site"],
+    "Expect": ["100-continue", "x"],
+    "Content-Range": ["bytes 0-1/2"],
+    "Cookie": ["=", "\xff"],
+    "Upgrade": ["websocket"],
+    "Connection": ["upgrade"],
+}
+
+one_header = strategies.sampled_from(sorted(HEADERS)).flatmap(
+    lambda key: strategies.tuples(
+        strategies.just(key),
+        strategies.sampled_from(HEADERS[key])
+        | strategies.text(strategies.characters(max_codepoint=255, exclude_characters="\r\n")),
+    )
+)
+path = strategies.sampled_from(["/files/a", "/files/", "/files", "/", "*", "", "/healthz"]) | (
+    strategies.binary(max_size=40).map(lambda raw: "/files/" + raw.decode("latin-1"))
+)
+
+
+@pytest.fixture(scope="module")
+def anything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[wsgi.Application]:
+    memcached = Memcached(tmp_path_factory.mktemp("m"))
+    application = make(memcached, max_size=100_000).application
+    application.cache.set("a", content(5000))
+    yield application
+    memcached.kill()
+
+
+@settings(
+    max_examples=400,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    method=strategies.sampled_from(
+        ["GET", "HEAD", "PUT", "POST", "DELETE", "OPTIONS", "PATCH", "X"]
+    ),
+    path=path,
+    query=strategies.text(strategies.characters(max_codepoint=255), max_size=20)
+    | strategies.sampled_from(["expire=1", "expire=-1", "expire=%FF", "expire="]),
+    headers=strategies.dictionaries(strategies.just(""), strategies.just("")).flatmap(
+        lambda _: strategies.lists(one_header, max_size=4)
+    ),
+    body=strategies.binary(max_size=300)
+    | strategies.lists(
+        strategies.sampled_from(
+            [
+                b"--XbX",
+                b"\r\n",
+                b"--",
+                b'Content-Disposition: form-data; name="file"; filename="a"',
+                b"Content-Disposition: form-data; name=file; filename*=x''%FF",
+                b"\xff\x00",
+                b"x" * 100,
+            ]
+        ),
+        max_size=12,
+    ).map(b"".join),
+    terminated=strategies.booleans(),
+)
+def test_no_request_is_a_500(  # noqa: PLR0917
+    anything: wsgi.Application,
+    method: str,
+    path: str,
+    query: str,
+    headers: list[tuple[str, str]],
+    body: bytes,
+    terminated: bool,
+) -> None:
+    environ = {
+        "REQUEST_METHOD": method,
+        "SCRIPT_NAME": "",
+        "PATH_INFO": path,
+        "QUERY_STRING": query,
+        "SERVER_NAME": "localhost",
+        "SERVER_PORT": "80",
+        "SERVER_PROTOCOL": "HTTP/1.1",
+        "CONTENT_LENGTH": str(len(body)),
+        "wsgi.version": (1, 0),
+        "wsgi.url_scheme": "http",
+        "wsgi.input": io.BytesIO(body),
+        "wsgi.errors": sys.stderr,
+        "wsgi.input_terminated": terminated,
+        **{f"HTTP_{key.upper().replace('-', '_')}": value for key, value in headers},
+    }
+    environ["CONTENT_TYPE"] = environ.pop("HTTP_CONTENT_TYPE", "")
+    sent: list[Any] = []
+    chunks = anything(environ, lambda *start: sent.append(start) or sent.append)  # type: ignore
+    data = b"".join(chunks)
+    chunks.close()  # type: ignore
+    (status, answer_headers) = sent[0][:2]
+    assert 200 <= int(status[:3]) < 500, data
+    for key, value in answer_headers:
+        assert all(32 <= ord(character) < 127 for character in key + value)
