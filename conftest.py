@@ -41,7 +41,7 @@ class Memcached:
         listen = ["-s", self._unix] if self._unix else ["-l", "127.0.0.1", "-p", str(self._port)]
         self._port_file.unlink(missing_ok=True)
         user = ["-u", "root"] if os.geteuid() == 0 else []
-        self.process = subprocess.Popen(  # noqa: S603 - the arguments are the tests' own
+        self.process = subprocess.Popen(
             [self._program, *listen, "-U", "0", *user, *self._options],
             env={**os.environ, "MEMCACHED_PORT_FILENAME": str(self._port_file)},
         )

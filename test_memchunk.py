@@ -2108,7 +2108,7 @@ def test_an_error_says_what_happened_and_survives_pickling(tcp: Site, name: str)
 
 
 def again(error: Exception) -> object:
-    return pickle.loads(pickle.dumps(error))  # noqa: S301 - it is our own
+    return pickle.loads(pickle.dumps(error))
 
 
 def test_every_error_is_in_the_table() -> None:

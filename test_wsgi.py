@@ -1281,7 +1281,7 @@ def anything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[wsgi.Applicat
     ).map(b"".join),
     terminated=strategies.booleans(),
 )
-def test_no_request_is_a_500(  # noqa: PLR0917
+def test_no_request_is_a_500(
     anything: wsgi.Application,
     method: str,
     path: str,
