@@ -532,7 +532,7 @@ class Application:
     def words(
         self, request: Request, title: str, text: str, status: int, headers: Mapping[str, str]
     ) -> Response:
-        page = HTML.format(title=title, text=text, home=html.escape(self.url(request, "page")))
+        page = HTML.format(title=title, text=text, home=html.escape(f"{request.root_path}/"))
         more = {"Vary": "Accept", "Content-Type": "text/html; charset=utf-8"}
         return Response(page, status, {**headers, **PAGE_HEADERS, **more})
 
