@@ -17,7 +17,7 @@ What keeps it:
   that holds a manifest can meet the chunks of that upload or none, never those of another.
 * A file appears by one atomic step: its manifest is written with memcached's `add` or `cas`, after
   every chunk was stored and, by a `touch` that also sets its final expiry, seen to be still there.
-* Until that touch a chunk lives on a lease, so that a writer that dies leaves nothing for longer.
+* Until that touch a chunk lives on a lease: a writer that dies before leaves nothing for longer.
 * Every chunk has a CRC over payload, index, total and version; the manifest, over all of itself.
 
 memcached is a cache: it evicts. What was evicted is `FileNotFound` or `FileEvicted`, never wrong.
@@ -42,12 +42,14 @@ import time
 import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import IO, Any, Callable, NoReturn, TypeVar, Union
+from typing import IO, Any, Callable, NoReturn, TypeVar, Union, cast
 
 from pymemcache.client.base import Client, PooledClient
 from pymemcache.client.hash import HashClient
 from pymemcache.client.rendezvous import RendezvousHash
-from pymemcache.exceptions import MemcacheError, MemcacheServerError, MemcacheUnexpectedCloseError
+from pymemcache.exceptions import (
+    MemcacheError, MemcacheServerError, MemcacheUnexpectedCloseError, MemcacheUnknownError,
+)
 from pymemcache.pool import ObjectPool
 
 __all__ = [
@@ -85,6 +87,7 @@ _LEAST_FILL = 0.9
 _WRITE_BATCH = 4 * 1024 * 1024
 _READ_BATCH = 2 * 1024 * 1024
 _PIPELINE = 256  # commands sent before a reply is read: the replies fit in any socket buffer
+_MAX_CHUNKS = 2**20  # more than any file needs; what a manifest says is not worked off blindly
 _ATTEMPTS = 100  # at a manifest that others keep changing; each failure means that one got through
 
 _RELATIVE_LIMIT = 30 * 24 * 3600  # memcached reads more seconds than this as an absolute time
@@ -101,6 +104,7 @@ _MAGIC, _FORMAT = b"mch", 1
 # for replies that it can't parse; RuntimeError for an exhausted pool.
 _CLIENT_ERRORS = (OSError, MemcacheError, ValueError, KeyError, IndexError, RuntimeError)
 _DROPPED = (ConnectionResetError, BrokenPipeError, MemcacheUnexpectedCloseError)
+_NO = (b"NOT_STORED", b"EXISTS", b"NOT_FOUND")  # replies that are no errors
 _REFUSED = re.compile(r"out of memory (storing|during read)|object too large")
 
 Source = Union[bytes, bytearray, memoryview, IO[bytes], Iterable[bytes]]
@@ -279,7 +283,8 @@ class _Manifest:
         fields = _MANIFEST.unpack_from(body)
         chunk_size, floor, total, size, created, expires, version, length = fields[2:]
         tail = body[_MANIFEST.size :]
-        if tail[:length] != name.encode() or not chunk_size:
+        sound = chunk_size and size <= chunk_size * _MAX_CHUNKS
+        if tail[:length] != name.encode() or not sound:
             raise FileCorrupt(name=name, index=None)
         info = FileInfo(
             *(name, size, -(-size // chunk_size), version.hex(), created, expires or None),
@@ -628,24 +633,30 @@ class _FastClient(Client):
             fields = (name, self.check_key(key, self.key_prefix), expire, sum(map(len, parts)))
             line = b"%b %b 0 %d %d" % fields + (b"" if cas is None else b" " + cas)
             buffers += (line + b"\r\n", *parts, b"\r\n")
+        return dict(zip(values, self._ask(name, buffers, len(values), b"STORED")))
+
+    def _ask(self, name: bytes, buffers: list[Any], replies: int, yes: bytes) -> list[bool]:
+        """Send commands; read all their replies, errors too: the server goes on to execute what
+        was sent, whatever becomes of the connection. A line that is no reply is never a "no"."""
         if self.sock is None:
             self._connect()
         try:
             _send(self.sock, buffers)
-            # All of them, errors too: after an early end the server would go on storing.
-            replies = b""
-            while replies.count(b"\r\n") < len(values):
-                received = self.sock.recv(4096)
-                if not received:
+            received = b""
+            while received.count(b"\r\n") < replies:
+                piece = self.sock.recv(4096)
+                if not piece:
                     raise MemcacheUnexpectedCloseError
-                replies += received
-            lines = replies.split(b"\r\n")
+                received += piece
+            *lines, rest = received.split(b"\r\n")
             for line in lines:
                 self._raise_errors(line, name)
-        except Exception:
+            if rest or len(lines) > replies or not {yes, *_NO} >= {*lines}:
+                raise MemcacheUnknownError(received[:64])
+        except BaseException:
             self.close()
             raise
-        return {key: line == b"STORED" for key, line in zip(values, lines)}
+        return [line == yes for line in lines]
 
     def _extract_value(
         self, expect_cas: bool, line: bytes, buf: bytes, remapped_keys: dict[bytes, Any],
@@ -676,9 +687,13 @@ class _FastClient(Client):
 
     def touch_many(self, keys: list[str], expire: int) -> list[bool]:
         """`touch` for many keys in one round trip."""
-        checked = [self.check_key(key, self.key_prefix) for key in keys]
-        commands = [b"touch %b %d\r\n" % (key, expire) for key in checked]
-        return [line == b"TOUCHED" for line in self._misc_cmd(commands, b"touch", False)]
+        lines = [b"touch %b %d\r\n" % (self.check_key(k, self.key_prefix), expire) for k in keys]
+        return self._ask(b"touch", lines, len(keys), b"TOUCHED")
+
+    def delete_many(self, keys: Iterable[Any], noreply: bool | None = None) -> bool:
+        lines = [b"delete %b\r\n" % self.check_key(key, self.key_prefix) for key in keys]
+        self._ask(b"delete", lines, len(lines), b"DELETED")
+        return True
 
 
 class _Pool(ObjectPool[Any]):
@@ -754,6 +769,7 @@ class _Upload:
         """Store all that `reader` has. Raises SizeMismatch, FileTooLarge, CacheFull."""
         name, received = self._store.name, 0
         self._layout = _Layout.plan(size, self._capacity)
+        max_size = min(max_size, self._capacity * _MAX_CHUNKS)
         while True:
             step = self._layout.chunk_size * self._layout.per_batch(_WRITE_BATCH)
             batch = reader.take(step if size is None else min(step, max(size - received, 1)))
@@ -800,9 +816,11 @@ class _Upload:
         mine = _Manifest(self._info, self._layout)
         try:
             current = self._store.lookup()[0] if self._sealed else None
-        except CacheUnavailable:
+        except BaseException as error:
             with contextlib.suppress(CacheUnavailable):
                 self._store.touch(self._info, _end(self._lease))
+            if not isinstance(error, CacheUnavailable):
+                raise
         else:
             if _version(current) != mine.info.version:
                 self._store.delete(mine)
@@ -840,33 +858,42 @@ class _Store:
         Atomic: where another writer was faster, `step` is asked again, with what that one left,
         and raises to give up. `found` is what `lookup` said, if it was asked.
         """
+        late: tuple[Any, _Current] | None = None  # a try without reply: value, what it replaces
         for _ in range(_ATTEMPTS):
-            current, _, token = found or self.lookup()
+            current, there, token = found or self.lookup()
+            if late and there == late[0]:  # it was done after all
+                return self._replaced(late[1], cast(_New, current))
             manifest = step(current)
             # The text protocol has no conditional delete; storing what has expired is one.
             value = b"" if manifest is None else manifest.pack()
             exptime = -1 if manifest is None else _exptime(manifest.info.expires)
-            error = found = None
+            found = None
             try:
-                done = self._replace(value, token, exptime)
+                if self._replace(value, token, exptime):
+                    return self._replaced(current, manifest)
             except BaseException as lost:  # the reply, to the network or to Ctrl-C
-                error = lost
                 with contextlib.suppress(CacheUnavailable):
                     found = self.lookup()
                 if found is None:
                     raise  # nobody tells
-                done = found[1] == (value or None)
-                # The old token proves that it was not done, and may be tried again. Without that
-                # it may have been done, and undone by another writer, who deleted our chunks.
-                if not done and (token is None or found[2] != token):
+                if found[1] == (value or None):
+                    self._replaced(current, manifest)
+                    if not isinstance(lost, CacheUnavailable):
+                        raise
+                    return manifest
+                # The old token proves that it was not done, and it may be tried once more. Without
+                # that it may have been done, and undone by another writer, who deleted our chunks.
+                if late or token is None or found[2] != token:
+                    self._replaced(current, found[0])
                     raise
-            if done and _version(current) != _version(manifest):
-                self.delete(current)
-            if error and not isinstance(error, CacheUnavailable):
-                raise error
-            if done:
-                return manifest
+                late = value or None, current
         raise CacheFull(name=self.name, missing=[], reason="it refuses the manifest")
+
+    def _replaced(self, old: _Current, new: _T) -> _T:
+        """Delete the chunks of what was at the manifest's key, unless `new` is of that version."""
+        if _version(old) != _version(new):
+            self.delete(old)
+        return new
 
     def _replace(self, value: bytes, token: Any, exptime: int) -> bool:
         if token is None:
@@ -1089,7 +1116,7 @@ def _persist(operation: Callable[[], _T]) -> _T:
     return operation()
 
 
-def _version(current: _Current) -> str | None:
+def _version(current: object) -> str | None:
     return current.info.version if isinstance(current, _Manifest) else None
 
 
