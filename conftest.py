@@ -17,6 +17,9 @@ import pytest
 
 INSTALL = "'apt-get install memcached', 'dnf install memcached' or 'brew install memcached'"
 
+# A shell that starts the tests in the background has them ignore Ctrl-C, and all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 class Memcached:
     """A memcached process that a test owns, may damage, stop and kill.

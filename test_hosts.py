@@ -500,12 +500,8 @@ def test_wget(server: Server, file: pathlib.Path, tmp_path: pathlib.Path, big: b
 
 
 def test_requests(server: Server, file: pathlib.Path, big: bytes) -> None:
-    with requests.Session() as session:
-        for options in (
-            {"data": big},
-            {"data": file.open("rb")},
-            {"files": {"file": file.open("rb")}},
-        ):
+    with requests.Session() as session, file.open("rb") as body, file.open("rb") as field:
+        for options in ({"data": big}, {"data": body}, {"files": {"file": field}}):
             created = session.post(server.url("/files"), **options)
             assert created.status_code == 201
             digest = hashlib.sha256(session.get(created.headers["Location"]).content).digest()
