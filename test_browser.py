@@ -245,7 +245,7 @@ def test_words_without_script(start: Start, tmp_path: pathlib.Path) -> None:
     browser.find_element(By.TAG_NAME, "button").click()
     assert "Files may have up to" in browser.find_element(By.TAG_NAME, "body").text
     browser.find_element(By.LINK_TEXT, "Upload a file").click()
-    wait_for(lambda: browser.title.startswith("memchunk"), "the page")  # the old one may still be there
+    wait_for(lambda: browser.title.startswith("memchunk"), "the page to come back")
 
 
 def test_nothing_is_loaded_from_elsewhere(start: Start) -> None:
