@@ -567,12 +567,15 @@ class CachedFile(io.RawIOBase):
 
     def readall(self) -> bytes:
         """All that is left, as one bytes object."""
-        left = max(self.info.size - self._position, 0)
         # Zero bytes that the system makes when they are written to, and a buffer that is handed
         # over without a copy: the file is in memory once.
-        output = io.BytesIO(bytes(left))
+        output = io.BytesIO(bytes(max(self.info.size - self._position, 0)))
         with output.getbuffer() as view:
-            self.readinto(view)
+            filled = 0
+            for piece in self.chunks(self._position):
+                view[filled : filled + len(piece)] = piece
+                filled += len(piece)
+        self._position += filled
         return output.getvalue()
 
     def readable(self) -> bool:

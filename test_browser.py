@@ -6,6 +6,8 @@ import contextlib
 import os
 import pathlib
 import shutil
+import socket
+import threading
 from collections.abc import Iterator
 from typing import Any, Callable
 
@@ -15,7 +17,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from conftest import Memcached, wait_for
-from test_hosts import HOSTS, MIB, Server
+from test_hosts import HOSTS, MIB, SECONDS, Server
 
 Start = Callable[..., Any]
 
@@ -55,6 +57,64 @@ def chromium(downloads: pathlib.Path, script: bool) -> Any:
     return webdriver.Chrome(options, service)
 
 
+class Proxy:
+    """Passes TCP connections on to a port; where `cuts` says that so many bytes have come from
+    clients in all, it breaks the connection that they came by."""
+
+    def __init__(self, port: int, *cuts: int) -> None:
+        self.cuts, self.passed, self._target = list(cuts), 0, port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._threads: list[threading.Thread] = []
+        self._start(self._accept)
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.port}{path}"
+
+    def _start(self, work: Callable[..., None], *args: Any) -> None:
+        self._threads.append(threading.Thread(target=work, args=args))
+        self._threads[-1].start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            try:
+                server = socket.create_connection(("127.0.0.1", self._target))
+            except OSError:
+                client.close()
+                continue
+            self._start(self._up, client, server)
+            self._start(self._pass, server, client)
+
+    def _up(self, client: socket.socket, server: socket.socket) -> None:
+        self._pass(client, server, count=True)
+
+    def _pass(self, source: socket.socket, target: socket.socket, count: bool = False) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                self.passed += count and len(data)
+                if count and self.cuts and self.passed >= self.cuts[0]:
+                    del self.cuts[0]
+                    break
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        if not count:
+            source.close()
+            target.close()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in self._threads:
+            thread.join(SECONDS)
+
+
 def make(folder: pathlib.Path, name: str, data: bytes) -> str:
     (folder / "files").mkdir(exist_ok=True)
     path = folder / "files" / name
@@ -91,6 +151,12 @@ def slow(browser: Any, rate: int) -> None:
         "downloadThroughput": -1,
         "uploadThroughput": rate,
     }
+    browser.execute_cdp_cmd("Network.enable", {})
+    browser.execute_cdp_cmd("Network.emulateNetworkConditions", conditions)
+
+
+def offline(browser: Any) -> None:
+    conditions = {"offline": True, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
     browser.execute_cdp_cmd("Network.enable", {})
     browser.execute_cdp_cmd("Network.emulateNetworkConditions", conditions)
 
@@ -140,6 +206,67 @@ def test_several_at_once_one_of_them_cancelled(start: Start, tmp_path: pathlib.P
     wait_until(browser, "cancelled.bin", "Stored")
 
 
+def test_a_line_that_breaks(start: Start, tmp_path: pathlib.Path) -> None:
+    """The upload goes on where it broke, and sends no more twice than what was under way."""
+    browser = start()
+    data = os.urandom(50 * MIB)
+    proxy = Proxy(browser.server.port, 1_000_000, 10_000_000, 30_000_000)
+    with contextlib.closing(proxy):
+        browser.get(proxy.url("/"))
+        choose(browser, make(tmp_path, "big.dat", data))
+        wait_until(browser, "big.dat", "The connection broke. Going on in 1 s.")
+        wait_until(browser, "big.dat", "Stored")
+        assert not proxy.cuts
+        assert proxy.passed < len(data) + 5 * 4 * MIB  # Chromium repeats a request by itself, too
+        link(browser, "big.dat").click()
+        saved = tmp_path / "big.dat"
+        wait_for(lambda: saved.exists() and saved.stat().st_size == len(data), "the download")
+        assert saved.read_bytes() == data
+        browser.get("about:blank")
+
+
+def test_a_network_that_is_away(start: Start, tmp_path: pathlib.Path) -> None:
+    browser = start()
+    slow(browser, 10 * MIB)
+    choose(browser, make(tmp_path, "big.dat", bytes(20 * MIB)))
+    wait_until(browser, "big.dat", "Sending, 4")
+    offline(browser)
+    wait_until(browser, "big.dat", "The connection broke. Going on in 8 s.")
+    slow(browser, -1)  # it's back: the page notices, and does not wait
+    wait_until(browser, "big.dat", "Stored")
+
+
+def test_a_cache_that_lost_all(start: Start, tmp_path: pathlib.Path, memcached: Memcached) -> None:
+    browser = start()
+    slow(browser, 10 * MIB)
+    choose(browser, make(tmp_path, "big.dat", bytes(20 * MIB)))
+    wait_until(browser, "big.dat", "Sending, 4")
+    memcached.flush()
+    wait_until(browser, "big.dat", "The cache lost what was sent.")
+    slow(browser, -1)
+    press(browser, "big.dat", "again")
+    wait_until(browser, "big.dat", "Stored")
+
+
+def test_what_is_cancelled_is_deleted(
+    start: Start, tmp_path: pathlib.Path, memcached: Memcached
+) -> None:
+    browser = start()
+    slow(browser, 10 * MIB)
+    choose(browser, make(tmp_path, "big.dat", bytes(20 * MIB)))
+    wait_until(browser, "big.dat", "Sending, 4")
+    assert len(memcached.keys()) > 8
+    press(browser, "big.dat", "cancel")
+    wait_until(browser, "big.dat", "Cancelled. Nothing was stored.")
+    wait_for(lambda: memcached.keys() == [], "the pieces to be deleted")
+    choose(browser, make(tmp_path, "other.dat", bytes(20 * MIB)))
+    wait_until(browser, "other.dat", "Sending, 2")
+    offline(browser)
+    wait_until(browser, "other.dat", "The connection broke.")
+    press(browser, "other.dat", "cancel")
+    wait_until(browser, "other.dat", "Cancelled.")
+
+
 def test_errors_in_words(start: Start, tmp_path: pathlib.Path, memcached: Memcached) -> None:
     browser = start(MEMCHUNK_MAX_SIZE="1000000")
     choose(browser, make(tmp_path, "large.bin", bytes(1_000_001)))
@@ -149,8 +276,7 @@ def test_errors_in_words(start: Start, tmp_path: pathlib.Path, memcached: Memcac
     memcached.kill()
     choose(browser, path)
     wait_until(browser, "a.txt", "The cache did not answer.")
-    memcached.start()
-    press(browser, "a.txt", "again")
+    memcached.start()  # the page tries again by itself
     wait_until(browser, "a.txt", "Stored")
     browser.server.stop()
     choose(browser, make(tmp_path, "b.txt", b"x"))

@@ -1213,6 +1213,7 @@ HEADERS = {
         "multipart/form-data; boundary=XbX",
         "a/b; c=\xff",
         ";",
+        "application/offset+octet-stream",
     ],
     "Content-Encoding": ["identity", "gzip", ""],
     "Transfer-Encoding": ["chunked", "gzip, chunked", ""],
@@ -1226,6 +1227,12 @@ HEADERS = {
     "Expect": ["100-continue", "x"],
     "Content-Range": ["bytes 0-1/2"],
     "Cookie": ["=", "\xff"],
+    "Tus-Resumable": ["1.0.0", "0.2.2"],
+    "Upload-Length": ["0", "10", "300", "9" * 18, "-1", "\xb2"],
+    "Upload-Offset": ["0", "10", "9" * 18, "\xb2"],
+    "Upload-Metadata": ["name YQ==", "name /w==", "name 4pi6,filename", " ,, ,", "name \xff"],
+    "Upload-Checksum": ["sha1 AAAA", "sha1", "crc32 AAAA", "sha256 \xff"],
+    "X-HTTP-Method-Override": ["PATCH", "delete", "HEAD", "OPTIONS", "\xff"],
     "Upgrade": ["websocket"],
     "Connection": ["upgrade"],
 }
@@ -1237,6 +1244,7 @@ one_header = strategies.sampled_from(sorted(HEADERS)).flatmap(
         | strategies.text(strategies.characters(max_codepoint=255, exclude_characters="\r\n")),
     )
 )
+uploads = strategies.sampled_from(["/uploads", "/uploads/u", "/uploads/d", "/uploads/x"])
 path = strategies.sampled_from(["/files/a", "/files/", "/files", "/", "*", "", "/healthz"]) | (
     strategies.binary(max_size=40).map(lambda raw: "/files/" + raw.decode("latin-1"))
 )
@@ -1247,6 +1255,9 @@ def anything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[wsgi.Applicat
     memcached = Memcached(tmp_path_factory.mktemp("m"))
     application = make(memcached, max_size=100_000).application
     application.cache.set("a", content(5000))
+    for name, done in (("u", ""), ("d", "0" * 16)):
+        upload = wsgi.Resumable(name, name, 300, 0, int(time.time()) + 999, "", "", {}, done)
+        application.uploads.save(upload)
     yield application
     memcached.kill()
 
@@ -1260,7 +1271,7 @@ def anything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[wsgi.Applicat
     method=strategies.sampled_from(
         ["GET", "HEAD", "PUT", "POST", "DELETE", "OPTIONS", "PATCH", "X"]
     ),
-    path=path,
+    path=path | uploads,
     query=strategies.text(strategies.characters(max_codepoint=255), max_size=20)
     | strategies.sampled_from(["expire=1", "expire=-1", "expire=%FF", "expire="]),
     headers=strategies.dictionaries(strategies.just(""), strategies.just("")).flatmap(
