@@ -439,6 +439,10 @@ class FileCache:
 
         store.swap(step)
 
+    def memory(self, name: str) -> float:
+        """Bytes of memory of the server that has, or would have, the file; infinite if unknown."""
+        return self._limits(self._store(name))[1]
+
     def ping(self) -> None:
         """Return when every server answers, else raise CacheUnavailable."""
         for server, client in self._clients.items():

@@ -504,7 +504,7 @@ class Uploads:
 
     def is_tight(self, upload: Resumable) -> bool:
         """Whether the file's server can't be trusted to hold all bytes twice for a moment."""
-        return 4 * upload.length > self.cache._limits(self.cache._store(upload.name))[1]
+        return 4 * upload.length > self.cache.memory(upload.name)
 
     def check(self, upload: Resumable) -> Resumable:
         """The upload as it is; raises Problem 410 where the cache dropped a part of it."""
@@ -521,6 +521,7 @@ class Uploads:
         """Raise Problem 410, unless another request has finished, and deleted the pieces."""
         current = self.find(upload.id)
         if upload.done or not current.done:
+            log.warning("upload %s: %s", upload.id, error)
             raise Problem(410, "The cache dropped parts of this upload. Start again.") from error
         return current
 

@@ -1,0 +1,886 @@
+"""Resumable uploads, tus 1.0.0, through Werkzeug's test client, on real memcached processes.
+
+Real tus clients, hosts and Lambda adapters are in test_tus_clients.py.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import io
+import os
+import pathlib
+import threading
+import time
+from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
+from typing import Any, Callable
+
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies
+from pymemcache.client.base import PooledClient
+from werkzeug.test import Client, TestResponse
+
+import memchunk
+import wsgi
+from conftest import Memcached
+from test_wsgi import (
+    CHUNK,
+    MIB,
+    chunk_key,
+    content,
+    digest,
+    is_problem,
+    make,
+    opened,
+    send,
+    version,
+)
+
+TUS = {"Tus-Resumable": "1.0.0"}
+TYPE = "application/offset+octet-stream"
+
+
+@pytest.fixture(autouse=True)
+def _close() -> Iterator[None]:
+    yield
+    while opened:
+        opened.pop().close()
+
+
+@pytest.fixture
+def client(memcached: Memcached) -> Any:
+    return make(memcached)
+
+
+def pair(key: str, value: str | bytes) -> str:
+    value = value.encode() if isinstance(value, str) else value
+    return f"{key} {base64.b64encode(value).decode()}"
+
+
+def start(client: Any, length: int, path: str = "/uploads", **options: Any) -> str:
+    """Start an upload; return its path."""
+    headers = {**TUS, "Upload-Length": str(length), **options.pop("headers", {})}
+    created = client.post(path, headers=headers, **options)
+    assert created.status_code == 201, created.text
+    assert created.headers["Tus-Resumable"] == "1.0.0"
+    return str(created.headers["Location"])
+
+
+def patch(client: Any, path: str, offset: int, data: bytes, **headers: str) -> TestResponse:
+    sent = {**TUS, "Upload-Offset": str(offset), "Content-Type": TYPE}
+    sent.update({key.replace("_", "-"): value for key, value in headers.items()})
+    response: TestResponse = client.patch(path, data=data, headers=sent)
+    assert response.headers["Tus-Resumable"] == "1.0.0"
+    return response
+
+
+def head(client: Any, path: str) -> TestResponse:
+    response: TestResponse = client.head(path, headers=TUS)
+    assert response.headers["Tus-Resumable"] == "1.0.0"
+    assert response.data == b""
+    return response
+
+
+def offset(client: Any, path: str) -> int:
+    response = head(client, path)
+    assert response.status_code == 200
+    return int(response.headers["Upload-Offset"])
+
+
+def complete(client: Any, path: str, data: bytes, piece: int) -> TestResponse:
+    """Go on from where the upload is, in pieces; return the last answer."""
+    here, response = offset(client, path), head(client, path)
+    while here < len(data):
+        response = patch(client, path, here, data[here : here + piece])
+        assert response.status_code == 204, response.text
+        here += len(data[here : here + piece])
+        assert response.headers["Upload-Offset"] == str(here)
+    return response
+
+
+def leftovers(memcached: Memcached) -> list[str]:
+    """Keys of what no file needs and no time ends."""
+    return sorted(key for key, end in memcached.expiries().items() if end == -1)
+
+
+# From the start to the file
+
+
+@pytest.mark.parametrize("piece", [1, 7, CHUNK - 1, CHUNK, CHUNK + 1, 4 * CHUNK, 10 * CHUNK])
+def test_pieces_become_a_file(client: Any, memcached: Memcached, piece: int) -> None:
+    data = content(10 * CHUNK if piece > 10 else 20 * piece)
+    metadata = ",".join(
+        [pair("filename", "b \u4f60.txt"), pair("filetype", "text/plain"), pair("name", "a/b c")]
+    )
+    path = start(client, len(data), "/uploads?expire=60", headers={"Upload-Metadata": metadata})
+    last = complete(client, path, data, piece)
+    assert last.headers["Content-Location"] == "http://localhost/files/a/b%20c"
+    assert "Upload-Expires" not in last.headers
+    read = client.get(last.headers["Content-Location"])
+    assert (read.status_code, read.data) == (200, data)
+    assert read.headers["Content-Type"] == "text/plain"
+    assert "filename*=UTF-8''b%20%E4%BD%A0.txt" in read.headers["Content-Disposition"]
+    assert leftovers(memcached) == []
+    done = head(client, path)
+    assert done.headers["Upload-Offset"] == done.headers["Upload-Length"] == str(len(data))
+    assert done.headers["Content-Location"] == last.headers["Content-Location"]
+    # The file, the upload's record, and nothing of the pieces.
+    assert len(memcached.keys()) == 1 + -(-len(data) // CHUNK) + 1
+
+
+def test_a_name_is_made_up(client: Any) -> None:
+    path = start(client, 3)
+    last = patch(client, path, 0, b"abc")
+    url = last.headers["Content-Location"]
+    assert url == path.replace("/uploads/", "/files/")
+    assert len(url.rsplit("/", 1)[1]) == 32
+    read = client.get(url)
+    assert (read.data, read.mimetype) == (b"abc", "application/octet-stream")
+
+
+def test_the_whole_file_with_the_start(client: Any) -> None:
+    headers = {**TUS, "Upload-Length": "5"}
+    created = client.post("/uploads", headers=headers, data=b"hello", content_type=TYPE)
+    assert created.status_code == 201
+    assert created.headers["Upload-Offset"] == "5"
+    assert client.get(created.headers["Content-Location"]).data == b"hello"
+    part = client.post("/uploads", headers=headers, data=b"he", content_type=TYPE)
+    assert (part.status_code, part.headers["Upload-Offset"]) == (201, "2")
+    assert "Content-Location" not in part.headers
+    last = patch(client, part.headers["Location"], 2, b"llo")
+    assert client.get(last.headers["Content-Location"]).data == b"hello"
+
+
+def test_an_empty_file(client: Any) -> None:
+    created = client.post("/uploads", headers={**TUS, "Upload-Length": "0"})
+    assert (created.status_code, created.headers["Upload-Offset"]) == (201, "0")
+    assert client.get(created.headers["Content-Location"]).data == b""
+    assert patch(client, created.headers["Location"], 0, b"").status_code == 204
+
+
+@pytest.mark.parametrize("piece", [4 * MIB, 50 * MIB])
+def test_50_mib_on_a_stock_memcached(memcached: Memcached, piece: int) -> None:
+    """Of 64 MB: it can't hold the file twice, nor the file and the one before. While it has to
+    evict those it may drop a piece; then it says 410, and the client starts again."""
+    client = make(memcached, chunk_size=None)
+    answers: list[TestResponse] = []
+    data = os.urandom(50 * MIB)
+    while len(answers) < 3 or answers[-1].status_code == 410:
+        path = start(client, len(data))
+        for begin in range(0, len(data), piece):
+            last = patch(client, path, begin, data[begin : begin + piece])
+        answers.append(last)
+        if last.status_code == 204:
+            assert client.get(last.headers["Content-Location"]).data == data
+    statuses = [answer.status_code for answer in answers]
+    assert statuses[0] == 204  # nothing to evict
+    assert set(statuses) <= {204, 410}
+    assert len(statuses) < 6
+
+
+def test_the_limit(memcached: Memcached) -> None:
+    client = make(memcached, max_size=1000)
+    headers = {**TUS, "Upload-Length": "1001"}
+    refused = client.post("/uploads", headers=headers)
+    is_problem(refused, 413)
+    assert refused.headers["Tus-Max-Size"] == "1000"
+    path = start(client, 1000)
+    assert patch(client, path, 0, content(1000)).status_code == 204
+    is_problem(patch(client, path, 1000, b"x"), 413)
+    assert memcached.stats()["curr_items"] == "3"
+
+
+def test_more_than_announced(client: Any) -> None:
+    path = start(client, 10)
+    is_problem(patch(client, path, 0, bytes(11)), 413)
+    chunked = {"wsgi.input_terminated": True, "HTTP_TRANSFER_ENCODING": "chunked"}
+    headers = {**TUS, "Upload-Offset": "0"}
+    options = {"headers": headers, "content_type": TYPE, "environ": chunked}
+    is_problem(send(client, "PATCH", path, io.BytesIO(bytes(11)), None, **options), 413)
+    assert offset(client, path) == 0
+    answer = send(client, "PATCH", path, io.BytesIO(content(10)), None, **options)
+    assert (answer.status_code, answer.headers["Upload-Offset"]) == (204, "10")
+    assert client.get(answer.headers["Content-Location"]).data == content(10)
+
+
+def test_memory_stays_bounded(memcached: Memcached) -> None:
+    """A body is stored in blocks, each counted as it comes."""
+    client, seen = make(memcached, chunk_size=None), []
+    data = os.urandom(9 * MIB + 5)
+    path = start(client, len(data) + 1)
+
+    class Watched(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            seen.append(offset(client, path))
+            return super().read(size)
+
+    headers = {**TUS, "Upload-Offset": "0"}
+    answer = send(
+        client, "PATCH", path, Watched(data), len(data), headers=headers, content_type=TYPE
+    )
+    assert answer.headers["Upload-Offset"] == str(len(data))
+    assert sorted(set(seen)) == [0, 4 * MIB, 8 * MIB]
+    last = patch(client, path, len(data), b"x")
+    assert client.get(last.headers["Content-Location"]).data == data + b"x"
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    cuts=strategies.lists(strategies.integers(0, 5 * CHUNK), max_size=12),
+    size=strategies.integers(0, 5 * CHUNK),
+    checksums=strategies.booleans(),
+)
+def test_pieces_of_any_sizes(client: Any, cuts: list[int], size: int, checksums: bool) -> None:
+    data = content(size, seed=size)
+    path = start(client, size)
+    edges = sorted(min(cut, size) for cut in cuts)
+    for begin, end in zip([0, *edges], [*edges, size]):
+        assert offset(client, path) == begin
+        headers = {"Upload_Checksum": checksum(data[begin:end])} if checksums else {}
+        assert patch(client, path, begin, data[begin:end], **headers).status_code == 204
+    assert client.get(head(client, path).headers["Content-Location"]).data == data
+
+
+# What the protocol asks
+
+
+def test_options(memcached: Memcached) -> None:
+    client = make(memcached, max_size=12345)
+    path = start(client, 1)
+    for address, allow in (("/uploads", "OPTIONS, POST"), (path, "DELETE, HEAD, OPTIONS, PATCH")):
+        answer = client.options(address, headers={"Tus-Resumable": "0.2.2"})  # to be ignored
+        assert (answer.status_code, answer.data) == (204, b"")
+        assert answer.headers["Allow"] == allow
+        assert answer.headers["Tus-Version"] == "1.0.0"
+        assert answer.headers["Tus-Max-Size"] == "12345"
+        assert set(answer.headers["Tus-Extension"].split(",")) == {
+            "creation",
+            "creation-with-upload",
+            "checksum",
+            "expiration",
+            "termination",
+        }
+        assert answer.headers["Tus-Checksum-Algorithm"] == "sha1,sha256,sha512"
+    assert "Tus-Version" not in client.options("/files").headers
+
+
+@pytest.mark.parametrize("spoken", [None, "0.2.2", "2.0.0", ""])
+def test_another_version_of_tus(client: Any, memcached: Memcached, spoken: str | None) -> None:
+    path = start(client, 1)
+    before = memcached.keys()
+    headers = {} if spoken is None else {"Tus-Resumable": spoken}
+    for method, address, more in (
+        ("POST", "/uploads", {"Upload-Length": "1"}),
+        ("PATCH", path, {"Upload-Offset": "0", "Content-Type": TYPE}),
+        ("DELETE", path, {}),
+    ):
+        refused = client.open(address, method=method, headers={**headers, **more}, data=b"x")
+        is_problem(refused, 412)
+        assert refused.headers["Tus-Version"] == refused.headers["Tus-Resumable"] == "1.0.0"
+    assert client.head(path, headers=headers).status_code == 412
+    assert memcached.keys() == before
+    assert offset(client, path) == 0
+
+
+def test_head(client: Any) -> None:
+    metadata = pair("filename", "a.txt") + ",is_confidential," + pair("x", b"\xff\x00")
+    path = start(client, 10, headers={"Upload-Metadata": metadata})
+    patch(client, path, 0, b"abc")
+    answer = head(client, path)
+    assert answer.status_code == 200
+    assert answer.headers["Upload-Offset"] == "3"
+    assert answer.headers["Upload-Length"] == "10"
+    assert answer.headers["Upload-Metadata"] == metadata
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert "Content-Location" not in answer.headers
+    assert "Upload-Metadata" not in head(client, start(client, 1)).headers
+    is_problem(client.get(path, headers=TUS), 405)
+
+
+def test_expiration(client: Any, memcached: Memcached) -> None:
+    headers = {**TUS, "Upload-Length": "10"}
+    created = client.post("/uploads", headers=headers)
+    path = created.headers["Location"]
+    answers = [created, patch(client, path, 0, b"abc"), head(client, path)]
+    for answer in answers:
+        end = parsedate_to_datetime(answer.headers["Upload-Expires"]).timestamp()
+        assert abs(end - time.time() - wsgi.UPLOAD_EXPIRE) < 10
+    ends = memcached.expiries().values()
+    assert len(ends) == 3
+    assert all(abs(end - time.time() - wsgi.UPLOAD_EXPIRE) < 100 for end in ends)
+
+
+def test_an_expired_upload(client: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(wsgi, "UPLOAD_EXPIRE", 1)
+    path = start(client, 10)
+    until = time.monotonic() + 20
+    while head(client, path).status_code == 200 and time.monotonic() < until:
+        pass
+    assert head(client, path).status_code == 404
+    is_problem(patch(client, path, 0, b"abc"), 404)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Upload-Length": "-1"},
+        {"Upload-Length": "x"},
+        {"Upload-Length": "1.5"},
+        {"Upload-Length": ""},
+        {"Upload-Length": "9" * 30},
+        {"Upload-Defer-Length": "1"},
+        {"Upload-Concat": "partial", "Upload-Length": "1"},
+        {"Upload-Concat": "final;/uploads/a /uploads/b"},
+        {"Upload-Length": "1", "Upload-Metadata": "filename not-base64!"},
+        {"Upload-Length": "1", "Upload-Metadata": "filename YQ== YQ=="},
+        {"Upload-Length": "1", "Upload-Metadata": "filename YQ==,filename YQ=="},
+        {"Upload-Length": "1", "Upload-Metadata": "f\xfclename YQ=="},
+        {"Upload-Length": "1", "Upload-Metadata": "name"},
+        {"Upload-Length": "1", "Upload-Metadata": pair("name", "x" * 1025)},
+        {"Upload-Length": "1", "Upload-Metadata": pair("name", b"\xff")},
+        {"Upload-Length": "1", "Upload-Metadata": pair("name", wsgi.RESERVED + "a")},
+    ],
+)
+def test_starts_that_are_refused(client: Any, memcached: Memcached, headers: Any) -> None:
+    is_problem(client.post("/uploads", headers={**TUS, **headers}), 400)
+    assert memcached.keys() == []
+
+
+def test_a_bad_expire(client: Any, memcached: Memcached) -> None:
+    headers = {**TUS, "Upload-Length": "1"}
+    is_problem(client.post("/uploads?expire=x", headers=headers), 400)
+    assert memcached.keys() == []
+
+
+def test_headers_that_are_too_long(client: Any, memcached: Memcached) -> None:
+    headers = {**TUS, "Upload-Length": "1", "Upload-Metadata": pair("a", bytes(40_000))}
+    is_problem(client.post("/uploads", headers=headers), 431)
+    assert memcached.keys() == []
+
+
+def test_patches_that_are_refused(client: Any, memcached: Memcached) -> None:
+    path = start(client, 10)
+    patch(client, path, 0, b"abc")
+    before = memcached.keys()
+    for wrong in ("0", "2", "4", "10", "99"):
+        problem = is_problem(patch(client, path, 0, b"d", Upload_Offset=wrong), 409)
+        assert "3 bytes" in problem["detail"]
+    for bad in ("", "-1", "x", "3.0"):
+        is_problem(patch(client, path, 0, b"d", Upload_Offset=bad), 400)
+    for other in ("", "application/octet-stream", "text/plain"):
+        is_problem(patch(client, path, 3, b"d", Content_Type=other), 415)
+    is_problem(patch(client, path, 3, b"d", Content_Encoding="gzip"), 415)
+    assert memcached.keys() == before
+    assert patch(client, path, 3, b"", Upload_Offset="3").headers["Upload-Offset"] == "3"
+    assert offset(client, path) == 3
+
+
+@pytest.mark.parametrize("path", ["/uploads/" + "0" * 32, "/uploads/x", "/uploads/a%2Fb"])
+def test_uploads_that_are_none(client: Any, path: str) -> None:
+    for answer in (
+        head(client, path),
+        patch(client, path, 0, b"x"),
+        client.delete(path, headers=TUS),
+    ):
+        assert answer.status_code == 404
+        assert "Upload-Offset" not in answer.headers
+
+
+def checksum(data: bytes, algorithm: str = "sha1") -> str:
+    return f"{algorithm} {base64.b64encode(hashlib.new(algorithm, data).digest()).decode()}"
+
+
+@pytest.mark.parametrize("algorithm", ["sha1", "sha256", "sha512"])
+def test_checksums(client: Any, memcached: Memcached, algorithm: str) -> None:
+    path = start(client, 6)
+    before = memcached.keys()
+    wrong = patch(client, path, 0, b"abc", Upload_Checksum=checksum(b"abd", algorithm))
+    is_problem(wrong, 460)
+    assert wrong.status == "460 Checksum Mismatch"
+    for bad in ("md4 AAAA", "sha1", "sha1 ", "sha1 !", "AAAA", algorithm.upper() + " AAAA"):
+        is_problem(patch(client, path, 0, b"abc", Upload_Checksum=bad), 400)
+    assert memcached.keys() == before
+    assert offset(client, path) == 0
+    for begin, part in ((0, b"abc"), (3, b"def")):
+        right = patch(client, path, begin, part, Upload_Checksum=checksum(part, algorithm))
+        assert right.status_code == 204
+    assert client.get(right.headers["Content-Location"]).data == b"abcdef"
+
+
+def test_a_checksum_of_several_blocks(memcached: Memcached) -> None:
+    client, data = make(memcached, chunk_size=None), os.urandom(9 * MIB)
+    path = start(client, len(data))
+    before = memcached.keys()
+    is_problem(patch(client, path, 0, data, Upload_Checksum=checksum(b"")), 460)
+    assert memcached.keys() == before
+    last = patch(client, path, 0, data, Upload_Checksum=checksum(data))
+    assert client.get(last.headers["Content-Location"]).data == data
+
+
+def test_a_digest_of_the_whole_file(client: Any) -> None:
+    headers = {"Repr-Digest": f"sha-256=:{digest(b'abcdef')}:"}
+    path = start(client, 6, headers=headers)
+    patch(client, path, 0, b"abc")
+    assert patch(client, path, 3, b"def").status_code == 204
+    path = start(client, 6, headers=headers)
+    patch(client, path, 0, b"abc")
+    is_problem(patch(client, path, 3, b"xxx"), 400)
+    is_problem(client.get(path.replace("/uploads/", "/files/")), 404)
+
+
+def test_termination(client: Any, memcached: Memcached) -> None:
+    path = start(client, 10)
+    patch(client, path, 0, b"abc")
+    patch(client, path, 3, b"def")
+    deleted = client.delete(path, headers=TUS)
+    assert (deleted.status_code, deleted.data) == (204, b"")
+    assert deleted.headers["Tus-Resumable"] == "1.0.0"
+    assert memcached.keys() == []
+    assert head(client, path).status_code == 404
+    is_problem(patch(client, path, 6, b"g"), 404)
+
+
+def test_termination_of_a_whole_upload_deletes_its_file(client: Any, memcached: Memcached) -> None:
+    path = start(client, 3)
+    url = patch(client, path, 0, b"abc").headers["Content-Location"]
+    assert client.delete(path, headers=TUS).status_code == 204
+    is_problem(client.get(url), 404)
+    assert memcached.keys() == []
+    path = start(client, 3)
+    url = patch(client, path, 0, b"abc").headers["Content-Location"]
+    client.put(url, data=b"another")  # which the upload has no right to delete
+    assert client.delete(path, headers=TUS).status_code == 204
+    assert client.get(url).data == b"another"
+
+
+def test_method_override(client: Any) -> None:
+    headers = {**TUS, "Upload-Length": "6", "X-HTTP-Method-Override": "POST"}
+    path = client.put("/uploads", headers=headers).headers["Location"]
+    headers = {**TUS, "Upload-Offset": "0", "X-HTTP-Method-Override": "PATCH"}
+    answer = client.post(path, headers=headers, data=b"abc", content_type=TYPE)
+    assert (answer.status_code, answer.headers["Upload-Offset"]) == (204, "3")
+    answer = client.get(path, headers={**TUS, "X-HTTP-Method-Override": "HEAD"})
+    assert (answer.status_code, answer.headers["Upload-Offset"]) == (200, "3")
+    assert answer.data == b""
+    answer = client.post(path, headers={**TUS, "X-HTTP-Method-Override": "delete"})
+    assert answer.status_code == 204
+    assert head(client, path).status_code == 404
+    # Elsewhere it means nothing.
+    client.put("/files/a", data=b"x")
+    assert client.get("/files/a", headers={"X-HTTP-Method-Override": "DELETE"}).data == b"x"
+
+
+def test_an_existing_name(client: Any, memcached: Memcached) -> None:
+    headers = {"Upload-Metadata": pair("name", "a")}
+    path = start(client, 3, headers=headers)
+    created = client.put("/files/a", data=b"first")
+    is_problem(client.post("/uploads", headers={**TUS, "Upload-Length": "1", **headers}), 409)
+    is_problem(patch(client, path, 0, b"abc"), 409)
+    assert client.get("/files/a").data == b"first"
+    # Once the name is free, whoever looks at the upload finds it whole.
+    client.delete("/files/a")
+    assert head(client, path).headers["Content-Location"] == "http://localhost/files/a"
+    assert client.get("/files/a").data == b"abc"
+    # What is dead keeps no name.
+    created = client.put("/files/a", data=content(5 * CHUNK))
+    memcached.delete(chunk_key(memcached, created, 3))
+    path = start(client, 3, headers=headers)
+    assert patch(client, path, 0, b"new").status_code == 204
+    assert client.get("/files/a").data == b"new"
+
+
+def test_pieces_are_out_of_reach(client: Any, memcached: Memcached) -> None:
+    cache = opened[-1]
+    path = start(client, 10)
+    patch(client, path, 0, b"abc")
+    key = path.rsplit("/", 1)[1]
+    piece = next(iter(wsgi.Uploads(cache).find(key).pieces))
+    assert cache.get(f"\ufffd{key}/{piece}") == b"abc"
+    for name in (f"\ufffd{key}/{piece}", f"\ufffd{key}/", f"\xff{key}/"):
+        for encoded in (name.encode(), name.encode("latin-1", "replace")):
+            quoted = "".join(f"%{byte:02x}" for byte in encoded)
+            assert client.get(f"/files/{quoted}").status_code in (400, 404)
+            assert client.delete(f"/files/{quoted}").status_code in (400, 404)
+    assert client.head(f"/uploads/{key}/{piece}", headers=TUS).status_code == 404
+    assert offset(client, path) == 3
+
+
+def test_a_flood_of_tiny_pieces(client: Any, monkeypatch: Any) -> None:
+    path = start(client, 2000, headers={"Upload-Metadata": pair("a", bytes(8000))})
+    for index in range(wsgi.MAX_PIECES):
+        assert patch(client, path, index, b"x").status_code == 204
+    problem = is_problem(patch(client, path, wsgi.MAX_PIECES, b"x"), 400)
+    assert "1000 pieces" in problem["detail"]
+    assert offset(client, path) == wsgi.MAX_PIECES
+    # As many as that make a file.
+    path = start(client, wsgi.MAX_PIECES)
+    data = content(wsgi.MAX_PIECES)
+    last = complete(client, path, data, 1)
+    assert client.get(last.headers["Content-Location"]).data == data
+
+
+def test_token(memcached: Memcached) -> None:
+    client = make(memcached, token="s3cret")
+    headers = {"Upload-Length": "3", "Authorization": "Bearer s3cret"}
+    path = start(client, 3, headers=headers)
+    for method, address in (
+        ("POST", "/uploads"),
+        ("POST", "/uploads/"),
+        ("PATCH", path),
+        ("DELETE", path),
+    ):
+        refused = client.open(address, method=method, headers={**TUS, "Upload-Length": "3"})
+        is_problem(refused, 401)
+        assert refused.headers["Tus-Resumable"] == "1.0.0"
+    assert head(client, path).status_code == 401
+    assert patch(client, path, 0, b"abc", Authorization="Bearer s3cret").status_code == 204
+
+
+def test_other_sites(client: Any) -> None:
+    path = start(client, 3)
+    evil = {"Origin": "https://evil.example", **TUS}
+    is_problem(client.post("/uploads", headers={**evil, "Upload-Length": "1"}), 403)
+    is_problem(patch(client, path, 0, b"abc", Origin="https://evil.example"), 403)
+    is_problem(client.delete(path, headers=evil), 403)
+    override = {**evil, "X-HTTP-Method-Override": "DELETE"}
+    is_problem(client.get(path, headers=override), 403)
+    assert offset(client, path) == 0
+    assert patch(client, path, 0, b"abc", Origin="http://localhost").status_code == 204
+
+
+# Bodies that end early
+
+
+class Breaks(io.BytesIO):
+    """A connection that breaks when all that was sent is read."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        if not data:
+            raise ConnectionResetError
+        return data
+
+
+@pytest.mark.parametrize("stream", [io.BytesIO, Breaks])
+@pytest.mark.parametrize("size", [0, 1, 700, 99_999])
+def test_what_came_is_kept(client: Any, stream: Any, size: int) -> None:
+    data = content(100_000)
+    path = start(client, len(data))
+    options = {"headers": {**TUS, "Upload-Offset": "0"}, "content_type": TYPE}
+    answer = send(client, "PATCH", path, stream(data[:size]), len(data), **options)
+    assert (answer.status_code, answer.headers["Upload-Offset"]) == (204, str(size))
+    assert offset(client, path) == size
+    last = complete(client, path, data, len(data))
+    assert client.get(last.headers["Content-Location"]).data == data
+
+
+@pytest.mark.parametrize("stream", [io.BytesIO, Breaks])
+def test_what_came_with_the_start_is_kept(client: Any, stream: Any) -> None:
+    data = content(100_000)
+    options = {"headers": {**TUS, "Upload-Length": str(len(data))}, "content_type": TYPE}
+    answer = send(client, "POST", "/uploads", stream(data[:700]), len(data), **options)
+    assert (answer.status_code, answer.headers["Upload-Offset"]) == (201, "700")
+    last = complete(client, answer.headers["Location"], data, len(data))
+    assert client.get(last.headers["Content-Location"]).data == data
+
+
+def test_with_a_checksum_nothing_is_kept(client: Any, memcached: Memcached) -> None:
+    path = start(client, 10)
+    before = memcached.keys()
+    headers = {**TUS, "Upload-Offset": "0", "Upload-Checksum": checksum(b"0123456789")}
+    cut = send(client, "PATCH", path, Breaks(b"01234"), 10, headers=headers, content_type=TYPE)
+    is_problem(cut, 460)
+    assert memcached.keys() == before
+
+
+def test_a_body_without_a_length(client: Any) -> None:
+    path = start(client, 10)
+    headers = {**TUS, "Upload-Offset": "0"}
+    environ = {"HTTP_TRANSFER_ENCODING": "chunked"}
+    options = {"headers": headers, "content_type": TYPE, "environ": environ}
+    is_problem(send(client, "PATCH", path, io.BytesIO(b"x"), None, **options), 411)
+    options["environ"] = {"CONTENT_LENGTH": "x"}
+    is_problem(send(client, "PATCH", path, io.BytesIO(b"x"), None, **options), 400)
+    assert offset(client, path) == 0
+
+
+# Requests that race
+
+
+class Meanwhile(io.BytesIO):
+    """A body in the middle of which something else happens, once."""
+
+    def __init__(self, data: bytes, event: Callable[[], object]) -> None:
+        super().__init__(data)
+        self._event: Callable[[], object] | None = event
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        event, self._event = self._event, None
+        if event:
+            event()
+        return super().read(size)
+
+
+@pytest.mark.parametrize("length", [3, 10])
+def test_of_two_patches_at_one_offset_one_wins(
+    client: Any, memcached: Memcached, length: int
+) -> None:
+    path = start(client, length)
+    body = Meanwhile(b"xyz", lambda: patch(client, path, 0, b"abc"))
+    headers = {**TUS, "Upload-Offset": "0"}
+    second = send(client, "PATCH", path, body, 3, headers=headers, content_type=TYPE)
+    is_problem(second, 409)
+    assert offset(client, path) == 3
+    if length == 10:
+        patch(client, path, 3, b"defghij")
+    read = client.get(head(client, path).headers["Content-Location"])
+    assert read.data == b"abcdefghij"[:length]
+    assert leftovers(memcached) == files(memcached, read)
+
+
+def files(memcached: Memcached, response: TestResponse) -> list[str]:
+    """Keys of the one file that was read."""
+    name = response.request.path.rsplit("/", 1)[1]
+    parts = (version(response), hashlib.sha256(name.encode()).hexdigest())
+    return [key for key in sorted(memcached.keys()) if any(part in key for part in parts)]
+
+
+def test_many_patches_at_one_offset(memcached: Memcached) -> None:
+    """In threads, each a worker of its own: one 204, and its bytes, whatever the order."""
+    workers = [make(memcached) for _ in range(8)]
+    for length in (5000, 20_000):
+        for _ in range(20):
+            path = start(workers[0], length)
+            bodies = [content(5000, seed) for seed in range(len(workers))]
+            answers: list[Any] = [None] * len(workers)
+            gate = threading.Barrier(len(workers))
+
+            def work(
+                index: int,
+                path: str = path,
+                bodies: Any = bodies,
+                answers: Any = answers,
+                gate: Any = gate,
+            ) -> None:
+                gate.wait()
+                answers[index] = patch(workers[index], path, 0, bodies[index])
+
+            threads = [threading.Thread(target=work, args=[i]) for i in range(len(workers))]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            statuses = sorted(answer.status_code for answer in answers)
+            assert statuses == [204] + [409] * (len(workers) - 1)
+            winner = next(i for i, answer in enumerate(answers) if answer.status_code == 204)
+            data = bodies[winner] + content(length - 5000, 99)
+            complete(workers[1], path, data, length)
+            url = head(workers[2], path).headers["Content-Location"]
+            assert workers[3].get(url).data == data
+
+
+@pytest.mark.parametrize("length", [3, 10])
+def test_deleted_during_a_patch(client: Any, memcached: Memcached, length: int) -> None:
+    path = start(client, length)
+    body = Meanwhile(b"abc", lambda: client.delete(path, headers=TUS))
+    headers = {**TUS, "Upload-Offset": "0"}
+    late = send(client, "PATCH", path, body, 3, headers=headers, content_type=TYPE)
+    is_problem(late, 404)
+    assert memcached.keys() == []
+
+
+def during_the_join(monkeypatch: Any, event: Callable[[], object]) -> None:
+    """Let `event` happen once, when a worker has read all pieces, and not yet published."""
+    joined, events = wsgi.Uploads.joined, [event]
+
+    def overtaken(self: Any, upload: Any) -> Iterator[bytes]:
+        yield from joined(self, upload)
+        if events:
+            events.pop()()
+
+    monkeypatch.setattr(wsgi.Uploads, "joined", overtaken)
+
+
+@pytest.mark.parametrize("tight", [False, True])
+def test_deleted_during_the_join(
+    client: Any, memcached: Memcached, monkeypatch: Any, tight: bool
+) -> None:
+    monkeypatch.setattr(wsgi.Uploads, "is_tight", lambda self, upload: tight)
+    path = start(client, 6)
+    patch(client, path, 0, b"abc")
+    during_the_join(monkeypatch, lambda: client.delete(path, headers=TUS))
+    is_problem(patch(client, path, 3, b"def"), 404)
+    assert memcached.keys() == []
+
+
+def test_two_workers_join(client: Any, memcached: Memcached, monkeypatch: Any) -> None:
+    path, seen = start(client, 6), []
+    patch(client, path, 0, b"abc")
+    during_the_join(monkeypatch, lambda: seen.append(head(client, path)))
+    last = patch(client, path, 3, b"def")
+    for answer in (last, *seen):
+        assert answer.status_code in (200, 204)
+        assert client.get(answer.headers["Content-Location"]).data == b"abcdef"
+    read = client.get(last.headers["Content-Location"])
+    assert leftovers(memcached) == files(memcached, read)
+
+
+# Pieces that the cache dropped
+
+
+def pieces_of(memcached: Memcached, before: list[str]) -> list[str]:
+    return sorted(set(memcached.keys()) - set(before))
+
+
+@pytest.mark.parametrize("which", [0, 1, -1])
+def test_evicted(client: Any, memcached: Memcached, which: int) -> None:
+    """Manifest or chunk: whatever is gone, or damaged, the upload is, and no file appears."""
+    for damaged in (False, True):
+        path = start(client, 5000)
+        before = memcached.keys()
+        patch(client, path, 0, content(2000))
+        key = pieces_of(memcached, before)[which]
+        patch(client, path, 2000, content(2000))
+        memcached.delete(key)
+        if damaged:
+            memcached.write(key, b"x")
+        else:
+            gone = head(client, path)
+            assert gone.status_code == 410
+            assert "Upload-Offset" not in gone.headers
+        assert patch(client, path, 4000, content(1000)).status_code == 410
+        assert head(client, path).status_code == 410
+        is_problem(client.get(path.replace("/uploads/", "/files/")), 404)
+        assert client.delete(path, headers=TUS).status_code == 204
+
+
+def test_a_finished_file_that_is_gone(client: Any) -> None:
+    path = start(client, 3)
+    client.delete(patch(client, path, 0, b"abc").headers["Content-Location"])
+    assert head(client, path).status_code == 410
+
+
+def test_an_evicted_record(client: Any, memcached: Memcached) -> None:
+    path = start(client, 3)
+    memcached.flush()
+    assert head(client, path).status_code == 404
+
+
+def test_no_memcached(memcached: Memcached) -> None:
+    client = make(memcached)
+    path = start(client, 10)
+    patch(client, path, 0, b"abc")
+    memcached.kill()
+    assert head(client, path).status_code == 503
+    refused = patch(client, path, 3, b"def")
+    is_problem(refused, 503)
+    assert "Retry-After" in refused.headers
+
+
+# Workers that die
+
+
+class Died(BaseException):
+    """What kills a worker: nothing that it would do afterwards is done."""
+
+
+class Mortal:
+    """A client of memcached that dies before its command number `life`."""
+
+    def __init__(self, client: Any, life: float) -> None:
+        self._client, self.life = client, life
+
+    def __getattr__(self, command: str) -> Any:
+        if command in ("client_pool", "clients"):
+            raise AttributeError(command)
+        function = getattr(self._client, command)
+
+        def call(*args: Any, **options: Any) -> Any:
+            if command != "close":
+                self.life -= 1
+                if self.life < 0:
+                    raise Died
+            return function(*args, **options)
+
+        return call if callable(function) else function
+
+
+def worker(memcached: Memcached, life: float) -> tuple[Any, Mortal]:
+    host, _, port = memcached.server.rpartition(":")
+    mortal = Mortal(PooledClient((host, int(port))), life)
+    cache = memchunk.FileCache(mortal, chunk_size=CHUNK)
+    opened.append(cache)
+    return Client(wsgi.Application(cache)), mortal
+
+
+def upload(client: Any, path: list[str], data: bytes, piece: int, **headers: str) -> None:
+    path.append(start(client, len(data), "/uploads?expire=10000"))
+    for begin in range(0, len(data), piece):
+        part = data[begin : begin + piece]
+        more = {"Upload_Checksum": checksum(part)} if headers else {}
+        assert patch(client, path[0], begin, part, **more).status_code == 204
+
+
+@pytest.mark.parametrize("tight", [False, True])
+@pytest.mark.parametrize("checksums", [False, True])
+def test_a_worker_dies_between_any_two_commands(
+    memcached: Memcached, monkeypatch: Any, tight: bool, checksums: bool
+) -> None:
+    monkeypatch.setattr(wsgi.Uploads, "is_tight", lambda self, upload: tight)
+    monkeypatch.setattr(wsgi, "PIECE", 500)
+    monkeypatch.setattr(wsgi, "BLOCK", 1500)
+    data, more = content(7500), {"checksums": "yes"} if checksums else {}
+    healthy = make(memcached)
+    survivor, mortal = worker(memcached, 10_000)
+    upload(survivor, [], data, 4000, **more)
+    commands = 10_000 - int(mortal.life)
+    assert commands > 30
+    resumed, lost = 0, 0
+    for life in range(commands):
+        client, _ = worker(memcached, life)
+        path: list[str] = []
+        with pytest.raises(Died):
+            upload(client, path, data, 4000, **more)
+        if not path:
+            continue  # it died at the start: there is nothing that the client could know of
+        answer = head(healthy, path[0])
+        if answer.status_code == 410:
+            lost += 1
+            is_problem(healthy.get(path[0].replace("/uploads/", "/files/")), 404)
+            continue
+        resumed += 1
+        last = complete(healthy, path[0], data, 4000)
+        assert healthy.get(last.headers["Content-Location"]).data == data
+    assert resumed > 40
+    assert lost == 0 or tight
+    assert leftovers(memcached) == []  # all that the dead have left has an end
+
+
+def test_a_gateway_that_repeats_requests(client: Any) -> None:
+    """What was done already is told as such, and nothing is stored twice."""
+    path = start(client, 6)
+    assert patch(client, path, 0, b"abc").status_code == 204
+    is_problem(patch(client, path, 0, b"abc"), 409)
+    assert patch(client, path, 3, b"def").status_code == 204
+    is_problem(patch(client, path, 3, b"def"), 409)
+    again = patch(client, path, 6, b"")
+    assert again.status_code == 204
+    assert client.get(again.headers["Content-Location"]).data == b"abcdef"
+
+
+def test_nothing_on_disk(client: Any, monkeypatch: Any, tmp_path: pathlib.Path) -> None:
+    """The state is in memcached alone: a worker may take over that has never seen the upload."""
+    monkeypatch.chdir(tmp_path)
+    with contextlib.ExitStack() as stack:
+        path = start(client, 6)
+        patch(client, path, 0, b"abc")
+        other = wsgi.Application(opened[-1])
+        stack.callback(opened[-1].close)
+        last = patch(Client(other), path, 3, b"def")
+        assert Client(other).get(last.headers["Content-Location"]).data == b"abcdef"
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,377 @@
+"""Resumable uploads by the tus clients that people use, through WSGI hosts and Lambda adapters."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import http.server
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from typing import Any, Callable
+
+import pytest
+import requests
+from tusclient.client import TusClient
+from tusclient.exceptions import TusCommunicationError, TusUploadFailed
+
+import memchunk
+import wsgi
+from conftest import Memcached, wait_for
+from test_browser import Proxy
+from test_hosts import HOSTS, MIB, SECONDS, Server
+from test_lambda import (
+    LIMIT,
+    Client,
+    apig_wsgi_handler,
+    http_event,
+    mangum_handler,
+    rest_event,
+    serverless_wsgi_handler,
+)
+
+PIECE = 4 * MIB
+LAMBDA = 6 * MIB  # bytes of a call's event, and of its answer
+
+NODE = """
+const fs = require("fs"), tus = require("tus-js-client");
+const [endpoint, path, options] = process.argv.slice(2);
+const { stopAfter, ...more } = JSON.parse(options);
+let stored, pieces = 0;
+const upload = new tus.Upload(fs.readFileSync(path), {
+  endpoint,
+  metadata: { filename: "big old file.dat", filetype: "application/x-old" },
+  retryDelays: [0, 50, 50, 50, 50, 50],
+  onShouldRetry: () => true,
+  onAfterResponse: (_, answer) => { stored = answer.getHeader("Content-Location") || stored; },
+  onChunkComplete: () => { if (++pieces === stopAfter) finish(); },
+  onError: error => { console.error(String(error)); process.exit(1); },
+  onSuccess: () => finish(),
+  ...more,
+});
+function finish() {
+  console.log(JSON.stringify({ url: upload.url, stored }));
+  process.exit(0);
+}
+upload.start();
+"""
+
+
+@pytest.fixture(scope="module")
+def big() -> bytes:
+    return os.urandom(50 * MIB)
+
+
+@pytest.fixture(scope="module")
+def file(big: bytes, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("big") / "big old file.dat"
+    path.write_bytes(big)
+    return path
+
+
+@pytest.fixture
+def stream(file: pathlib.Path) -> Iterator[Any]:
+    with file.open("rb") as stream:  # tuspy doesn't close what it opens
+        yield stream
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Memcached]:
+    memcached = Memcached(tmp_path_factory.mktemp("m"), "-m", "512")
+    yield memcached
+    memcached.kill()
+
+
+@pytest.fixture(scope="module", params=["gunicorn", "gunicorn-threads", "waitress", "cheroot"])
+def server(
+    request: Any, cache: Memcached, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("host") / "log"
+    server = Server(HOSTS[request.param], log, MEMCHUNK_SERVERS=cache.server)
+    try:
+        yield server.wait()
+    finally:
+        server.stop()
+    assert "unexpected error" not in server.output(), server.output()
+
+
+def node(endpoint: str, file: pathlib.Path, folder: pathlib.Path, **options: Any) -> Any:
+    """Run tus-js-client; return the upload's address and the file's."""
+    if shutil.which("node") is None:
+        pytest.fail("these tests need Node.js; install it: 'apt-get install nodejs npm'")
+    script = folder / "upload.js"
+    script.write_text(NODE)
+    command = ["node", str(script), endpoint, str(file), json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    if "Cannot find module 'tus-js-client'" in done.stderr:
+        pytest.fail("install it: 'npm install tus-js-client', and set NODE_PATH to node_modules")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def same(url: str, data: bytes) -> bool:
+    read = requests.get(url, timeout=SECONDS)
+    assert read.status_code == 200
+    return hashlib.sha256(read.content).digest() == hashlib.sha256(data).digest()
+
+
+def stored(uploader: Any) -> str:
+    """Where the file is, as a HEAD tells whoever lost the last answer."""
+    answer = requests.head(uploader.url, headers=uploader.get_headers(), timeout=SECONDS)
+    assert answer.headers["Upload-Offset"] == answer.headers["Upload-Length"]
+    return answer.headers["Content-Location"]
+
+
+# On hosts
+
+
+def test_tuspy(server: Server, stream: Any, big: bytes) -> None:
+    for options in ({}, {"upload_checksum": True}):
+        client = TusClient(server.url("/uploads"))
+        metadata = {"filename": "a.dat", "name": f"tuspy {len(options)} {server.port}"}
+        first = client.uploader(file_stream=stream, chunk_size=PIECE, metadata=metadata, **options)
+        first.upload(stop_at=3 * PIECE)
+        # The process ends here; another one goes on.
+        second = client.uploader(file_stream=stream, chunk_size=PIECE, url=first.url, **options)
+        assert second.offset == 3 * PIECE
+        second.upload()
+        assert same(server.url(f"/files/tuspy%20{len(options)}%20{server.port}"), big)
+        assert same(stored(second), big)
+
+
+def test_tuspy_over_a_broken_line(server: Server, stream: Any, big: bytes) -> None:
+    proxy = Proxy(server.port, 1_000_000, 13_000_000, 30_000_000, 30_100_000)
+    with contextlib.closing(proxy):
+        client = TusClient(proxy.url("/uploads"))
+        uploader = client.uploader(file_stream=stream, chunk_size=PIECE, retries=3, retry_delay=0)
+        uploader.upload()
+        assert not proxy.cuts
+        assert same(stored(uploader).replace(str(proxy.port), str(server.port)), big)
+
+
+def test_tus_js_client(server: Server, file: pathlib.Path, tmp_path: Any, big: bytes) -> None:
+    endpoint = server.url("/uploads")
+    first = node(endpoint, file, tmp_path, chunkSize=PIECE, stopAfter=3)
+    assert "stored" not in first
+    second = node(endpoint, file, tmp_path, chunkSize=PIECE, uploadUrl=first["url"])
+    assert second["url"] == first["url"]
+    assert same(second["stored"], big)
+    read = requests.head(second["stored"], timeout=SECONDS)
+    assert read.headers["Content-Type"] == "application/x-old"
+    assert 'filename="big old file.dat"' in read.headers["Content-Disposition"]
+    for options in ({"uploadDataDuringCreation": True}, {"overridePatchMethod": True}):
+        assert same(node(endpoint, file, tmp_path, **options)["stored"], big)
+
+
+@pytest.mark.parametrize("piece", [PIECE, None])
+def test_tus_js_client_over_a_broken_line(
+    server: Server, file: pathlib.Path, tmp_path: Any, big: bytes, piece: int | None
+) -> None:
+    """Without pieces, as is its default, what came before the break is kept all the same."""
+    options = {"chunkSize": piece} if piece else {}
+    proxy = Proxy(server.port, 1_000_000, 13_000_000, 30_000_000, 30_100_000)
+    with contextlib.closing(proxy):
+        done = node(proxy.url("/uploads"), file, tmp_path, **options)
+        assert not proxy.cuts
+        if piece or server.host.streams:
+            assert proxy.passed < len(big) + 4 * PIECE + 100_000
+        assert same(done["stored"].replace(str(proxy.port), str(server.port)), big)
+
+
+def test_tus_js_client_terminates(server: Server, file: pathlib.Path, tmp_path: Any) -> None:
+    path = node(server.url("/uploads"), file, tmp_path, chunkSize=PIECE, stopAfter=1)["url"]
+    headers = {"Tus-Resumable": "1.0.0"}
+    assert requests.delete(path, headers=headers, timeout=SECONDS).status_code == 204
+    assert requests.head(path, headers=headers, timeout=SECONDS).status_code == 404
+
+
+def test_a_host_is_killed(cache: Memcached, stream: Any, tmp_path: Any, big: bytes) -> None:
+    """In the middle of a piece, with all of its workers; another one goes on."""
+    servers = [
+        Server(HOSTS["gunicorn"], tmp_path / f"log{number}", MEMCHUNK_SERVERS=cache.server)
+        for number in range(2)
+    ]
+    try:
+        first, second = (server.wait() for server in servers)
+        headers = {"Tus-Resumable": "1.0.0", "Upload-Length": str(len(big))}
+        path = first.request("POST", "/uploads", headers=headers).headers["Location"]
+        path = path[path.index("/uploads") :]
+        del headers["Upload-Length"]
+
+        def offset() -> int:
+            answer = second.request("HEAD", path, headers=headers)
+            assert answer.status == 200
+            return int(answer.headers["Upload-Offset"])
+
+        with first.connect() as connection:
+            sent = {**headers, "Upload-Offset": "0"}
+            head = "".join(f"{key}: {value}\r\n" for key, value in sent.items())
+            connection.sendall(
+                f"PATCH {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(big)}\r\n{head}"
+                "Content-Type: application/offset+octet-stream\r\n\r\n".encode()
+            )
+            connection.sendall(big[: 2 * PIECE + 1_000_000])
+            wait_for(lambda: offset() == 2 * PIECE, "two blocks to be kept")
+            os.killpg(first.process.pid, 9)
+        assert offset() == 2 * PIECE
+        client = TusClient(second.url("/uploads"))
+        uploader = client.uploader(file_stream=stream, chunk_size=PIECE, url=second.url(path))
+        uploader.upload()
+        assert same(stored(uploader), big)
+    finally:
+        for server in servers:
+            server.stop()
+
+
+# Behind Lambda
+
+
+class Gateway(http.server.HTTPServer):
+    """What stands in front of Lambda functions: turns requests into events, within their limits.
+
+    `handlers` take the calls in turn, as instances of a function do. Of every seventh PATCH the
+    answer gets lost.
+    """
+
+    def __init__(self, handlers: list[Any], event: Callable[..., Any]) -> None:
+        super().__init__(("127.0.0.1", 0), Request)
+        self.instances = [Client(handler, event) for handler in handlers]
+        self.event, self.calls, self.patches, self.lost = event, 0, 0, 0
+        self.thread = threading.Thread(target=self.serve)
+        self.thread.start()
+
+    def serve(self) -> None:
+        with contextlib.closing(asyncio.new_event_loop()) as loop:
+            asyncio.set_event_loop(loop)  # Mangum wants the one that Lambda's main thread has
+            self.serve_forever(0.01)
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.server_port}{path}"
+
+    def stop(self) -> None:
+        self.shutdown()
+        self.thread.join()
+        self.server_close()
+
+
+class Request(http.server.BaseHTTPRequestHandler):
+    """One request to the gateway."""
+
+    server: Gateway
+
+    def answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path, _, query = self.path.partition("?")
+        gateway = self.server
+        event = gateway.event(self.command, path, query, dict(self.headers), body)
+        if len(json.dumps(event)) > LAMBDA:
+            self.send_error(413)
+            return
+        instance = gateway.instances[gateway.calls % len(gateway.instances)]
+        gateway.calls += 1
+        headers = {key: value for key, value in self.headers.items() if key != "Content-Length"}
+        headers["X-Forwarded-Proto"] = "http"
+        status, received, data = instance(self.command, path, body, query, **headers)
+        assert len(data) * 4 / 3 + len(json.dumps(received)) + 1000 < LAMBDA
+        gateway.patches += self.command == "PATCH"
+        if self.command == "PATCH" and gateway.patches % 7 == 0:
+            gateway.lost += 1
+            self.close_connection = True
+            return
+        self.send_response(status)
+        for key, value in received.items():
+            if key != "content-length":
+                self.send_header(key, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_GET = do_HEAD = do_POST = do_PATCH = do_DELETE = answer  # noqa: N815
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(params=[apig_wsgi_handler, serverless_wsgi_handler, mangum_handler])
+def handlers(request: Any, cache: Memcached) -> Iterator[list[Any]]:
+    """Two instances of one function, with nothing in common but memcached."""
+    settings = wsgi.Settings(max_response=LIMIT)
+    caches = [memchunk.connect(cache.server) for _ in range(2)]
+    yield [request.param(wsgi.Application(each, settings)) for each in caches]
+    for each in caches:
+        each.close()
+
+
+@pytest.fixture
+def gateway(request: Any, handlers: list[Any]) -> Iterator[Gateway]:
+    gateway = Gateway(handlers, request.param)
+    yield gateway
+    gateway.stop()
+
+
+def download(url: str) -> bytes:
+    """In parts, as no answer carries more."""
+    data, size = b"", 1
+    while len(data) < size:
+        headers = {"Range": f"bytes={len(data)}-"}
+        answer = requests.get(url, headers=headers, timeout=SECONDS)
+        assert answer.status_code == 206
+        size = int(answer.headers["Content-Range"].split("/")[1])
+        data += answer.content
+    return data
+
+
+@pytest.mark.parametrize("gateway", [rest_event, http_event], indirect=True)
+def test_tuspy_through_lambda(gateway: Gateway, stream: Any, big: bytes) -> None:
+    client = TusClient(gateway.url("/uploads"))
+    too_large = client.uploader(file_stream=stream, chunk_size=5 * MIB)
+    with pytest.raises((TusUploadFailed, TusCommunicationError)):
+        too_large.upload()
+    uploader = client.uploader(file_stream=stream, chunk_size=PIECE, retries=3, retry_delay=0)
+    uploader.upload()
+    assert gateway.lost
+    url = stored(uploader)
+    assert download(gateway.url(url[url.index("/files/") :])) == big
+
+
+@pytest.mark.parametrize("gateway", [rest_event, http_event], indirect=True)
+def test_tus_js_client_through_lambda(
+    gateway: Gateway, file: pathlib.Path, tmp_path: Any, big: bytes
+) -> None:
+    for options in ({}, {"uploadDataDuringCreation": True}):
+        done = node(gateway.url("/uploads"), file, tmp_path, chunkSize=PIECE, **options)
+        url = done["stored"]
+        assert download(gateway.url(url[url.index("/files/") :])) == big
+    assert gateway.lost
+
+
+TEN_LINES = """\
+import requests
+from tusclient.client import TusClient
+
+with open("bigoldfile.dat", "rb") as file:
+    client, name = TusClient(site + "/uploads"), {"name": "bigoldfile.dat"}
+    client.uploader(file_stream=file, chunk_size=4194304, metadata=name, retries=5).upload()
+with open("back.dat", "wb") as file:
+    while not file.tell() or file.tell() < int(part.headers["Content-Range"].split("/")[1]):
+        rest = {"Range": f"bytes={file.tell()}-"}
+        part = requests.get(site + "/files/bigoldfile.dat", headers=rest)
+        file.write(part.content if part.status_code == 206 else exit(part.text))
+"""
+
+
+@pytest.mark.parametrize("gateway", [http_event], indirect=True)
+def test_the_ten_lines_of_the_readme(
+    gateway: Gateway, tmp_path: pathlib.Path, monkeypatch: Any, big: bytes
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bigoldfile.dat").write_bytes(big)
+    requests.delete(gateway.url("/files/bigoldfile.dat"), timeout=SECONDS)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # tuspy's, between attempts
+    exec(TEN_LINES, {"site": gateway.url("")})
+    assert (tmp_path / "back.dat").read_bytes() == big
