@@ -865,11 +865,19 @@ class _Store:
         Atomic: where another writer was faster, `step` is asked again, with what that one left,
         and raises to give up. `found` is what `lookup` said, if it was asked.
         """
-        late: tuple[Any, _Current] | None = None  # a try without reply: value, what it replaces
+        late: tuple[Any, _Current, Any, BaseException] | None = None  # a try without a reply
         for _ in range(_ATTEMPTS):
             current, there, token = found or self.lookup()
-            if late and there == late[0]:  # it was done after all
-                return self._replaced(late[1], cast(_New, current))
+            if late:
+                tried, old, old_token, error = late
+                done, again = there == tried, isinstance(error, CacheUnavailable)
+                # Only the old token proves that it was not done yet, and may be tried once more.
+                # Otherwise it may have been done, and undone by a writer who deleted our chunks.
+                if done or not again or old_token is None or token != old_token:
+                    self._replaced(old, current)
+                    if done and again:
+                        return cast(_New, current)
+                    raise error
             manifest = step(current)
             # The text protocol has no conditional delete; storing what has expired is one.
             value = b"" if manifest is None else manifest.pack()
@@ -881,19 +889,9 @@ class _Store:
             except BaseException as lost:  # the reply, to the network or to Ctrl-C
                 with contextlib.suppress(CacheUnavailable):
                     found = self.lookup()
-                if found is None:
-                    raise  # nobody tells
-                if found[1] == (value or None):
-                    self._replaced(current, manifest)
-                    if not isinstance(lost, CacheUnavailable):
-                        raise
-                    return manifest
-                # The old token proves that it was not done, and it may be tried once more. Without
-                # that it may have been done, and undone by another writer, who deleted our chunks.
-                if late or token is None or found[2] != token:
-                    self._replaced(current, found[0])
+                if late or found is None:
                     raise
-                late = value or None, current
+                late = value or None, current, token, lost
         raise CacheFull(name=self.name, missing=[], reason="it refuses the manifest")
 
     def _replaced(self, old: _Current, new: _T) -> _T:

@@ -1,0 +1,43 @@
+"""Fixtures of the torture tests, and the counts that they print."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+from conftest import Memcached
+from torture.tools import LONG, counts
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Memcached]:
+    """A memcached for the tests that don't hurt it, with a hash table as small as it gets, since
+    `keys()` walks all of it."""
+    memcached = Memcached(tmp_path_factory.mktemp("m"), "-o", "hashpower=13")
+    yield memcached
+    memcached.kill()
+
+
+modules: Counter[str] = Counter()
+
+
+def cases() -> int:
+    """All that was counted, but schedules, of which many lead through one state."""
+    return sum(number for what, number in counts.items() if not what.startswith("schedules"))
+
+
+@pytest.fixture(autouse=True)
+def counted(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = cases()
+    yield
+    modules[request.path.stem] += cases() - before
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.section(f"torture, {'long' if LONG else 'short'} form")
+    for what, number in counts.items():
+        terminalreporter.line(f"{number:>20,}  {what}")
+    for module, number in modules.items():
+        terminalreporter.line(f"{number:>20,}  cases or states in {module}")

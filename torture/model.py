@@ -1,0 +1,149 @@
+"""A model of memcached, and of a process at work with it, whose states can be kept and compared.
+
+A process is one operation of the library, the real code. What it does next depends on nothing but
+the replies to the commands that it sent so far. So its state is the list of these replies, and the
+next command is found by running the operation from its beginning, with those replies, up to the
+first command without one. Time, and the random version of an upload, are the same in every run.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Optional
+
+from memchunk import FileCache
+from torture.tools import CHUNK, LEASE, result
+
+NOW = 1_000_000_000
+Item = tuple[bytes, int, int]  # value, when it ends (0: never), cas token
+Step = tuple[Any, ...]  # command, key, arguments
+
+
+class Store:
+    """memcached, as commands for one key at a time. `items` may be kept: it is never changed."""
+
+    def __init__(self, items: Optional[dict[str, Item]] = None, publications: int = 0) -> None:
+        self.items, self.publications = items or {}, publications
+
+    def run(self, command: str, *arguments: Any) -> Any:
+        return getattr(self, command)(*arguments)
+
+    def set(self, key: str, value: bytes, expire: int, token: int = 0) -> bool:
+        self.items = {**self.items, key: (value, ends(expire), token)}
+        if expire < 0:
+            self.delete(key)
+        return True
+
+    def _publish(self, key: str, value: bytes, expire: int) -> bool:
+        self.publications += 1  # only these need a token of their own
+        return self.set(key, value, expire, self.publications)
+
+    def add(self, key: str, value: bytes, expire: int) -> bool:
+        return key not in self.items and self._publish(key, value, expire)
+
+    def cas(self, key: str, value: bytes, token: int, expire: int) -> bool:
+        return self.gets(key)[1] == token and self._publish(key, value, expire)
+
+    def gets(self, key: str) -> tuple[Optional[bytes], Optional[int]]:
+        value, _, token = self.items.get(key, (None, 0, None))
+        return value, token
+
+    def get(self, key: str) -> Optional[bytes]:
+        return self.gets(key)[0]
+
+    def touch(self, key: str, expire: int) -> bool:
+        if key in self.items:
+            value, _, token = self.items[key]
+            self.items = {**self.items, key: (value, ends(expire), token)}
+        return key in self.items
+
+    def delete(self, key: str) -> bool:
+        found = key in self.items
+        self.items = {other: item for other, item in self.items.items() if other != key}
+        return found
+
+
+def ends(expire: int) -> int:
+    return expire and NOW + expire if expire < 30 * 24 * 3600 else expire
+
+
+class Client:
+    """What a user's pymemcache client offers, with `run` to carry out one command for one key."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self._run = run
+
+    def close(self) -> None:
+        pass
+
+    def stats(self, what: str) -> dict[bytes, int]:
+        return {}
+
+    def gets(self, key: str) -> Any:
+        return self._run("gets", key)
+
+    def add(self, key: str, value: bytes, expire: int, noreply: bool) -> Any:
+        return self._run("add", key, value, expire)
+
+    def cas(self, key: str, value: bytes, token: int, expire: int, noreply: bool) -> Any:
+        return self._run("cas", key, value, token, expire)
+
+    def touch(self, key: str, expire: int, noreply: bool) -> Any:
+        return self._run("touch", key, expire)
+
+    def set_many(self, values: dict[str, bytes], expire: int, noreply: bool) -> list[str]:
+        return [key for key, value in values.items() if not self._run("set", key, value, expire)]
+
+    def get_many(self, keys: list[str]) -> dict[str, bytes]:
+        values = {key: self._run("get", key) for key in keys}
+        return {key: value for key, value in values.items() if value is not None}
+
+    def delete_many(self, keys: list[str], noreply: bool) -> bool:
+        for key in keys:
+            self._run("delete", key)
+        return True
+
+
+def cache_on(run: Callable[..., Any]) -> FileCache:
+    return FileCache(Client(run), chunk_size=CHUNK, lease=LEASE)
+
+
+class Pending(BaseException):
+    """There is no reply yet. It isn't an Exception, so nothing may swallow it."""
+
+
+class Process:
+    """The state of an operation after some replies: the `step` that it wants to do next, or, where
+    it has ended, its `outcome`. A reply may be an exception, which the client raises. `sent` are
+    the commands before, each with its key."""
+
+    def __init__(
+        self, operation: Any, replies: tuple[Any, ...] = (),
+        sent: frozenset[Step] = frozenset(),
+    ) -> None:
+        self.operation, self._replies, self.sent = operation, replies, sent
+        self._next: dict[Any, Process] = {}
+        self.step: Optional[Step] = None
+        self.outcome: object = None
+        known = iter(replies)
+
+        def run(*step: Any) -> Any:
+            reply = next(known, Pending)
+            if reply is Pending:
+                self.step = self.step or step
+                raise Pending
+            if isinstance(reply, type):
+                raise reply("no luck")
+            return reply
+
+        try:
+            self.outcome = result(lambda: operation(cache_on(run)))
+        except Pending:
+            pass
+        except KeyboardInterrupt:
+            self.outcome = "KeyboardInterrupt"
+
+    def after(self, reply: Any) -> Process:
+        if reply not in self._next:
+            sent = self.sent | {(self.step or ())[:2]}
+            self._next[reply] = Process(self.operation, (*self._replies, reply), sent)
+        return self._next[reply]

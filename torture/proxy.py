@@ -1,0 +1,229 @@
+"""Two ways to make the n-th memcached command fail: on the wire, and in a user's client."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import socket
+import struct
+import threading
+from typing import IO, Any, Callable, NamedTuple, Optional
+
+from pymemcache.client.base import Client
+from pymemcache.exceptions import MemcacheServerError, MemcacheUnknownError
+
+from conftest import Memcached
+
+FAULTS = [
+    "gone",  # connection refused, from this command on
+    "reset before", "reset after",  # the command was not done, or its reply is lost
+    "timeout before", "timeout after",
+    "out of memory", "server error", "garbage",  # SERVER_ERROR, or no reply of memcached at all
+    "no",  # NOT_STORED, EXISTS, NOT_FOUND, a miss: falsely, but that what is to be deleted is gone
+    "evicted",  # done, and the items evicted at once
+]
+ON_THE_WIRE = [*FAULTS, "cut"]  # half a reply
+# The command was done all the same.
+DONE = {"", "act", "reset after", "timeout after", "evicted", "cut"}
+HANGS_UP = {"gone", "reset before", "reset after", "timeout before", "timeout after", "cut"}
+NO = {  # how memcached says no
+    "set": b"NOT_STORED", "add": b"NOT_STORED", "cas": b"EXISTS", "touch": b"NOT_FOUND",
+    "delete": b"NOT_FOUND", "get": b"END", "gets": b"END", "stats": b"END",
+}
+OUT_OF_MEMORY = {
+    **dict.fromkeys(["get", "gets"], b"out of memory writing get response"),
+    **dict.fromkeys(["set", "add", "cas"], b"out of memory storing object"),
+}
+
+
+class Trigger:
+    """Tells the command that is to fail from the others. `fired`: how many did."""
+
+    def __init__(self, upstream: Memcached) -> None:
+        self.upstream, self._lock = upstream, threading.Lock()
+        self.arm()
+
+    def _evict(self, keys: list[str]) -> None:
+        self.evicted += keys
+        for key in keys:
+            self.upstream.command(f"delete {key}")
+
+    def arm(self, *faults: tuple[int, str], action: Callable[[], object] = bool) -> None:
+        """Each fault strikes at the command of that number, 0 the next; and then `action`. The
+        fault "act" is the action alone, before the command. `verbs`: what was seen."""
+        with self._lock:
+            self._faults, self._action, self.fired = dict(faults), action, 0
+            self.evicted: list[str] = []  # keys
+            self.verbs: list[str] = []
+
+    def disarm(self) -> None:
+        self.arm()
+
+    def _next(self, verb: str) -> str:
+        """The fault of this command, or ""."""
+        with self._lock:
+            fault = self._faults.get(len(self.verbs), "")
+            self.verbs.append(verb)
+            self.fired += bool(fault)
+            if fault == "gone":
+                self._faults = dict.fromkeys(range(len(self.verbs), 10**4), fault)
+        return fault
+
+
+class Command(NamedTuple):
+    raw: bytes
+    verb: str
+    keys: list[str]
+
+
+def read_command(stream: IO[bytes]) -> Optional[Command]:
+    line = stream.readline()
+    verb, *fields = line.decode().split() or [""]
+    if verb in ("set", "add", "cas"):
+        body = stream.read(int(fields[3]) + 2)
+        return Command(line + body, verb, fields[:1])
+    keys = fields if verb.startswith("get") else fields[:1]
+    return Command(line, verb, keys) if line else None
+
+
+def read_reply(stream: IO[bytes], verb: str) -> bytes:
+    reply = line = stream.readline()
+    while verb in ("get", "gets", "stats") and line.startswith((b"VALUE", b"STAT")):
+        if line.startswith(b"VALUE"):
+            reply += stream.read(int(line.split()[3]) + 2)
+        line = stream.readline()
+        reply += line
+    return reply
+
+
+class Proxy(Trigger):
+    """Between `memchunk.connect` and a memcached: takes commands one by one, makes them fail."""
+
+    def __init__(self, upstream: Memcached) -> None:
+        super().__init__(upstream)
+        self._gone = False
+        self._sessions: list[threading.Thread] = []
+        self._listen(0)
+        self.server = "127.0.0.1:{1}".format(*self._listener.getsockname())
+
+    def _listen(self, port: int) -> None:
+        self._listener = socket.create_server(("127.0.0.1", port))
+        threading.Thread(target=self._accept, args=[self._listener], daemon=True).start()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError), listener:
+            while True:
+                client, _ = listener.accept()
+                session = threading.Thread(target=self._serve, args=[client], daemon=True)
+                self._sessions.append(session)
+                session.start()
+
+    def drain(self) -> None:
+        """Wait until all commands were carried out, after their senders have gone."""
+        while self._sessions:
+            self._sessions.pop().join()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`
+
+    def disarm(self) -> None:
+        super().disarm()
+        if self._gone:
+            self._gone = False
+            self._listen(int(self.server.rpartition(":")[2]))
+
+    def _serve(self, client: socket.socket) -> None:
+        with contextlib.suppress(OSError, ValueError, IndexError), contextlib.ExitStack() as stack:
+            stack.enter_context(client)
+            server = stack.enter_context(self.upstream.connection())
+            requests = stack.enter_context(client.makefile("rb"))
+            replies = stack.enter_context(server.makefile("rb"))
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            server.settimeout(None)
+            command = read_command(requests)
+            while command:
+                client.sendall(self._answer(command, client, requests, server, replies))
+                command = read_command(requests)
+
+    def _answer(
+        self, command: Command, client: socket.socket, requests: io.BufferedReader,
+        server: socket.socket, replies: IO[bytes],
+    ) -> bytes:
+        fault, reply = self._next(command.verb), b""
+        if fault == "act":
+            self._action()
+        if fault in DONE or (command.verb == "delete" and fault == "no"):
+            server.sendall(command.raw)
+            reply = read_reply(replies, command.verb)
+        if fault and fault != "act":
+            self._action()
+        if fault == "gone":
+            self._gone = True
+            self.close()
+        if fault == "cut":
+            client.sendall(reply[: len(reply) // 2])
+        if fault.startswith("timeout"):
+            while requests.read1(1 << 16):  # until the client gives up
+                pass
+        if fault in HANGS_UP:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            raise ConnectionAbortedError
+        if fault == "evicted":
+            self._evict(command.keys)
+        return reply if fault in DONE else false_answer(fault, command.verb) + b"\r\n"
+
+
+def false_answer(fault: str, verb: str) -> bytes:
+    if fault == "no":
+        return NO[verb]
+    if fault == "garbage":
+        return b"\0what?"
+    return b"SERVER_ERROR " + OUT_OF_MEMORY.get(verb, b"busy") * (fault == "out of memory")
+
+
+ERRORS: dict[str, Callable[[bytes], Exception]] = {
+    "gone": ConnectionRefusedError,
+    "reset before": ConnectionResetError, "reset after": ConnectionResetError,
+    "timeout before": TimeoutError, "timeout after": TimeoutError,
+    "server error": MemcacheServerError, "garbage": MemcacheUnknownError,
+}
+CLIENT_NO: dict[str, Callable[[Any], object]] = {  # what pymemcache makes of a no
+    "gets": lambda key: (None, None), "get_many": lambda keys: {}, "set_many": list,
+    "add": lambda key: False, "cas": lambda key: False, "touch": lambda key: False,
+    "delete_many": lambda keys: True, "stats": lambda what: {},
+}
+
+
+class Faulty(Trigger):
+    """A user's plain client whose n-th command fails."""
+
+    def __init__(self, upstream: Memcached) -> None:
+        super().__init__(upstream)
+        self._client = Client(upstream.address, timeout=5)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def __getattr__(self, command: str) -> Any:
+        if command not in CLIENT_NO:
+            raise AttributeError(command)
+        return functools.partial(self._run, command)
+
+    def _run(self, command: str, *args: Any, **options: Any) -> Any:
+        verb = command.replace("_many", "")
+        fault, reply = self._next(verb), None
+        if fault in DONE or (command == "delete_many" and fault == "no"):
+            reply = getattr(self._client, command)(*args, **options)
+        if fault:
+            self._action()
+        if fault == "no":
+            return CLIENT_NO[command](args[0])
+        if fault == "evicted":
+            self._evict([args[0]] if isinstance(args[0], str) else list(args[0]))
+        if fault == "out of memory":
+            raise MemcacheServerError(OUT_OF_MEMORY.get(verb, b"busy"))
+        if fault in ERRORS:
+            raise ERRORS[fault](b"no luck")
+        return reply

@@ -1,0 +1,245 @@
+"""The n-th memcached command fails, for every operation, every n, and in every way that it can.
+
+Two levels: the client of a user, and, behind a proxy, the sockets of `memchunk.connect`. After
+each case: the operation did what it says or raised an error that fits the fault; the old file or
+the new one is whole; no other chunk is left but on a lease; the next operations on the same cache
+work. And in it: chunks that are being stored are on a lease.
+
+The short form waits for fewer time-outs, and tries fewer moments where another writer comes first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+import time
+from collections.abc import Iterator
+from typing import Any, Callable, Union
+
+import pytest
+
+import memchunk
+from conftest import Memcached
+from memchunk import FileCache
+from torture.proxy import ON_THE_WIRE, Faulty, Proxy
+from torture.tools import (
+    CHUNK,
+    GONE,
+    LATEST,
+    LEASE,
+    LONG,
+    State,
+    audit,
+    counts,
+    manifest,
+    result,
+    state,
+)
+
+Site = Union[Faulty, Proxy]
+LEVELS: dict[str, Callable[[Memcached], Site]] = {"client": Faulty, "wire": Proxy}
+Operation = Callable[[FileCache, str, bytes], object]
+EXPIRE, TIMEOUT = 5000, 0.15  # seconds
+
+READS: dict[str, Operation] = {
+    "get": lambda cache, version, data: cache.get("file"),
+    "chunks": lambda cache, version, data: b"".join(cache.open("file").chunks()),
+    "part": lambda cache, version, data: b"".join(cache.open("file").chunks(CHUNK - 1, CHUNK + 1)),
+    "stat": lambda cache, version, data: cache.stat("file").size,
+}
+OPERATIONS: dict[str, Operation] = {
+    **READS,
+    "add": lambda cache, version, data: cache.add("file", data),
+    "set": lambda cache, version, data: cache.set("file", data, expire=EXPIRE),
+    "set unsized": lambda cache, version, data: cache.set("file", iter([data[:7], data[7:]])),
+    "cas": lambda cache, version, data: cache.cas("file", data, version),
+    "touch": lambda cache, version, data: cache.touch("file", EXPIRE // 2),
+    "touch for ever": lambda cache, version, data: cache.touch("file", 0),
+    "delete": lambda cache, version, data: cache.delete("file"),
+    "delete version": lambda cache, version, data: cache.delete("file", version),
+}
+CASES = [(name, True) for name in OPERATIONS] + [
+    (name, False) for name in ("get", "add", "set", "set unsized", "delete")
+]
+SIZES = {"empty": (0, 1), "small": (250, 150), "large": (650, 750)}  # batches of three chunks
+
+UNAVAILABLE = {"CacheUnavailable"}
+RAISED = {  # what may be raised where these faults happen; anything may succeed all the same
+    "out of memory": {"CacheFull", "CacheUnavailable"},
+    "no": {"CacheFull", "FileNotFound", "FileEvicted", "FileExists", "FileChanged"},
+    "evicted": {"CacheFull", "FileNotFound", "FileEvicted", "FileExists", "FileChanged"},
+}
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three chunks travel together, so that a file of some hundred bytes has several batches."""
+    monkeypatch.setattr(memchunk, "_PIPELINE", 3)
+
+
+@pytest.fixture(params=LEVELS)
+def site(request: pytest.FixtureRequest, server: Memcached) -> Iterator[Site]:
+    with contextlib.closing(LEVELS[request.param](server)) as site:
+        yield site
+
+
+@pytest.fixture
+def direct(server: Memcached) -> Iterator[FileCache]:
+    """A cache that meets no fault."""
+    cache = memchunk.connect(server.server, chunk_size=CHUNK, lease=LEASE)
+    with contextlib.closing(cache):
+        yield cache
+
+
+class Case:
+    """One operation on one state of the cache, on which faults are tried."""
+
+    def __init__(self, site: Site, direct: FileCache, operation: str, present: bool, size: str):
+        self.site, self.direct, self.operation, self.present = site, direct, operation, present
+        self.old, self.new = (letter * length for letter, length in zip((b"o", b"n"), SIZES[size]))
+        self.before, self.wanted = self.prepare(), self.run(direct)
+        self.after = state(direct)
+
+    def prepare(self) -> State:
+        self.site.upstream.flush()
+        self.version = "0" * 16
+        if self.present:
+            self.version = self.direct.set("file", self.old, expire=EXPIRE).version
+        return state(self.direct)
+
+    def run(self, cache: FileCache) -> object:
+        return result(lambda: OPERATIONS[self.operation](cache, self.version, self.new))
+
+    def attempt(self, *faults: tuple[int, str], action: Callable[[], object] = bool) -> object:
+        """The operation's result, with these faults. Whatever it is, the cache works on."""
+        self.prepare()
+        unleased: list[str] = []
+
+        def strike() -> None:
+            if self.site.verbs[-1] == "set" and "touch" not in self.site.verbs:
+                now = time.time()
+                for key, end in self.site.upstream.expiries().items():
+                    if key.count(":") == 2 and self.version not in key:
+                        unleased.extend([key] * (not now < end <= now + LATEST))
+            action()
+
+        waits = any(fault.startswith("timeout") for _, fault in faults)
+        with contextlib.closing(connected(self.site, TIMEOUT if waits else 10)) as cache:
+            self.site.arm(*faults, action=strike)
+            outcome = self.run(cache)
+            self.fired, self.evicted = self.site.fired, self.site.evicted
+            self.commands = len(self.site.verbs)
+            self.site.disarm()
+            assert not unleased
+            cache.set("other", b"other" * 50)
+            assert cache.get("other") == b"other" * 50
+            assert state(cache) == state(self.direct)
+            cache.delete("other")
+        return outcome
+
+    def check(self, fault: str, outcome: object) -> None:
+        """That the outcome is true, the file whole, and nothing left over."""
+        now = state(self.direct)
+        lost = bool(self.evicted) and now.data in ("FileNotFound", "FileEvicted")
+        if outcome == self.wanted:
+            assert now == self.after or lost
+        else:
+            assert outcome in RAISED.get(fault, UNAVAILABLE)
+            assert now in (self.before, self.after) or lost
+        # Nobody can clean up chunks whose manifest memcached evicted, or whose server is gone.
+        helpless = fault == "gone" or manifest(self.direct) in self.evicted
+        infos = [] if now == GONE else [self.direct.stat("file")]
+        # Chunks whose touch says no, falsely, keep the later of two ends.
+        exact = outcome == self.wanted and fault != "no"
+        audit(self.site.upstream, *infos, spare="" if helpless else "-", exact=exact)
+
+
+def connected(site: Site, timeout: float) -> FileCache:
+    options: Any = {"chunk_size": CHUNK, "lease": LEASE}
+    if isinstance(site, Faulty):
+        return FileCache(site, **options)
+    return memchunk.connect(site.server, timeout=timeout, **options)
+
+
+@pytest.mark.parametrize("fault", ON_THE_WIRE)
+@pytest.mark.parametrize(("operation", "present"), CASES)
+def test_every_command_fails_in_every_way(
+    site: Site, direct: FileCache, operation: str, present: bool, fault: str
+) -> None:
+    strides = {"small": 1, "large": 10}
+    if isinstance(site, Proxy):
+        strides = {"small": 6} if fault.startswith("timeout") else {"small": 3, "large": 15}
+    for size in SIZES if LONG else strides:
+        case = Case(site, direct, operation, present, size)
+        for moment in moments(1 if LONG else strides[size], operation):
+            outcome = case.attempt((moment, fault))
+            if not case.fired:
+                break
+            case.check(fault, outcome)
+            counts[f"single faults, {type(site).__name__}"] += 1
+
+
+def moments(stride: int, *what: str) -> Iterator[int]:
+    """From the first command on; in the short form a sample, another one for each operation."""
+    return itertools.count(random.Random("".join(what)).randrange(stride), stride)
+
+
+@pytest.mark.parametrize(("operation", "present"), CASES)
+def test_two_commands_fail(
+    site: Site, direct: FileCache, operation: str, present: bool
+) -> None:
+    """A sample. The second fault often strikes what was to mend the first."""
+    dice = random.Random(operation)
+    faults = ["reset before", "reset after", "out of memory", "server error"]
+    faults += ["timeout before", "timeout after"] * isinstance(site, Faulty)
+    case = Case(site, direct, operation, present, "small")
+    case.attempt()
+    for _ in range(500 if LONG else 10):
+        first, second = sorted(dice.sample(range(case.commands + 2), 2))
+        one, two = dice.choice(faults), dice.choice(faults)
+        outcome = case.attempt((first, one), (second, two))
+        helpless = case.fired == 2
+        now = state(direct)
+        if outcome == case.wanted:
+            assert now == case.after
+        else:
+            assert outcome in (*UNAVAILABLE, "CacheFull")
+            assert now in (case.before, case.after)
+        infos = [] if now == GONE else [direct.stat("file")]
+        audit(site.upstream, *infos, spare="" if helpless else "-")
+        counts[f"double faults, {type(site).__name__}"] += case.fired == 2
+
+
+OVERTAKING: dict[str, Callable[[FileCache], object]] = {
+    "set": lambda cache: cache.set("file", b"other" * 50),
+    "touch": lambda cache: cache.touch("file", 3 * EXPIRE),
+    "delete": lambda cache: cache.delete("file"),
+}
+
+
+@pytest.mark.parametrize("fault", ["reset before", "reset after", "timeout after"])
+@pytest.mark.parametrize("overtaking", OVERTAKING)
+@pytest.mark.parametrize(("operation", "present"), CASES)
+def test_a_reply_is_lost_and_another_writer_comes_first(
+    site: Site, direct: FileCache, operation: str, present: bool, overtaking: str, fault: str
+) -> None:
+    """The other one is done after the command, before its sender knows that the reply is lost."""
+    case = Case(site, direct, operation, present, "small")
+    stride = 1 if LONG else 5 if isinstance(site, Faulty) else 10
+    for moment in moments(stride, operation, overtaking, fault):
+        others: list[object] = []
+        outcome = case.attempt(
+            (moment, fault),
+            action=lambda: others.append(result(lambda: OVERTAKING[overtaking](direct))),  # noqa: B023
+        )
+        if not case.fired:
+            break
+        now = state(direct)
+        wrote = b"other" * 50 if overtaking == "set" else None
+        was = case.old if present else "FileNotFound"
+        assert now.data in (was, case.new, wrote, "FileNotFound")
+        if outcome in UNAVAILABLE and others == ["done"] and overtaking == "set":
+            assert now.data == wrote
+        audit(site.upstream, *([] if now == GONE else [direct.stat("file")]))
+        counts[f"lost replies and another writer, {type(site).__name__}"] += 1

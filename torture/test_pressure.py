@@ -1,0 +1,170 @@
+"""Small, full, busy, dying and stopped servers: real ones.
+
+Whatever `add` or `set` returned for is at once readable, whole, or it raised.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Callable
+
+import pytest
+
+import memchunk
+from conftest import Memcached, Start
+from memchunk import CacheFull, FileCache, FileExists
+from torture.proxy import Proxy
+from torture.tools import CHUNK, LEASE, LONG, audit, counts, result
+
+MIB = 1024 * 1024
+WRITES = 1000 if LONG else 20
+TIMEOUT = 0.2
+
+# memcached's options, the largest file in MiB, and how much others store between two pieces of it.
+SERVERS: dict[str, tuple[list[str], float, int]] = {
+    "-m 1": (["-m", "1", "-I", "512k"], 1, 0),
+    "-m 2": (["-m", "2"], 2, 0),
+    "-m 4": (["-m", "4"], 4, 0),
+    "-m 8": (["-m", "8"], 8, 0),
+    "-m 16, busy": (["-m", "16"], 12, 64 * 1024),
+    "-m 64": (["-m", "64"], 50, 0),
+    "-m 64, busy": (["-m", "64"], 50, 256 * 1024),
+    "-m 64, held by small items": (["-m", "64"], 20, 0),
+    "-I 16k": (["-m", "16", "-I", "16k", "-o", "slab_chunk_max=8192"], 4, 0),
+    "-I 128k, busy": (["-m", "32", "-I", "128k", "-o", "slab_chunk_max=131072"], 20, 64 * 1024),
+    "slab_automove=2": (["-m", "32", "-o", "slab_automove=2"], 24, 64 * 1024),
+}
+
+
+@pytest.fixture(scope="module")
+def big() -> bytes:
+    return os.urandom(50 * MIB)
+
+
+def busy(server: Memcached, data: bytes, churn: int, dice: random.Random) -> Iterator[bytes]:
+    """A source, while whose pieces are taken other users store theirs."""
+    for start in range(0, len(data), MIB):
+        yield data[start : start + MIB]
+        size = dice.choice([100, 1000, 10_000, 200_000])
+        server.fill(churn // size, size)
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_what_a_write_returned_for_is_there(
+    start_memcached: Start, big: bytes, kind: str
+) -> None:
+    options, largest, churn = SERVERS[kind]
+    server, dice, returned = start_memcached(*options), random.Random(kind), 0
+    if "held" in kind:
+        server.fill(60_000, 1000)
+    with closing(memchunk.connect(server.server)) as cache:
+        for _ in range(WRITES):
+            size = int(largest * MIB * dice.random() ** 2)
+            data = big[-size:] if size else b""
+            source = busy(server, data, churn, dice) if churn else data
+            write = dice.choice([cache.add, cache.set, cache.set])
+            name = dice.choice("abc")
+            try:
+                write(name, source, size)
+            except (CacheFull, FileExists) as error:
+                counts[f"{kind}: raised {type(error).__name__}"] += 1
+            else:
+                returned += 1
+                assert cache.get(name) == data
+        counts[f"{kind}: writes that returned, and were whole"] += returned
+
+
+OLD, NEW = b"o" * 350, b"n" * 450
+CALLS: dict[str, Callable[[FileCache], object]] = {
+    "set": lambda cache: cache.set("file", NEW, expire=5000),
+    "delete": lambda cache: cache.delete("file"),
+    "get": lambda cache: cache.get("file"),
+}
+RESTART = ("CacheUnavailable", "CacheFull", "FileNotFound", "FileEvicted", "done", OLD)
+OUTCOMES = {
+    **{("restart", call): RESTART for call in CALLS},
+    ("stop", "set"): ("CacheUnavailable", "done"),  # once the file is published or deleted, what
+    ("stop", "delete"): ("CacheUnavailable", "done"),  # is left to do may fail
+    ("stop", "get"): ("CacheUnavailable",),
+}
+LEFT = {
+    ("stop", "set"): (OLD, NEW), ("restart", "set"): (NEW, "FileNotFound"),
+    ("stop", "delete"): (OLD, "FileNotFound"), ("restart", "delete"): ("FileNotFound",),
+    ("stop", "get"): (OLD,), ("restart", "get"): ("FileNotFound",),
+}
+STEP = 1 if LONG else 4
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("act", ["stop", "restart"])
+def test_a_server_that_stops_or_restarts_before_any_command(
+    start_memcached: Start, call: str, act: str
+) -> None:
+    server = start_memcached("-o", "hashpower=13")
+    proxy = Proxy(server)
+
+    def restart() -> None:
+        server.kill()
+        server.start()
+
+    with closing(proxy), closing(memchunk.connect(server.server, chunk_size=CHUNK)) as direct:
+        for moment in itertools.count(0, STEP):
+            direct.set("file", OLD)
+            cache = memchunk.connect(proxy.server, timeout=TIMEOUT, chunk_size=CHUNK, lease=LEASE)
+            with closing(cache):
+                proxy.arm((moment, "act"), action=server.pause if act == "stop" else restart)
+                outcome = result(lambda: CALLS[call](cache))  # noqa: B023
+                fired = proxy.fired
+                proxy.disarm()
+                server.resume()
+            proxy.drain()  # what was sent to a stopped server is done when it goes on
+            if not fired:
+                break
+            left = result(lambda: direct.get("file"))
+            assert outcome in OUTCOMES[act, call]
+            assert left in LEFT[act, call]
+            assert (outcome, left) != ("done", OLD)
+            infos = [] if left == "FileNotFound" else [direct.stat("file")]
+            # Nobody knew whether what was sent to the stopped server would be done.
+            audit(server, *infos, spare="" if act == "stop" else "-", leased=act == "stop")
+            counts[f"{act} before a command"] += 1
+        assert moment > 0
+
+
+def outcome(call: Callable[..., object], *arguments: object) -> object:
+    return result(lambda: call(*arguments))
+
+
+def test_servers_that_go_and_come_back(start_memcached: Start) -> None:
+    servers = [start_memcached() for _ in range(3)]
+    names = [f"file {number}" for number in range(60 if LONG else 9)]
+    spelled = ",".join(server.server for server in servers)
+    turns = 50 if LONG else 3
+    with closing(memchunk.connect(spelled, timeout=TIMEOUT, chunk_size=CHUNK)) as cache:
+        for turn, server in itertools.product(range(turns), servers):
+            before = {name: f"{turn} before {name}".encode() * 20 for name in names}
+            after = {name: f"{turn} after {name}".encode() * 30 for name in names}
+            mine = {name for name in names if cache._store(name).server == server.server}
+            for name in names:
+                cache.set(name, before[name])
+            server.pause()  # away, and back with what it had
+            for name in names:
+                unavailable = outcome(cache.set, name, after[name]) == "CacheUnavailable"
+                assert unavailable == (name in mine)
+            server.resume()
+            for name in names:
+                old = [before[name]] if name in mine else []
+                assert cache.get(name) in (*old, after[name])
+            server.kill()
+            for name in names:
+                wanted = "CacheUnavailable" if name in mine else after[name]
+                assert outcome(cache.get, name) == wanted
+            server.start()  # with nothing
+            for name in names:
+                wanted = "FileNotFound" if name in mine else after[name]
+                assert outcome(cache.get, name) == wanted
+            counts["files on servers that go and come back"] += len(names)

@@ -1,0 +1,209 @@
+"""Any sequence of operations, evictions, expiries and damage, compared with a dictionary.
+
+Hypothesis makes the sequences, and shrinks one that fails. They run against a real memcached,
+through `memchunk.connect` and through a user's plain client in turn. At the end, no item is left
+that should not be there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Callable, ClassVar
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
+from pymemcache.client.base import Client
+
+import memchunk
+from conftest import Memcached
+from memchunk import FileCache, FileInfo
+from torture.tools import CHUNK, LEASE, LONG, counts, manifest, result
+
+NAMES = st.sampled_from(["a", "b", "ä/\0 \r\n", "n" * 1024])
+DATA = st.binary(max_size=6 * CHUNK)
+EXPIRES = st.sampled_from([0, 5000, 10**8])
+
+
+@dataclass
+class File:
+    info: FileInfo
+    data: bytes
+    missing: set[int] = field(default_factory=set)
+    damaged: set[int] = field(default_factory=set)
+
+    def read(self, start: int, stop: int) -> object:
+        """What reading a part of it gives."""
+        size = -(-self.info.size // max(self.info.chunks, 1)) or 1
+        part = set(range(start // size, -(-stop // size))) if start < stop else set()
+        if part & self.damaged:
+            return "FileCorrupt"
+        return "FileEvicted" if part & self.missing else self.data[start:stop]
+
+
+class Machine(RuleBasedStateMachine):
+    """The library, and a dictionary that says what it should do."""
+
+    server: ClassVar[Memcached]
+    streams = Bundle("streams")
+
+    @initialize(fast=st.booleans())
+    def begin(self, fast: bool) -> None:
+        self.server.flush()
+        options: Any = {"chunk_size": CHUNK, "lease": LEASE}
+        if fast:
+            self.cache = memchunk.connect(self.server.server, **options)
+        else:
+            self.cache = FileCache(Client(self.server.address, timeout=5), **options)
+        self.files: dict[str, File] = {}
+        self.orphans: set[str] = set()
+
+    def teardown(self) -> None:
+        if hasattr(self, "cache"):
+            expected = set(self.orphans)
+            for name, file in self.files.items():
+                expected |= {manifest(self.cache, name), *self.chunks(file)}
+            assert set(self.server.keys()) == expected
+            self.cache.close()
+
+    @staticmethod
+    def chunks(file: File) -> set[str]:
+        indices = set(range(file.info.chunks)) - file.missing
+        return {f"memchunk:{file.info.version}:{index}" for index in indices}
+
+    @invariant()
+    def one_step(self) -> None:
+        counts["stateful steps"] += 1
+
+    def write(self, name: str, data: bytes, call: Callable[[], FileInfo]) -> None:
+        info = call()
+        assert (info.name, info.size, info) == (name, len(data), self.cache.stat(name))
+        assert self.cache.get(name) == data
+        self.files[name] = File(info, data)
+
+    @rule(name=NAMES, data=DATA, expire=EXPIRES, metadata=st.binary(max_size=9))
+    def add(self, name: str, data: bytes, expire: int, metadata: bytes) -> None:
+        file = self.files.get(name)
+        if file and not file.missing:
+            assert result(lambda: self.cache.add(name, data)) == "FileExists"
+        else:
+            self.write(name, data, lambda: self.cache.add(name, data, None, expire, metadata))
+
+    @rule(name=NAMES, data=DATA, expire=EXPIRES, pieces=st.integers(0, 300))
+    def set(self, name: str, data: bytes, expire: int, pieces: int) -> None:
+        steps = range(0, len(data), pieces) if pieces else ()
+        source: Any = (data[at : at + pieces] for at in steps) if pieces else data
+        self.write(name, data, lambda: self.cache.set(name, source, expire=expire))
+
+    @rule(name=NAMES, data=DATA, right=st.booleans())
+    def cas(self, name: str, data: bytes, right: bool) -> None:
+        file = self.files.get(name)
+        version = file.info.version if file and right else "0" * 16
+        if file and right:
+            self.write(name, data, lambda: self.cache.cas(name, data, version))
+        else:
+            error = "FileChanged" if file else "FileNotFound"
+            assert result(lambda: self.cache.cas(name, data, version)) == error
+
+    @rule(name=NAMES)
+    def get(self, name: str) -> None:
+        file = self.files.get(name)
+        expected = file.read(0, file.info.size) if file else "FileNotFound"
+        assert result(lambda: self.cache.get(name)) == expected
+
+    @rule(name=NAMES)
+    def stat(self, name: str) -> None:
+        if name in self.files:
+            assert self.cache.stat(name) == self.files[name].info
+        else:
+            assert result(lambda: self.cache.stat(name)) == "FileNotFound"
+
+    @rule(target=streams, name=NAMES)
+    def open(self, name: str) -> Any:
+        if name in self.files:
+            return self.files[name], self.cache.open(name)
+        assert result(lambda: self.cache.open(name)) == "FileNotFound"
+        return multiple()
+
+    @rule(stream=streams, start=st.integers(0, 700), length=st.integers(0, 700))
+    def read(self, stream: Any, start: int, length: int) -> None:
+        """A stream stays on its version, whatever has become of the file."""
+        file, opened = stream
+        start, stop = min(start, len(file.data)), min(start + length, len(file.data))
+        outcome = result(lambda: b"".join(opened.chunks(start, stop)))
+        if any(file is current for current in self.files.values()):
+            assert outcome == file.read(start, stop)
+        else:
+            assert outcome in (file.data[start:stop], "FileChanged", "FileCorrupt")
+            assert outcome != "FileCorrupt" or file.damaged
+
+    @rule(name=NAMES, expire=EXPIRES)
+    def touch(self, name: str, expire: int) -> None:
+        file = self.files.get(name)
+        if file is None or file.missing:
+            error = "FileEvicted" if file else "FileNotFound"
+            assert result(lambda: self.cache.touch(name, expire)) == error
+        else:
+            file.info = self.cache.touch(name, expire)
+            assert self.cache.stat(name) == file.info
+
+    @rule(name=NAMES, version=st.sampled_from(["any", "right", "wrong"]))
+    def delete(self, name: str, version: str) -> None:
+        file = self.files.get(name)
+        right = file.info.version if file else None
+        versions = {"any": None, "right": right, "wrong": "0" * 16}
+        expected = "FileNotFound" if not file else "FileChanged" if version == "wrong" else "done"
+        assert result(lambda: self.cache.delete(name, versions[version])) == expected
+        if expected == "done":
+            del self.files[name]
+
+    @rule(name=NAMES, index=st.integers(0, 5))
+    def evict_chunk(self, name: str, index: int) -> None:
+        file = self.files.get(name)
+        if file and index < file.info.chunks and index not in file.missing:
+            self.server.delete(f"memchunk:{file.info.version}:{index}")
+            file.missing.add(index)
+            file.damaged.discard(index)
+
+    @rule(name=NAMES, index=st.integers(0, 5), flip=st.integers(1, 255), at=st.integers(0, 200))
+    def damage_chunk(self, name: str, index: int, flip: int, at: int) -> None:
+        file = self.files.get(name)
+        if file and index < file.info.chunks and index not in file.missing | file.damaged:
+            key = f"memchunk:{file.info.version}:{index}"
+            value = bytearray(self.server.read(key))
+            value[at % len(value)] ^= flip
+            self.server.write(key, bytes(value))
+            file.damaged.add(index)
+
+    @rule(name=NAMES)
+    def evict_manifest(self, name: str) -> None:
+        if name in self.files:
+            self.server.delete(manifest(self.cache, name))
+            self.orphans |= self.chunks(self.files.pop(name))
+
+    @rule(name=NAMES)
+    def expire(self, name: str) -> None:
+        """As time would: first the manifest, then the chunks."""
+        file = self.files.pop(name, None)
+        for key in [manifest(self.cache, name), *sorted(self.chunks(file))] if file else ():
+            assert self.server.command(f"touch {key} -1") == b"TOUCHED\r\n"
+            assert result(lambda: self.cache.get(name)) == "FileNotFound"
+
+
+def test_any_sequence_of_operations_does_what_a_dictionary_does(server: Memcached) -> None:
+    Machine.server = server
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=1000 if LONG else 60, stateful_step_count=100 if LONG else 50,
+            deadline=None, database=None, suppress_health_check=list(HealthCheck),
+        ),
+    )
