@@ -48,7 +48,10 @@ from pymemcache.client.base import Client, PooledClient
 from pymemcache.client.hash import HashClient
 from pymemcache.client.rendezvous import RendezvousHash
 from pymemcache.exceptions import (
-    MemcacheError, MemcacheServerError, MemcacheUnexpectedCloseError, MemcacheUnknownError,
+    MemcacheError,
+    MemcacheServerError,
+    MemcacheUnexpectedCloseError,
+    MemcacheUnknownError,
 )
 from pymemcache.pool import ObjectPool
 
