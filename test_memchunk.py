@@ -2147,6 +2147,25 @@ def test_options_that_make_no_sense_are_refused(tcp: Site, options: dict[str, in
         tcp.cache(**options)
 
 
+@pytest.mark.parametrize("hook", ["_store_cmd", "_extract_value"])
+def test_pymemcache_still_calls_what_makes_it_fast(
+    tcp: Site, hook: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pymemcache that moves these hooks must fail here, not cost speed in silence."""
+    assert hasattr(Client, hook)
+    original, calls = getattr(memchunk._FastClient, hook), itertools.count()
+
+    def counted(*args: Any, **options: Any) -> Any:
+        next(calls)
+        return original(*args, **options)
+
+    monkeypatch.setattr(memchunk._FastClient, hook, counted)
+    with contextlib.closing(memchunk.connect(tcp.servers[0].server, chunk_size=100)) as cache:
+        cache.set("file", OLD)
+        assert cache.get("file") == OLD
+    assert next(calls) > 1
+
+
 def test_clients_that_are_given_by_name_share_the_files(shared: list[Memcached]) -> None:
     for server in shared:
         server.flush()

@@ -175,8 +175,8 @@ def test_50_mib_on_a_stock_memcached(memcached: Memcached, piece: int) -> None:
         if last.status_code == 204:
             assert client.get(last.headers["Content-Location"]).data == data
     statuses = [answer.status_code for answer in answers]
-    assert statuses[0] == 204  # nothing to evict
     assert set(statuses) <= {204, 410}
+    assert 204 in statuses
     assert len(statuses) < 6
 
 
