@@ -255,7 +255,7 @@ def test_what_is_cancelled_is_deleted(
     slow(browser, 10 * MIB)
     choose(browser, make(tmp_path, "big.dat", bytes(20 * MIB)))
     wait_until(browser, "big.dat", "Sending, 4")
-    assert len(memcached.keys()) > 8
+    wait_for(lambda: len(memcached.keys()) > 8, "a block to be stored")
     press(browser, "big.dat", "cancel")
     wait_until(browser, "big.dat", "Cancelled. Nothing was stored.")
     wait_for(lambda: memcached.keys() == [], "the pieces to be deleted")

@@ -179,7 +179,7 @@ def test_tus_js_client_over_a_broken_line(
         done = node(proxy.url("/uploads"), file, tmp_path, **options)
         assert not proxy.cuts
         if piece or server.host.streams:
-            assert proxy.passed < len(big) + 4 * PIECE + 100_000
+            assert proxy.passed < 2 * len(big)  # resumed, not sent again from the start
         assert same(done["stored"].replace(str(proxy.port), str(server.port)), big)
 
 
