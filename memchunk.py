@@ -832,8 +832,7 @@ class _Upload:
             if not isinstance(error, CacheUnavailable):
                 raise
         else:
-            if _version(current) != mine.info.version:
-                self._store.delete(mine)
+            self._store.replaced(mine, current)
 
 
 class _Store:
@@ -877,7 +876,7 @@ class _Store:
                 # Only the old token proves that it was not done yet, and may be tried once more.
                 # Otherwise it may have been done, and undone by a writer who deleted our chunks.
                 if done or not again or old_token is None or token != old_token:
-                    self._replaced(old, current)
+                    self.replaced(old, current)
                     if done and again:
                         return cast(_New, current)
                     raise error
@@ -888,7 +887,7 @@ class _Store:
             found = None
             try:
                 if self._replace(value, token, exptime):
-                    return self._replaced(current, manifest)
+                    return self.replaced(current, manifest)
             except BaseException as lost:  # the reply, to the network or to Ctrl-C
                 with contextlib.suppress(CacheUnavailable):
                     found = self.lookup()
@@ -897,7 +896,7 @@ class _Store:
                 late = value or None, current, token, lost
         raise CacheFull(name=self.name, missing=[], reason="it refuses the manifest")
 
-    def _replaced(self, old: _Current, new: _T) -> _T:
+    def replaced(self, old: _Current, new: _T) -> _T:
         """Delete the chunks of what was at the manifest's key, unless `new` is of that version."""
         if _version(old) != _version(new):
             self.delete(old)
