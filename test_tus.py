@@ -189,7 +189,7 @@ def test_the_limit(memcached: Memcached) -> None:
     path = start(client, 1000)
     assert patch(client, path, 0, content(1000)).status_code == 204
     is_problem(patch(client, path, 1000, b"x"), 413)
-    assert memcached.stats()["curr_items"] == "3"
+    assert len(memcached.keys()) == 3
 
 
 def test_more_than_announced(client: Any) -> None:
