@@ -142,15 +142,19 @@ class Server:
                     connection.shutdown(socket.SHUT_WR)
             return receive(connection)
 
-    def peak(self) -> int:
-        """The most memory in bytes that any one of its processes had so far."""
+    def pids(self) -> list[int]:
+        """Of all its processes."""
         group = subprocess.run(
             ["ps", "-o", "pid=", "-s", str(self.process.pid)], capture_output=True, check=True
         )
+        return [int(pid) for pid in group.stdout.split()]
+
+    def peak(self) -> int:
+        """The most memory in bytes that any one of its processes had so far."""
         peaks = []
-        for pid in group.stdout.split():
+        for pid in self.pids():
             with contextlib.suppress(FileNotFoundError):
-                status = pathlib.Path(f"/proc/{int(pid)}/status").read_text()
+                status = pathlib.Path(f"/proc/{pid}/status").read_text()
                 peaks += [int(kib) * 1024 for kib in re.findall(r"VmHWM:\s+(\d+)", status)]
         return max(peaks)
 
@@ -182,17 +186,23 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Memcached]:
     memcached.kill()
 
 
-@pytest.fixture(scope="module", params=HOSTS)
-def server(
-    request: Any, cache: Memcached, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("host") / "log"
-    server = Server(HOSTS[request.param], log, MEMCHUNK_SERVERS=cache.server)
+@contextlib.contextmanager
+def running(host: Host, cache: Memcached, folder: pathlib.Path, **environ: str) -> Iterator[Server]:
+    """A server with its log in a folder, for as long as the `with` block runs."""
+    server = Server(host, folder / "log", MEMCHUNK_SERVERS=cache.server, **environ)
     try:
         yield server.wait()
     finally:
         server.stop()
     assert "unexpected error" not in server.output(), server.output()
+
+
+@pytest.fixture(scope="module", params=HOSTS)
+def server(
+    request: Any, cache: Memcached, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    with running(HOSTS[request.param], cache, tmp_path_factory.mktemp("host")) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

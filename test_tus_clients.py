@@ -24,7 +24,7 @@ import memchunk
 import wsgi
 from conftest import Memcached, wait_for
 from test_browser import Proxy
-from test_hosts import HOSTS, MIB, SECONDS, Server
+from test_hosts import HOSTS, MIB, SECONDS, Server, running
 from test_lambda import (
     LIMIT,
     Client,
@@ -91,13 +91,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Memcached]:
 def server(
     request: Any, cache: Memcached, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("host") / "log"
-    server = Server(HOSTS[request.param], log, MEMCHUNK_SERVERS=cache.server)
-    try:
-        yield server.wait()
-    finally:
-        server.stop()
-    assert "unexpected error" not in server.output(), server.output()
+    with running(HOSTS[request.param], cache, tmp_path_factory.mktemp("host")) as server:
+        yield server
 
 
 def node(endpoint: str, file: pathlib.Path, folder: pathlib.Path, **options: Any) -> Any:

@@ -8,6 +8,7 @@ import io
 import socket
 import struct
 import threading
+import time
 from typing import IO, Any, Callable, NamedTuple, Optional
 
 from pymemcache.client.base import Client
@@ -173,6 +174,26 @@ class Proxy(Trigger):
         if fault == "evicted":
             self._evict(command.keys)
         return reply if fault in DONE else false_answer(fault, command.verb) + b"\r\n"
+
+
+class Late(Proxy):
+    """Does a command only some time after its sender hung up."""
+
+    def _answer(
+        self, command: Command, client: socket.socket, requests: io.BufferedReader,
+        server: socket.socket, replies: IO[bytes],
+    ) -> bytes:
+        late = self._next(command.verb)
+        if late:
+            self._action()
+            while requests.read1(1 << 16):
+                pass
+            time.sleep(0.2)
+        server.sendall(command.raw)
+        reply = read_reply(replies, command.verb)
+        if late:
+            raise ConnectionAbortedError
+        return reply
 
 
 def false_answer(fault: str, verb: str) -> bytes:
