@@ -663,7 +663,9 @@ class _FastClient(Client):
                 self._raise_errors(line, name)
             if rest or len(lines) > replies or not {yes, *_NO} >= {*lines}:
                 raise MemcacheUnknownError(received[:64])
-        except Exception:
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                _await_end(self)
             self.close()
             raise
         return [line == yes for line in lines]
@@ -714,9 +716,7 @@ class _Pool(ObjectPool[Any]):
         client = super().get()  # type: ignore[no-untyped-call]
         try:
             yield client
-        except BaseException as error:
-            if not isinstance(error, Exception):
-                _hang_up(client)
+        except BaseException:
             self.destroy(client)
             raise
         self.release(client)
@@ -757,14 +757,14 @@ def _forked(reference: weakref.ref[_FastPool]) -> None:
         pool._renew()
 
 
-def _hang_up(client: Any) -> None:
-    """Close a connection once the server has done, or dropped, all that it was sent: it closes its
-    own side then. Otherwise it might do a command after those by which its sender cleans up."""
+def _await_end(client: Any) -> None:
+    """End our side of a connection on which Ctrl-C or a gevent time-out struck, and return when the
+    server has ended its own: it has done, or dropped, all that it was sent. Otherwise it might do
+    a command after those by which its sender cleans up."""
     with contextlib.suppress(OSError, AttributeError):  # there may be no socket
         client.sock.shutdown(socket.SHUT_WR)
         while client.sock.recv(65536):
             pass
-    client.close()
 
 
 def _send(sock: socket.socket, buffers: list[Any]) -> None:
@@ -1051,7 +1051,9 @@ class _Store:
             # after an Exception only; the next command would take the rest of the reply for its
             # own.
             if not hasattr(self._client, "client_pool"):  # a pool does not use it again
-                _hang_up(self._client)
+                if not command.startswith("get"):
+                    _await_end(self._client)
+                self._client.close()
             raise
 
 
