@@ -94,6 +94,7 @@ _MAX_CHUNKS = 2**20  # more than any file needs; what a manifest says is not wor
 _ATTEMPTS = 100  # at a manifest that others keep changing; each failure means that one got through
 
 _RELATIVE_LIMIT = 30 * 24 * 3600  # memcached reads more seconds than this as an absolute time
+_OVER = _RELATIVE_LIMIT + 1  # thus a day in 1970; -1 ends at once too, but twemproxy refuses it
 _ABSOLUTE_LIMIT = 2**31 - 1  # and keeps times in 32 bits; what ends later never ends
 
 _CHUNK = struct.Struct(">III")  # index, total, CRC
@@ -895,7 +896,7 @@ class _Store:
             manifest = step(current)
             # The text protocol has no conditional delete; storing what has expired is one.
             value = b"" if manifest is None else manifest.pack()
-            exptime = -1 if manifest is None else _exptime(manifest.info.expires)
+            exptime = _OVER if manifest is None else _exptime(manifest.info.expires)
             found = None
             try:
                 if self._replace(value, token, exptime):

@@ -29,7 +29,7 @@ class Store:
 
     def set(self, key: str, value: bytes, expire: int, token: int = 0) -> bool:
         self.items = {**self.items, key: (value, ends(expire), token)}
-        if expire < 0:
+        if 0 < ends(expire) <= NOW:
             self.delete(key)
         return True
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import re
 import socket
 import struct
 import threading
@@ -78,8 +79,14 @@ class Command(NamedTuple):
     keys: list[str]
 
 
+# What proxies such as twemproxy pass on. They close the connection on all else.
+CLASSIC = re.compile(rb"((get|gets|set|add|cas|touch|delete|stats)( [^- \r\n][^ \r\n]*)+\r\n)?")
+
+
 def read_command(stream: IO[bytes]) -> Optional[Command]:
     line = stream.readline()
+    if not CLASSIC.fullmatch(line):
+        raise ValueError(line)
     verb, *fields = line.decode().split() or [""]
     if verb in ("set", "add", "cas"):
         body = stream.read(int(fields[3]) + 2)
