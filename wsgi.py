@@ -62,7 +62,10 @@ PIECE = 256 * 1024
 DRAIN = 256 * 1024 * 1024
 """Bytes of a refused upload that are read, and dropped, so that its sender sees the answer."""
 
-BLOCK = 4 * 1024 * 1024
+CHUNK = 524_000
+"""Bytes that fit in a chunk of memcached's largest class: pieces of whole chunks waste no memory."""
+
+BLOCK = 8 * CHUNK
 """Bytes of a resumable upload that are stored at a time: what is lost with a worker that dies."""
 
 MAX_PIECES = 1000  # of a resumable upload; the record that lists them ends at 64 KiB
@@ -284,16 +287,19 @@ class Body:
         return piece
 
     def blocks(self) -> Iterator[bytearray]:
-        """The body in blocks of up to BLOCK bytes; of one that is cut off, all that came."""
+        """The body in blocks of BLOCK bytes, and at its end of as many whole chunks as there are,
+        and the rest; of a body that is cut off, all that came."""
         block = bytearray()
         with contextlib.suppress(CutOff):
             for piece in self:
                 block += piece
-                if len(block) + PIECE > BLOCK:
-                    yield block
-                    block = bytearray()
-        if block:
-            yield block
+                while len(block) >= BLOCK:
+                    block, full = block[BLOCK:], block
+                    del full[BLOCK:]
+                    yield full
+        rest = block[len(block) - len(block) % CHUNK :]
+        del block[len(block) - len(rest) :]
+        yield from filter(None, (block, rest))
 
     def drain(self) -> None:
         """Read what a refused upload still sends. To close on it would reset the connection, and
