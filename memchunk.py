@@ -759,9 +759,9 @@ def _forked(reference: weakref.ref[_FastPool]) -> None:
 
 
 def _await_end(client: Any) -> None:
-    """End our side of a connection on which Ctrl-C or a gevent time-out struck, and return when the
-    server has ended its own: it has done, or dropped, all that it was sent. Otherwise it might do
-    a command after those by which its sender cleans up."""
+    """After Ctrl-C or a gevent time-out in mid-command: end our side of the connection, and return
+    when the server has ended its own, and thus has done, or dropped, all that it was sent. Else it
+    might do a command after those by which its sender cleans up."""
     with contextlib.suppress(OSError, AttributeError):  # there may be no socket
         client.sock.shutdown(socket.SHUT_WR)
         while client.sock.recv(65536):

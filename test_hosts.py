@@ -187,7 +187,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Memcached]:
 
 
 @contextlib.contextmanager
-def running(host: Host, cache: Memcached, folder: pathlib.Path, **environ: str) -> Iterator[Server]:
+def running(
+    host: Host, cache: Memcached, folder: pathlib.Path, **environ: str
+) -> Iterator[Server]:
     """A server with its log in a folder, for as long as the `with` block runs."""
     server = Server(host, folder / "log", MEMCHUNK_SERVERS=cache.server, **environ)
     try:

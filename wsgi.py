@@ -63,7 +63,7 @@ DRAIN = 256 * 1024 * 1024
 """Bytes of a refused upload that are read, and dropped, so that its sender sees the answer."""
 
 CHUNK = 524_000
-"""Bytes that fit in a chunk of memcached's largest class: pieces of whole chunks waste no memory."""
+"""Bytes that fit in a chunk of memcached's largest class: pieces of whole chunks waste none."""
 
 BLOCK = 8 * CHUNK
 """Bytes of a resumable upload that are stored at a time: what is lost with a worker that dies."""

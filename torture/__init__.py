@@ -1,6 +1,6 @@
 """The long evidence that memchunk never lies: faults, races, damage, pressure, fuzz.
 
-    pytest torture                          the short form, of two minutes
+    pytest torture                          the short form, of three minutes
     MEMCHUNK_TORTURE=long pytest torture    the long one
 
 Each module says what it does to the library and what must hold; at the end pytest prints how many
