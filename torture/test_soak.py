@@ -343,8 +343,8 @@ def usage(server: Server) -> dict[int, Usage]:
 
 
 def rest(server: Server, idle: dict[int, Usage]) -> dict[int, Usage]:
-    """What the host has once it is at rest: of files no more than it had when it was `idle`, and
-    a connection to memcached for each thread."""
+    """What the host has once it is at rest: no other processes than when it was `idle`, and of
+    files no more than then, and a connection to memcached for each thread."""
 
     def is_at_rest() -> bool:
         now = usage(server)
@@ -379,6 +379,7 @@ def test_soak(
     memcached, what = start_memcached("-m", str(megabytes)), request.node.callspec.id
     with running(host, memcached, tmp_path, MEMCHUNK_TIMEOUT=str(TIMEOUT)) as server:
         load = Load(server, memcached, roomy=megabytes > 64)
+        load.run(1, kill=False)  # until all processes are there
         idle, seen = usage(server), []
         for phase in range(PHASES):
             load.run(SECONDS, kill=phase in KILLS)
