@@ -368,11 +368,14 @@ def check_memory(idle: dict[int, Usage], seen: list[dict[int, Usage]]) -> None:
     assert threads <= THREADS + 2 * len(idle)
 
 
-@pytest.mark.parametrize(
-    ("host", "megabytes"),
-    [(GUNICORN, 2048), (WAITRESS, 2048), (GUNICORN, 64)],
-    ids=["gunicorn", "waitress", "gunicorn, -m 64"],
-)
+SOAKS = {
+    "gunicorn": (GUNICORN, 2048),
+    "waitress": (WAITRESS, 2048),
+    **({"gunicorn, -m 64": (GUNICORN, 64)} if LONG else {}),
+}
+
+
+@pytest.mark.parametrize(("host", "megabytes"), SOAKS.values(), ids=SOAKS.keys())
 def test_soak(
     request: pytest.FixtureRequest, start_memcached: Start, tmp_path: pathlib.Path, host: Host,
     megabytes: int,
