@@ -210,10 +210,10 @@ def test_a_host_is_killed(cache: Memcached, stream: Any, tmp_path: Any, big: byt
                 f"PATCH {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(big)}\r\n{head}"
                 "Content-Type: application/offset+octet-stream\r\n\r\n".encode()
             )
-            connection.sendall(big[: 2 * PIECE + 1_000_000])
-            wait_for(lambda: offset() == 2 * PIECE, "two blocks to be kept")
+            connection.sendall(big[: 2 * wsgi.BLOCK + 1_000_000])
+            wait_for(lambda: offset() == 2 * wsgi.BLOCK, "two blocks to be kept")
             os.killpg(first.process.pid, 9)
-        assert offset() == 2 * PIECE
+        assert offset() == 2 * wsgi.BLOCK
         client = TusClient(second.url("/uploads"))
         uploader = client.uploader(file_stream=stream, chunk_size=PIECE, url=second.url(path))
         uploader.upload()
