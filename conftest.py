@@ -191,3 +191,11 @@ def start_memcached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]
 def memcached(start_memcached: Start) -> Memcached:
     """A memcached with stock settings (`-m 64`), empty."""
     return start_memcached()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Memcached]:
+    """A memcached with room for several large files, which the tests of a module share."""
+    memcached = Memcached(tmp_path_factory.mktemp("m"), "-m", "512")
+    yield memcached
+    memcached.kill()

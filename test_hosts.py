@@ -179,13 +179,6 @@ def receive(connection: socket.socket) -> bytes:
     return received
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Memcached]:
-    memcached = Memcached(tmp_path_factory.mktemp("m"), "-m", "512")
-    yield memcached
-    memcached.kill()
-
-
 @contextlib.contextmanager
 def running(
     host: Host, cache: Memcached, folder: pathlib.Path, **environ: str

@@ -80,13 +80,6 @@ def stream(file: pathlib.Path) -> Iterator[Any]:
         yield stream
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Memcached]:
-    memcached = Memcached(tmp_path_factory.mktemp("m"), "-m", "512")
-    yield memcached
-    memcached.kill()
-
-
 @pytest.fixture(scope="module", params=["gunicorn", "gunicorn-threads", "waitress", "cheroot"])
 def server(
     request: Any, cache: Memcached, tmp_path_factory: pytest.TempPathFactory

@@ -185,6 +185,9 @@ class Client:
         lost = known.epoch != self.load.epoch or not self.load.roomy
         return known.seeds | {None} if lost else known.seeds
 
+    def contents(self, name: str) -> list[Optional[bytes]]:
+        return [None if seed is None else content(seed) for seed in self.possible(name)]
+
     def learn(self, name: str, *seeds: Optional[int]) -> None:
         self.files[name] = Known(frozenset(seeds), self.epoch)
 
@@ -231,8 +234,7 @@ class Client:
         span = {"Range": f"bytes={start}-{stop - 1}"}
         answer = self.ask("GET", f"/files/{name}", b"", span)
         if self.is_fine(answer, 206, 404, 416):
-            files = [None if seed is None else content(seed) for seed in self.possible(name)]
-            parts = [None if file is None else file[start:stop] for file in files]
+            parts = [None if file is None else file[start:stop] for file in self.contents(name)]
             expected = {206: answer.data, 416: b"", 404: None}[answer.status]
             assert expected in parts
 
@@ -240,8 +242,7 @@ class Client:
         name = self.own()
         answer = self.ask("HEAD", f"/files/{name}")
         if self.is_fine(answer, 200, 404):
-            files = [None if seed is None else content(seed) for seed in self.possible(name)]
-            sizes = [None if file is None else str(len(file)) for file in files]
+            sizes = [None if file is None else str(len(file)) for file in self.contents(name)]
             found = answer.headers["Content-Length"] if answer.status == 200 else None
             assert found in sizes
 
