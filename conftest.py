@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 import pytest
 
+WAIT = 60  # seconds for what takes a moment on any machine that is not stuck
 INSTALL = "'apt-get install memcached', 'dnf install memcached' or 'brew install memcached'"
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and all that they start.
@@ -160,12 +161,12 @@ class Memcached:
             pathlib.Path(self._unix).unlink(missing_ok=True)
 
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 20) -> None:
-    """Return as soon as `condition()` is true; fail with `what` after `seconds`."""
-    deadline = time.monotonic() + seconds
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    """Return as soon as `condition()` is true; fail with `what` where it won't be."""
+    deadline = time.monotonic() + WAIT
     while not condition():
         if time.monotonic() > deadline:
-            pytest.fail(f"waited {seconds} seconds in vain for {what}")
+            pytest.fail(f"waited {WAIT} seconds in vain for {what}")
         time.sleep(0.005)
 
 

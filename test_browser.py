@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import re
 import shutil
 import socket
 import threading
@@ -16,6 +17,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
+import wsgi
 from conftest import Memcached, wait_for
 from test_hosts import HOSTS, MIB, SECONDS, Server
 
@@ -139,6 +141,25 @@ def wait_until(browser: Any, name: str, text: str) -> None:
     wait_for(lambda: text in state(browser, name), f"{text!r}, not {state(browser, name)!r}")
 
 
+def wait_until_sent(browser: Any, name: str, percent: int) -> None:
+    def sent() -> bool:
+        said = re.search(r"Sending, (\d+)", state(browser, name))
+        return said is not None and int(said[1]) >= percent
+
+    wait_for(sent, f"{percent} % to be sent, not {state(browser, name)!r}")
+
+
+def wait_for_page(browser: Any, title: str) -> None:
+    """Of the page that it leaves, the browser still finds elements for a moment."""
+    wait_for(lambda: browser.title == title, f"the page {title!r}, not {browser.title!r}")
+
+
+def wait_for_download(path: pathlib.Path, data: bytes) -> None:
+    """Chromium first makes an empty file."""
+    wait_for(lambda: path.exists() and path.stat().st_size == len(data), "the download")
+    assert path.read_bytes() == data
+
+
 def press(browser: Any, name: str, button: str) -> None:
     item(browser, name).find_element(By.CLASS_NAME, button).click()
 
@@ -180,16 +201,13 @@ def test_50_mib_there_and_back(start: Start, tmp_path: pathlib.Path) -> None:
     assert len({value for value in seen if 0.05 < value < 0.95}) >= 3
     assert seen == sorted(seen)
     link(browser, "big old file.dat").click()
-    saved = tmp_path / "big old file.dat"
-    wait_for(saved.exists, "the download")
-    wait_for(lambda: saved.stat().st_size == len(data), "the whole download")
-    assert saved.read_bytes() == data
+    wait_for_download(tmp_path / "big old file.dat", data)
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
 def test_several_at_once_one_of_them_cancelled(start: Start, tmp_path: pathlib.Path) -> None:
     browser = start()
-    slow(browser, 5 * MIB)
+    slow(browser, 2 * MIB)
     paths = [make(tmp_path, f"{number}.bin", os.urandom(MIB)) for number in range(4)]
     choose(browser, *paths, make(tmp_path, "cancelled.bin", bytes(40 * MIB)))
     wait_until(browser, "cancelled.bin", "Waiting")
@@ -219,17 +237,15 @@ def test_a_line_that_breaks(start: Start, tmp_path: pathlib.Path) -> None:
         assert not proxy.cuts
         assert proxy.passed < len(data) + 7 * 4 * MIB  # Chromium repeats a request by itself, too
         link(browser, "big.dat").click()
-        saved = tmp_path / "big.dat"
-        wait_for(lambda: saved.exists() and saved.stat().st_size == len(data), "the download")
-        assert saved.read_bytes() == data
+        wait_for_download(tmp_path / "big.dat", data)
         browser.get("about:blank")
 
 
 def test_a_network_that_is_away(start: Start, tmp_path: pathlib.Path) -> None:
     browser = start()
     slow(browser, 10 * MIB)
-    choose(browser, make(tmp_path, "big.dat", bytes(20 * MIB)))
-    wait_until(browser, "big.dat", "Sending, 4")
+    choose(browser, make(tmp_path, "big.dat", bytes(40 * MIB)))
+    wait_until_sent(browser, "big.dat", 30)
     offline(browser)
     wait_until(browser, "big.dat", "The connection broke. Going on in 8 s.")
     slow(browser, -1)  # it's back: the page notices, and does not wait
@@ -239,8 +255,8 @@ def test_a_network_that_is_away(start: Start, tmp_path: pathlib.Path) -> None:
 def test_a_cache_that_lost_all(start: Start, tmp_path: pathlib.Path, memcached: Memcached) -> None:
     browser = start()
     slow(browser, 10 * MIB)
-    choose(browser, make(tmp_path, "big.dat", bytes(20 * MIB)))
-    wait_until(browser, "big.dat", "Sending, 4")
+    choose(browser, make(tmp_path, "big.dat", bytes(40 * MIB)))
+    wait_until_sent(browser, "big.dat", 30)
     memcached.flush()
     wait_until(browser, "big.dat", "The cache lost what was sent.")
     slow(browser, -1)
@@ -253,14 +269,14 @@ def test_what_is_cancelled_is_deleted(
 ) -> None:
     browser = start()
     slow(browser, 10 * MIB)
-    choose(browser, make(tmp_path, "big.dat", bytes(20 * MIB)))
-    wait_until(browser, "big.dat", "Sending, 4")
+    choose(browser, make(tmp_path, "big.dat", bytes(40 * MIB)))
+    wait_until_sent(browser, "big.dat", 30)
     wait_for(lambda: len(memcached.keys()) > 8, "a block to be stored")
     press(browser, "big.dat", "cancel")
     wait_until(browser, "big.dat", "Cancelled. Nothing was stored.")
     wait_for(lambda: memcached.keys() == [], "the pieces to be deleted")
-    choose(browser, make(tmp_path, "other.dat", bytes(20 * MIB)))
-    wait_until(browser, "other.dat", "Sending, 2")
+    choose(browser, make(tmp_path, "other.dat", bytes(40 * MIB)))
+    wait_until_sent(browser, "other.dat", 10)
     offline(browser)
     wait_until(browser, "other.dat", "The connection broke.")
     press(browser, "other.dat", "cancel")
@@ -300,8 +316,7 @@ def test_token(start: Start, tmp_path: pathlib.Path) -> None:
     # What the browser sends when its user has typed the token into the link's dialog.
     url = link(browser, "a.txt").get_attribute("href")
     browser.get(url.replace("http://", "http://:s3cret@"))
-    wait_for((tmp_path / "a.txt").exists, "the download")
-    assert (tmp_path / "a.txt").read_bytes() == b"the content"
+    wait_for_download(tmp_path / "a.txt", b"the content")
 
 
 def test_drop(start: Start, memcached: Memcached) -> None:
@@ -358,20 +373,20 @@ def test_without_script(start: Start, tmp_path: pathlib.Path) -> None:
     browser.find_element(By.CSS_SELECTOR, "option[value='86400']").click()
     choose(browser, make(tmp_path, "plain.txt", b"the content"))
     browser.find_element(By.TAG_NAME, "button").click()
-    assert browser.find_element(By.TAG_NAME, "h1").text == "Stored"
+    wait_for_page(browser, "Stored")
     assert "11 bytes, kept until 20" in browser.find_element(By.TAG_NAME, "body").text
     browser.find_element(By.TAG_NAME, "a").click()
-    wait_for((tmp_path / "plain.txt").exists, "the download")
-    assert (tmp_path / "plain.txt").read_bytes() == b"the content"
+    wait_for_download(tmp_path / "plain.txt", b"the content")
 
 
 def test_words_without_script(start: Start, tmp_path: pathlib.Path) -> None:
     browser = start(script=False, MEMCHUNK_MAX_SIZE="1000")
     choose(browser, make(tmp_path, "large.bin", bytes(10_000_000)))
     browser.find_element(By.TAG_NAME, "button").click()
+    wait_for_page(browser, wsgi.TITLES[413])
     assert "Files may have up to" in browser.find_element(By.TAG_NAME, "body").text
     browser.find_element(By.LINK_TEXT, "Upload a file").click()
-    wait_for(lambda: browser.title.startswith("memchunk"), "the page to come back")
+    wait_for_page(browser, "memchunk: upload files")
 
 
 def test_nothing_is_loaded_from_elsewhere(start: Start) -> None:

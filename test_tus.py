@@ -24,7 +24,7 @@ from werkzeug.test import Client, TestResponse
 
 import memchunk
 import wsgi
-from conftest import Memcached
+from conftest import Memcached, wait_for
 from test_wsgi import (
     CHUNK,
     MIB,
@@ -317,10 +317,7 @@ def test_expiration(client: Any, memcached: Memcached) -> None:
 def test_an_expired_upload(client: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(wsgi, "UPLOAD_EXPIRE", 1)
     path = start(client, 10)
-    until = time.monotonic() + 20
-    while head(client, path).status_code == 200 and time.monotonic() < until:
-        pass
-    assert head(client, path).status_code == 404
+    wait_for(lambda: head(client, path).status_code == 404, "the upload to expire")
     is_problem(patch(client, path, 0, b"abc"), 404)
 
 

@@ -136,7 +136,7 @@ def test_tuspy_over_a_broken_line(server: Server, stream: Any, big: bytes) -> No
     proxy = Proxy(server.port, 1_000_000, 13_000_000, 30_000_000, 30_100_000)
     with contextlib.closing(proxy):
         client = TusClient(proxy.url("/uploads"))
-        uploader = client.uploader(file_stream=stream, chunk_size=PIECE, retries=3, retry_delay=0)
+        uploader = client.uploader(file_stream=stream, chunk_size=PIECE, retries=20, retry_delay=0)
         uploader.upload()
         assert not proxy.cuts
         assert same(stored(uploader).replace(str(proxy.port), str(server.port)), big)
@@ -320,7 +320,7 @@ def test_tuspy_through_lambda(gateway: Gateway, stream: Any, big: bytes) -> None
     too_large = client.uploader(file_stream=stream, chunk_size=5 * MIB)
     with pytest.raises((TusUploadFailed, TusCommunicationError)):
         too_large.upload()
-    uploader = client.uploader(file_stream=stream, chunk_size=PIECE, retries=3, retry_delay=0)
+    uploader = client.uploader(file_stream=stream, chunk_size=PIECE, retries=20, retry_delay=0)
     uploader.upload()
     assert gateway.lost
     url = stored(uploader)

@@ -171,7 +171,7 @@ def interrupting(error: type[BaseException]) -> Iterator[None]:
 
 
 # An interrupt between the making of a socket and its keeping leaves it to the garbage collector.
-@pytest.mark.filterwarnings("ignore:Exception ignored in. <socket")
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, GeventTimeout])
 def test_an_interrupt_at_any_moment(
@@ -179,12 +179,15 @@ def test_an_interrupt_at_any_moment(
 ) -> None:
     server.flush()
     dice = random.Random(7)
+    # pymemcache's own pool keeps the connection of an interrupted command open, which limits how
+    # many there may be; and the server may do the command late (see the README's limits).
+    interrupts = min(INTERRUPTS, 400) if kind == "PooledClient" else INTERRUPTS
     with no_connection_left(server), closing(KINDS[kind](server)) as cache:
-        last = [b"0" * 500]
-        cache.set("file", last[0])
+        stored = [b"0" * 500]
+        cache.set("file", stored[0])
         struck = 0
         with interrupting(error):
-            for number in range(INTERRUPTS):
+            for number in range(interrupts):
                 data = str(number).encode() * dice.randrange(1, 300)
                 try:
                     signal.setitimer(signal.ITIMER_REAL, dice.uniform(1e-5, 3e-3))
@@ -194,13 +197,13 @@ def test_an_interrupt_at_any_moment(
                 except error:
                     struck += 1
                 found = result(lambda: cache.get("file"))
-                if kind == "PooledClient" and found == "FileEvicted":  # see the README's limits
+                if kind == "PooledClient" and found == "FileEvicted":
                     cache.set("file", data)
                     found = data
-                assert found in (*last, data)
-                last = [found]
+                assert found in (*stored, data)
+                stored = [*stored, data] if kind == "PooledClient" else [found]
         counts[f"interrupts of {kind}"] += struck
-        assert struck > INTERRUPTS // 20
+        assert struck > interrupts // 20
 
 
 @pytest.mark.parametrize("kind", ["connect", "Client"])

@@ -355,7 +355,7 @@ def rest(server: Server, idle: dict[int, Usage]) -> dict[int, Usage]:
         files = sum(each.files for each in now.values())
         return files <= sum(each.files for each in idle.values()) + THREADS
 
-    wait_for(is_at_rest, "files to be closed", 60)
+    wait_for(is_at_rest, "files to be closed")
     return usage(server)
 
 
