@@ -15,6 +15,8 @@ from urllib.parse import unquote
 
 import pytest
 
+import memchunk
+
 WAIT = 60  # seconds for what takes a moment on any machine that is not stuck
 INSTALL = "'apt-get install memcached', 'dnf install memcached' or 'brew install memcached'"
 
@@ -168,6 +170,16 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
         if time.monotonic() > deadline:
             pytest.fail(f"waited {WAIT} seconds in vain for {what}")
         time.sleep(0.005)
+
+
+opened: list[memchunk.FileCache] = []  # those that the end of a test closes
+
+
+@pytest.fixture(autouse=True)
+def _close() -> Iterator[None]:
+    yield
+    while opened:
+        opened.pop().close()
 
 
 Start = Callable[..., Memcached]

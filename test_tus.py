@@ -11,7 +11,6 @@ import hashlib
 import io
 import os
 import pathlib
-import threading
 import time
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
@@ -19,12 +18,10 @@ from typing import Any, Callable
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies
-from pymemcache.client.base import PooledClient
 from werkzeug.test import Client, TestResponse
 
-import memchunk
 import wsgi
-from conftest import Memcached, wait_for
+from conftest import Memcached, opened, wait_for
 from test_wsgi import (
     CHUNK,
     MIB,
@@ -33,20 +30,12 @@ from test_wsgi import (
     digest,
     is_problem,
     make,
-    opened,
     send,
     version,
 )
 
 TUS = {"Tus-Resumable": "1.0.0"}
 TYPE = "application/offset+octet-stream"
-
-
-@pytest.fixture(autouse=True)
-def _close() -> Iterator[None]:
-    yield
-    while opened:
-        opened.pop().close()
 
 
 @pytest.fixture
@@ -158,26 +147,6 @@ def test_an_empty_file(client: Any) -> None:
     assert (created.status_code, created.headers["Upload-Offset"]) == (201, "0")
     assert client.get(created.headers["Content-Location"]).data == b""
     assert patch(client, created.headers["Location"], 0, b"").status_code == 204
-
-
-@pytest.mark.parametrize("piece", [MIB, 4 * MIB, 50 * MIB])
-def test_50_mib_on_a_stock_memcached(memcached: Memcached, piece: int) -> None:
-    """Of 64 MB: it can't hold the file twice, nor the file and the one before. While it has to
-    evict those it may drop a piece; then it says 410, and the client starts again."""
-    client = make(memcached, chunk_size=None)
-    answers: list[TestResponse] = []
-    data = os.urandom(50 * MIB)
-    while len(answers) < 3 or answers[-1].status_code == 410:
-        path = start(client, len(data))
-        for begin in range(0, len(data), piece):
-            last = patch(client, path, begin, data[begin : begin + piece])
-        answers.append(last)
-        if last.status_code == 204:
-            assert client.get(last.headers["Content-Location"]).data == data
-    statuses = [answer.status_code for answer in answers]
-    assert set(statuses) <= {204, 410}
-    assert 204 in statuses
-    assert len(statuses) < 6
 
 
 def test_the_limit(memcached: Memcached) -> None:
@@ -507,20 +476,6 @@ def test_pieces_are_out_of_reach(client: Any, memcached: Memcached) -> None:
     assert offset(client, path) == 3
 
 
-def test_a_flood_of_tiny_pieces(client: Any, monkeypatch: Any) -> None:
-    path = start(client, 2000, headers={"Upload-Metadata": pair("a", bytes(8000))})
-    for index in range(wsgi.MAX_PIECES):
-        assert patch(client, path, index, b"x").status_code == 204
-    problem = is_problem(patch(client, path, wsgi.MAX_PIECES, b"x"), 400)
-    assert "1000 pieces" in problem["detail"]
-    assert offset(client, path) == wsgi.MAX_PIECES
-    # As many as that make a file.
-    path = start(client, wsgi.MAX_PIECES)
-    data = content(wsgi.MAX_PIECES)
-    last = complete(client, path, data, 1)
-    assert client.get(last.headers["Content-Location"]).data == data
-
-
 def test_token(memcached: Memcached) -> None:
     client = make(memcached, token="s3cret")
     headers = {"Upload-Length": "3", "Authorization": "Bearer s3cret"}
@@ -647,40 +602,6 @@ def files(memcached: Memcached, response: TestResponse) -> list[str]:
     return [key for key in sorted(memcached.keys()) if any(part in key for part in parts)]
 
 
-def test_many_patches_at_one_offset(memcached: Memcached) -> None:
-    """In threads, each a worker of its own: one 204, and its bytes, whatever the order."""
-    workers = [make(memcached) for _ in range(8)]
-    for length in (5000, 20_000):
-        for _ in range(20):
-            path = start(workers[0], length)
-            bodies = [content(5000, seed) for seed in range(len(workers))]
-            answers: list[Any] = [None] * len(workers)
-            gate = threading.Barrier(len(workers))
-
-            def work(
-                index: int,
-                path: str = path,
-                bodies: Any = bodies,
-                answers: Any = answers,
-                gate: Any = gate,
-            ) -> None:
-                gate.wait()
-                answers[index] = patch(workers[index], path, 0, bodies[index])
-
-            threads = [threading.Thread(target=work, args=[i]) for i in range(len(workers))]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            statuses = sorted(answer.status_code for answer in answers)
-            assert statuses == [204] + [409] * (len(workers) - 1)
-            winner = next(i for i, answer in enumerate(answers) if answer.status_code == 204)
-            data = bodies[winner] + content(length - 5000, 99)
-            complete(workers[1], path, data, length)
-            url = head(workers[2], path).headers["Content-Location"]
-            assert workers[3].get(url).data == data
-
-
 @pytest.mark.parametrize("length", [3, 10])
 def test_deleted_during_a_patch(client: Any, memcached: Memcached, length: int) -> None:
     path = start(client, length)
@@ -779,83 +700,7 @@ def test_no_memcached(memcached: Memcached) -> None:
     assert "Retry-After" in refused.headers
 
 
-# Workers that die
-
-
-class Died(BaseException):
-    """What kills a worker: nothing that it would do afterwards is done."""
-
-
-class Mortal:
-    """A client of memcached that dies before its command number `life`."""
-
-    def __init__(self, client: Any, life: float) -> None:
-        self._client, self.life = client, life
-
-    def __getattr__(self, command: str) -> Any:
-        if command in ("client_pool", "clients"):
-            raise AttributeError(command)
-        function = getattr(self._client, command)
-
-        def call(*args: Any, **options: Any) -> Any:
-            if command != "close":
-                self.life -= 1
-                if self.life < 0:
-                    raise Died
-            return function(*args, **options)
-
-        return call if callable(function) else function
-
-
-def worker(memcached: Memcached, life: float) -> tuple[Any, Mortal]:
-    host, _, port = memcached.server.rpartition(":")
-    mortal = Mortal(PooledClient((host, int(port))), life)
-    cache = memchunk.FileCache(mortal, chunk_size=CHUNK)
-    opened.append(cache)
-    return Client(wsgi.Application(cache)), mortal
-
-
-def upload(client: Any, path: list[str], data: bytes, piece: int, **headers: str) -> None:
-    path.append(start(client, len(data), "/uploads?expire=10000"))
-    for begin in range(0, len(data), piece):
-        part = data[begin : begin + piece]
-        more = {"Upload_Checksum": checksum(part)} if headers else {}
-        assert patch(client, path[0], begin, part, **more).status_code == 204
-
-
-@pytest.mark.parametrize("tight", [False, True])
-@pytest.mark.parametrize("checksums", [False, True])
-def test_a_worker_dies_between_any_two_commands(
-    memcached: Memcached, monkeypatch: Any, tight: bool, checksums: bool
-) -> None:
-    monkeypatch.setattr(wsgi.Uploads, "is_tight", lambda self, upload: tight)
-    monkeypatch.setattr(wsgi, "PIECE", 500)
-    monkeypatch.setattr(wsgi, "BLOCK", 1500)
-    data, more = content(7500), {"checksums": "yes"} if checksums else {}
-    healthy = make(memcached)
-    survivor, mortal = worker(memcached, 10_000)
-    upload(survivor, [], data, 4000, **more)
-    commands = 10_000 - int(mortal.life)
-    assert commands > 30
-    resumed, lost = 0, 0
-    for life in range(commands):
-        client, _ = worker(memcached, life)
-        path: list[str] = []
-        with pytest.raises(Died):
-            upload(client, path, data, 4000, **more)
-        if not path:
-            continue  # it died at the start: there is nothing that the client could know of
-        answer = head(healthy, path[0])
-        if answer.status_code == 410:
-            lost += 1
-            is_problem(healthy.get(path[0].replace("/uploads/", "/files/")), 404)
-            continue
-        resumed += 1
-        last = complete(healthy, path[0], data, 4000)
-        assert healthy.get(last.headers["Content-Location"]).data == data
-    assert resumed > 40
-    assert lost == 0 or tight
-    assert leftovers(memcached) == []  # all that the dead have left has an end
+# Workers that take turns
 
 
 def test_a_gateway_that_repeats_requests(client: Any) -> None:

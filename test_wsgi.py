@@ -31,21 +31,11 @@ from werkzeug.test import Client, TestResponse
 
 import memchunk
 import wsgi
-from conftest import Memcached, wait_for
+from conftest import Memcached, opened, wait_for
 
 MIB = 1024 * 1024
 CHUNK = 1000  # bytes, so that small files have many chunks
 BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
-
-
-opened: list[memchunk.FileCache] = []
-
-
-@pytest.fixture(autouse=True)
-def _close() -> Iterator[None]:
-    yield
-    while opened:
-        opened.pop().close()
 
 
 def make(memcached: Memcached, chunk_size: int | None = CHUNK, **values: Any) -> Any:
