@@ -91,6 +91,12 @@ _WRITE_BATCH = 4 * 1024 * 1024
 _READ_BATCH = 2 * 1024 * 1024
 _PIPELINE = 256  # commands sent before a reply is read: the replies fit in any socket buffer
 _MAX_CHUNKS = 2**20  # more than any file needs; what a manifest says is not worked off blindly
+
+# Where chunks that were read, or touched, twice fill the cache, memcached refuses others until its
+# LRU thread has made room. That thread sleeps for up to a second.
+_PATIENCE = 2.0  # seconds to wait for it
+_PAUSE = 0.02  # seconds between two tries
+
 _ATTEMPTS = 100  # at a manifest that others keep changing; each failure means that one got through
 
 _RELATIVE_LIMIT = 30 * 24 * 3600  # memcached reads more seconds than this as an absolute time
@@ -922,30 +928,41 @@ class _Store:
 
     def put(self, values: dict[str, tuple[Any, ...]], lease: int, hold: bool) -> None:
         """Store chunks, each value given in parts, for `lease` seconds. Raises CacheFull."""
-        if self._fast:
-            self._put(values, lease)
-        else:
-            # One by one: `set_many` stops at the first refusal, and the server goes on to store
-            # what was sent behind it, perhaps after the command by which this upload cleans up.
-            for key, parts in values.items():
-                self._put({key: b"".join(parts)}, lease)
-        if hold:
+        left: dict[str, Any] = dict(values)
+        if not self._fast:
+            left = {key: b"".join(parts) for key, parts in values.items()}
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            refusal = self._send(left, lease)
+            if not (refusal or hold):
+                return
             # What was asked for twice is active in the eyes of memcached's LRU, like the chunks of
             # files that were read; otherwise a full cache evicts the new chunks to keep those.
             # Done always, it would cost a large cache an eighth of the files that it keeps.
-            self._touch(list(values), lease)
-            self._touch(list(values), lease)
+            self._touch(list(left), lease)
+            found = self._touch(list(left), lease)
+            left = {key: value for (key, value), there in zip(left.items(), found) if not there}
+            if not left:
+                return
+            if time.monotonic() > deadline:
+                reason = "it evicts what it has just stored"
+                raise refusal or CacheFull(name=self.name, missing=[], reason=reason)
+            time.sleep(_PAUSE)
 
-    def _put(self, values: dict[str, Any], lease: int) -> None:
-        for last in (False, False, True):
+    def _send(self, values: dict[str, Any], lease: int) -> CacheFull | None:
+        """Store what the server takes; return its refusal of the rest."""
+        refusal = None
+        # A client of the user's gets them one by one: its `set_many` stops at the first refusal,
+        # and the server goes on to store what was sent behind it, perhaps after the command by
+        # which this upload cleans up.
+        batches = [values] if self._fast else [{key: value} for key, value in values.items()]
+        for batch in batches:
             try:
-                if not self._retry("set_many", values, expire=lease, noreply=False):
-                    return
-                raise CacheFull(name=self.name, missing=[], reason="it refuses chunks")
-            except CacheFull:
-                # While most chunks are active memcached may refuse one, and take it the next time.
-                if last:
-                    raise
+                if self._retry("set_many", batch, expire=lease, noreply=False):
+                    refusal = CacheFull(name=self.name, missing=[], reason="it refuses chunks")
+            except CacheFull as error:
+                refusal = error
+        return refusal
 
     def fetch(self, manifest: _Manifest, indices: range) -> list[memoryview]:
         """Verified payloads. Raises FileEvicted, FileChanged, FileCorrupt."""

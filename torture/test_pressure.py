@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Callable
@@ -15,7 +16,7 @@ from typing import Callable
 import pytest
 
 import memchunk
-from conftest import Memcached, Start
+from conftest import Memcached, Start, wait_for
 from memchunk import CacheFull, FileCache, FileExists
 from torture.proxy import Proxy
 from torture.tools import CHUNK, LEASE, LONG, audit, counts, result
@@ -76,6 +77,26 @@ def test_what_a_write_returned_for_is_there(
                 returned += 1
                 assert cache.get(name) == data
         counts[f"{kind}: writes that returned, and were whole"] += returned
+
+
+def test_a_stock_server_that_has_come_to_rest_takes_50_mib(
+    start_memcached: Start, big: bytes
+) -> None:
+    """The thread of memcached that makes room sleeps longer the less there was to do. Until it
+    wakes, chunks that were read or written twice are not evicted, and new ones refused."""
+    server = start_memcached()
+
+    def is_at_rest() -> bool:
+        before = server.stats()["lru_maintainer_juggles"]
+        time.sleep(0.1)
+        return server.stats()["lru_maintainer_juggles"] == before
+
+    with closing(memchunk.connect(server.server)) as cache:
+        for name in ("one", "one", "two", "two") * (10 if LONG else 1):
+            cache.set(name, big)
+            assert cache.get(name) == big
+            wait_for(is_at_rest, "memcached's LRU thread to sleep for a tenth of a second")
+            counts["50 MiB on a stock server at rest"] += 1
 
 
 OLD, NEW = b"o" * 350, b"n" * 450
