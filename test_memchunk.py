@@ -1791,13 +1791,14 @@ def test_one_dead_server_behind_a_hash_client_is_never_a_miss(
     servers = [start_memcached() for _ in range(3)]
     client = HashClient(addresses(servers), timeout=5, retry_attempts=retries, retry_timeout=0)
     cache = FileCache(client, chunk_size=CHUNK)
-    for number in range(10):
-        cache.set(f"file {number}", NEW)
+    names = [f"file {number}" for number in range(40)]  # ports decide who has them: some has each
+    for name in names:
+        cache.set(name, NEW)
     servers[0].kill()
     failures = 0
-    for number in list(range(10)) * 3:
+    for name in names * 3:
         try:
-            assert cache.get(f"file {number}") == NEW
+            assert cache.get(name) == NEW
         except memchunk.CacheUnavailable:
             failures += 1
     assert failures > 0
