@@ -65,6 +65,7 @@ class Proxy:
 
     def __init__(self, port: int, *cuts: int) -> None:
         self.cuts, self.passed, self._target = list(cuts), 0, port
+        self.before_cut: Callable[[], object] = lambda: None
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self._threads: list[threading.Thread] = []
@@ -100,6 +101,7 @@ class Proxy:
                 self.passed += count and len(data)
                 if count and self.cuts and self.passed >= self.cuts[0]:
                     del self.cuts[0]
+                    self.before_cut()
                     break
                 target.sendall(data)
         for end in (source, target):
@@ -207,12 +209,13 @@ def test_50_mib_there_and_back(start: Start, tmp_path: pathlib.Path) -> None:
 
 def test_several_at_once_one_of_them_cancelled(start: Start, tmp_path: pathlib.Path) -> None:
     browser = start()
-    slow(browser, 2 * MIB)
+    slow(browser, MIB // 4)
     paths = [make(tmp_path, f"{number}.bin", os.urandom(MIB)) for number in range(4)]
     choose(browser, *paths, make(tmp_path, "cancelled.bin", bytes(40 * MIB)))
     wait_until(browser, "cancelled.bin", "Waiting")
     press(browser, "cancelled.bin", "cancel")
     wait_until(browser, "cancelled.bin", "Cancelled")
+    slow(browser, 2 * MIB)
     for number in range(4):
         wait_until(browser, f"{number}.bin", "Stored")
     press(browser, "cancelled.bin", "again")
@@ -228,14 +231,21 @@ def test_a_line_that_breaks(start: Start, tmp_path: pathlib.Path) -> None:
     """The upload goes on where it broke, and sends no more twice than what was under way."""
     browser = start()
     data = os.urandom(50 * MIB)
-    proxy = Proxy(browser.server.port, 1_000_000, 10_000_000, 30_000_000)
+    proxy = Proxy(browser.server.port, 1_000_000, 10_000_000, 40_000_000)
     with contextlib.closing(proxy):
         browser.get(proxy.url("/"))
+        browser.execute_script(
+            "window.said = ''; new MutationObserver(() => { said += document.body.innerText; })"
+            ".observe(document.body, { childList: true, subtree: true })"
+        )
         choose(browser, make(tmp_path, "big.dat", data))
-        wait_until(browser, "big.dat", "The connection broke. Going on in 1 s.")
         wait_until(browser, "big.dat", "Stored")
+        said = browser.execute_script("return window.said")
+        assert "The connection broke. Going on in 1 s." in said
         assert not proxy.cuts
-        assert proxy.passed < len(data) + 7 * 4 * MIB  # Chromium repeats a request by itself, too
+        # Each break costs the piece under way, once more as Chromium repeats a request by itself,
+        # and once more where the server, not done with it, answers that with 409.
+        assert proxy.passed < len(data) + 3 * 3 * 4 * MIB
         link(browser, "big.dat").click()
         wait_for_download(tmp_path / "big.dat", data)
         browser.get("about:blank")
@@ -243,7 +253,7 @@ def test_a_line_that_breaks(start: Start, tmp_path: pathlib.Path) -> None:
 
 def test_a_network_that_is_away(start: Start, tmp_path: pathlib.Path) -> None:
     browser = start()
-    slow(browser, 10 * MIB)
+    slow(browser, 4 * MIB)
     choose(browser, make(tmp_path, "big.dat", bytes(40 * MIB)))
     wait_until_sent(browser, "big.dat", 30)
     offline(browser)
@@ -254,7 +264,7 @@ def test_a_network_that_is_away(start: Start, tmp_path: pathlib.Path) -> None:
 
 def test_a_cache_that_lost_all(start: Start, tmp_path: pathlib.Path, memcached: Memcached) -> None:
     browser = start()
-    slow(browser, 10 * MIB)
+    slow(browser, 4 * MIB)
     choose(browser, make(tmp_path, "big.dat", bytes(40 * MIB)))
     wait_until_sent(browser, "big.dat", 30)
     memcached.flush()
@@ -268,7 +278,7 @@ def test_what_is_cancelled_is_deleted(
     start: Start, tmp_path: pathlib.Path, memcached: Memcached
 ) -> None:
     browser = start()
-    slow(browser, 10 * MIB)
+    slow(browser, 4 * MIB)
     choose(browser, make(tmp_path, "big.dat", bytes(40 * MIB)))
     wait_until_sent(browser, "big.dat", 30)
     wait_for(lambda: len(memcached.keys()) > 8, "a block to be stored")
