@@ -17,7 +17,7 @@ import pytest
 
 import memchunk
 
-WAIT = 60  # seconds for what takes a moment on any machine that is not stuck
+WAIT = 120  # seconds for what takes a moment on any machine that is not stuck
 INSTALL = "'apt-get install memcached', 'dnf install memcached' or 'brew install memcached'"
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and all that they start.

@@ -493,7 +493,7 @@ class FileCache:
         capacity, memory = self._limits(store)
         # A file of more than half the cache needs what its old version holds; see `put`.
         hold = 2 * (self.max_size if size is None else size) > memory
-        upload = _Upload(store, capacity, self._lease, hold)
+        upload = _Upload(store, found[0], capacity, memory, self._lease, hold)
 
         def publish(current: _Current) -> _Manifest:
             check(store, current)
@@ -787,8 +787,11 @@ def _send(sock: socket.socket, buffers: list[Any]) -> None:
 class _Upload:
     """The chunks of one write: sent, then sealed, or abandoned."""
 
-    def __init__(self, store: _Store, capacity: int, lease: int, hold: bool) -> None:
-        self._store, self._capacity, self._lease, self._hold = store, capacity, lease, hold
+    def __init__(
+        self, store: _Store, old: _Current, capacity: int, memory: float, lease: int, hold: bool
+    ) -> None:
+        self._store, self._old, self._capacity = store, old, capacity
+        self._memory, self._lease, self._hold = memory, lease, hold
         self._layout = _Layout.plan(None, capacity)
         self._sealed = False
         # `chunks` counts those that may be stored, from before they are sent.
@@ -826,6 +829,19 @@ class _Upload:
         size = self._info.size + len(batch)
         self._info = dataclasses.replace(self._info, size=size, chunks=index)
         self._store.put(values, self._lease, self._hold)
+        self._bury()
+
+    def _bury(self) -> None:
+        """Delete what is left of the old file where the new one has cost it chunks. No one can
+        read it, but memcached's LRU may take it for active, and evict the new one's chunks."""
+        old = self._old
+        if (
+            isinstance(old, _Manifest)
+            and old.info.size + self._info.size > self._memory
+            and self._store.settle(old)
+        ):
+            self._store.delete(old)
+            self._old = None
 
     def seal(self, expires: int | None, metadata: bytes) -> _Manifest:
         """Set the chunks' final expiry; return the manifest to publish. Raises CacheFull."""

@@ -1640,6 +1640,24 @@ def test_a_stock_server_takes_50_mib_again_and_again(memcached: Memcached, big: 
     cache.close()
 
 
+def test_a_dead_old_version_makes_room(memcached: Memcached, big: bytes) -> None:
+    """Else memcached may keep what is left of it, and evict the new one's chunks."""
+    cache = memchunk.connect(memcached.server)
+    old, left = cache.set("file", big), []
+
+    def source() -> Iterator[bytes]:
+        for start in range(0, len(big), 4 * MIB):
+            yield big[start : start + 4 * MIB]
+            keys = memcached.keys()
+            left.append(sum(old.version in key for key in keys))
+
+    cache.set("file", source(), len(big))
+    assert cache.get("file") == big
+    assert left[0] == old.chunks  # while there is room for both, nothing happens to the old one
+    assert left[-4:] == [0] * 4
+    cache.close()
+
+
 # A server that does not answer.
 
 
