@@ -944,10 +944,7 @@ class _Store:
 
     def put(self, values: dict[str, tuple[Any, ...]], lease: int, hold: bool) -> None:
         """Store chunks, each value given in parts, for `lease` seconds. Raises CacheFull."""
-        left: dict[str, Any] = dict(values)
-        if not self._fast:
-            left = {key: b"".join(parts) for key, parts in values.items()}
-        deadline = time.monotonic() + _PATIENCE
+        left, deadline = values, time.monotonic() + _PATIENCE
         while True:
             refusal = self._send(left, lease)
             if not (refusal or hold):
@@ -965,13 +962,14 @@ class _Store:
                 raise refusal or CacheFull(name=self.name, missing=[], reason=reason)
             time.sleep(_PAUSE)
 
-    def _send(self, values: dict[str, Any], lease: int) -> CacheFull | None:
+    def _send(self, values: dict[str, tuple[Any, ...]], lease: int) -> CacheFull | None:
         """Store what the server takes; return its refusal of the rest."""
         refusal = None
         # A client of the user's gets them one by one: its `set_many` stops at the first refusal,
         # and the server goes on to store what was sent behind it, perhaps after the command by
         # which this upload cleans up.
-        batches = [values] if self._fast else [{key: value} for key, value in values.items()]
+        joined = ({key: b"".join(parts)} for key, parts in values.items())
+        batches: Iterable[dict[str, Any]] = [values] if self._fast else joined
         for batch in batches:
             try:
                 if self._retry("set_many", batch, expire=lease, noreply=False):
