@@ -39,6 +39,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import statistics
 import subprocess
 import sys
@@ -50,6 +51,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Callable, ClassVar, NamedTuple
 
+import trustme
 from pymemcache.client.base import Client
 from pymemcache.client.hash import HashClient
 from pymemcache.exceptions import MemcacheError
@@ -744,6 +746,42 @@ def speed_over(options: Options, unix: bool, transport: str) -> Iterator[Row]:
         for label, reason in missing.items():
             print(f"{label}: {reason}")
             yield Row(f"speed, {transport}", label, reason)
+
+
+def tls(options: Options) -> Iterator[Row]:
+    """The same three over TLS, to a memcached with -Z, beside plain TCP."""
+    heading(f"TLS: {size_text(options.size)} over TCP loopback")
+    authority, data = trustme.CA(), options.data(options.size)
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    certificate = authority.issue_cert("127.0.0.1")
+    with contextlib.ExitStack() as stack:
+        chain = stack.enter_context(certificate.private_key_and_cert_chain_pem.tempfile())
+        secured = ("-Z", "-o", f"ssl_chain_cert={chain},ssl_key={chain}")
+        servers = [stack.enter_context(memcached("-m", "512", *extra)) for extra in ((), secured)]
+        plain = stack.enter_context(memchunk.connect(servers[0]))
+        over_tls = stack.enter_context(memchunk.connect(servers[1], tls=context))
+        lines = []
+        for operation, what in OPERATIONS.items():
+            tasks = {
+                label: functools.partial(TLS_TASKS[operation], cache, data)
+                for label, cache in (("plain", plain), ("tls", over_tls))
+            }
+            over_tls.set("file", data)
+            plain.set("file", data)
+            times = in_turn(tasks, options.rounds)
+            ratio = Ratio(times["tls"], times["plain"])
+            ours = milliseconds(times["tls"]), milliseconds(times["plain"])
+            lines.append((what, *ours, ratio.text))
+            yield Row(f"{what}, TLS", "plain TCP", f"x {ratio.text}")
+        table(("operation", "TLS", "plain TCP", "ratio"), lines)
+
+
+TLS_TASKS: dict[str, Callable[[memchunk.FileCache, bytes], object]] = {
+    "set": lambda cache, data: cache.set("file", data),
+    "drain": lambda cache, data: sum(map(len, cache.open("file").chunks())),
+    "get": lambda cache, data: cache.get("file"),
+}
 
 
 def check_peers(
@@ -1498,6 +1536,7 @@ def serve(port: int) -> None:
 
 SECTIONS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "speed": speed,
+    "tls": tls,
     "memory": memory,
     "cache": cache_memory,
     "eviction": eviction,

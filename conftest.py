@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Iterator
@@ -31,11 +32,15 @@ class Memcached:
     Unix socket instead of a free TCP port of the loopback interface.
     """
 
-    def __init__(self, folder: pathlib.Path, *options: str, unix: bool = False) -> None:
+    def __init__(
+        self, folder: pathlib.Path, *options: str, unix: bool = False,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         program = shutil.which("memcached")
         if program is None:
             pytest.fail(f"these tests need memcached: {INSTALL}")
         self._options = options
+        self._tls = tls  # for a server whose options make it speak nothing else
         self._program = program
         self._unix = str(folder / "memcached.sock") if unix else None
         self._port_file = folder / "port"
@@ -78,6 +83,8 @@ class Memcached:
         connection.settimeout(10)
         try:
             connection.connect(self.address)
+            if self._tls:
+                connection = self._tls.wrap_socket(connection, server_hostname="localhost")
         except OSError:
             connection.close()
             raise
@@ -190,9 +197,12 @@ def start_memcached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]
     """Start any number of memcached processes: `start_memcached("-m", "64", unix=False)`."""
     started: list[Memcached] = []
 
-    def start(*options: str, unix: bool = False) -> Memcached:
+    def start(
+        *options: str, unix: bool = False, tls: ssl.SSLContext | None = None
+    ) -> Memcached:
         # Unix socket paths end at 108 bytes: pytest's own folders may be longer, these are not.
-        started.append(Memcached(tmp_path_factory.mktemp("m"), *options, unix=unix))
+        folder = tmp_path_factory.mktemp("m")
+        started.append(Memcached(folder, *options, unix=unix, tls=tls))
         return started[-1]
 
     yield start

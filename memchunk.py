@@ -1,7 +1,7 @@
 """Keep files of 0 to 50 MiB in memcached, whose items end at 1 MB; get them back byte for byte.
 
     cache = memchunk.connect("127.0.0.1:11211")
-    cache.add("report.pdf", open("report.pdf", "rb"), expire=86400)
+    cache.add("report.pdf", pathlib.Path("report.pdf"), expire=86400)
     data = cache.get("report.pdf")
 
 A file is stored as chunks, each under a key of its own, and one manifest that names them:
@@ -19,32 +19,41 @@ What keeps it:
   every chunk was stored and, by a `touch` that also sets its final expiry, seen to be still there.
 * Until that touch a chunk lives on a lease: a writer that dies before leaves nothing for longer.
 * Every chunk has a CRC over payload, index, total and version; the manifest, over all of itself.
+* No clock but the server's counts: the clocks of those who read and write need not agree.
 
 memcached is a cache: it evicts. What was evicted is `FileNotFound` or `FileEvicted`, never wrong.
 Copy this one file; it needs Python 3.9 and pymemcache 4, and nothing else.
+
+Read it in this order: `FileCache` (what can be asked), `FileWriter` (a write, in five steps),
+`CachedFile` (a read), `_Slot` (the steps that both share), and, behind the seam of six verbs that
+is called `_Server`, the two ways to talk to memcached: `_Pool` and `_Adapter`.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
+import datetime
 import functools
 import hashlib
 import io
+import json
 import math
 import operator
 import os
 import re
 import secrets
 import socket
+import ssl
+import stat
 import struct
 import time
-import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import IO, Any, Callable, NoReturn, TypeVar, Union, cast
+from typing import IO, Any, Callable, NamedTuple, NoReturn, Protocol, TypeVar, Union
 
-from pymemcache.client.base import Client, PooledClient
+from pymemcache.client.base import Client
 from pymemcache.client.hash import HashClient
 from pymemcache.client.rendezvous import RendezvousHash
 from pymemcache.exceptions import (
@@ -53,12 +62,12 @@ from pymemcache.exceptions import (
     MemcacheUnexpectedCloseError,
     MemcacheUnknownError,
 )
-from pymemcache.pool import ObjectPool
 
 __all__ = [
-    "CacheFull", "CacheUnavailable", "CachedFile", "FileCache", "FileChanged", "FileCorrupt",
-    "FileEvicted", "FileExists", "FileInfo", "FileNotFound", "FileTooLarge", "InvalidName",
-    "MAX_SIZE", "MemchunkError", "SizeMismatch", "connect",
+    "CacheFull", "CacheMiss", "CacheUnavailable", "CachedFile", "FileCache", "FileChanged",
+    "FileCorrupt", "FileEvicted", "FileExists", "FileInfo", "FileNotFound", "FileTooLarge",
+    "FileWriter", "InvalidName", "MAX_SIZE", "MemcacheClient", "MemchunkError", "SizeMismatch",
+    "Source", "UploadConflict", "connect",
 ]
 
 MAX_SIZE = 50 * 1024 * 1024  # bytes, inclusive: the largest file unless `max_size` says otherwise
@@ -77,6 +86,8 @@ _SLACK = 60
 # and value, or 63 where a client sets flags.
 _LARGEST_ITEM = 512 * 1024
 _ITEM_OVERHEAD = 64
+_PAGE = 1024 * 1024  # bytes: the unit in which memcached gives memory to a slab class
+_MAX_KEY = 250  # bytes, memcached's own limit
 
 # memcached evicts per slab class, and the class with the fewest pages first, so that one chunk of
 # another size ends a file long before its time. Therefore files of several chunks have equal ones,
@@ -90,7 +101,10 @@ _LEAST_FILL = 0.9
 _WRITE_BATCH = 4 * 1024 * 1024
 _READ_BATCH = 2 * 1024 * 1024
 _PIPELINE = 256  # commands sent before a reply is read: the replies fit in any socket buffer
-_MAX_CHUNKS = 2**20  # more than any file needs; what a manifest says is not worked off blindly
+_PIECE = 64 * 1024  # bytes asked for at a time of a file of unknown size
+_LINE = 8192  # bytes that a stream shows to who looks for the end of a line
+_MAX_CHUNK = 2**30  # bytes: memcached's -I ends there. More chunks, or larger ones, than any file
+_MAX_CHUNKS = 2**20  # needs are damage: what a manifest says is not worked off blindly
 
 # Where chunks that were read, or touched, twice fill the cache, memcached refuses others until its
 # LRU thread has made room. That thread sleeps for up to a second.
@@ -98,10 +112,13 @@ _PATIENCE = 2.0  # seconds to wait for it
 _PAUSE = 0.02  # seconds between two tries
 
 _ATTEMPTS = 100  # at a manifest that others keep changing; each failure means that one got through
+_IDLE = 60  # seconds; firewalls forget connections that idle longer
 
 _RELATIVE_LIMIT = 30 * 24 * 3600  # memcached reads more seconds than this as an absolute time
 _OVER = _RELATIVE_LIMIT + 1  # thus a day in 1970; -1 ends at once too, but twemproxy refuses it
 _ABSOLUTE_LIMIT = 2**31 - 1  # and keeps times in 32 bits; what ends later never ends
+_MAX_EXPIRE = 2**62  # seconds: with the time of day added, it fits the manifest's 64 bits
+_NO_TOKEN = b"%d" % (2**64 - 1)  # a cas token that memcached's counter never reaches
 
 _CHUNK = struct.Struct(">III")  # index, total, CRC
 # magic, format, chunk_size, floor, total, size, created, expires (0: never), version, length of
@@ -110,14 +127,23 @@ _MANIFEST = struct.Struct(">3sBIIIQQQ8sH")
 _CRC = struct.Struct(">I")
 _MAGIC, _FORMAT = b"mch", 1
 
+_STORED, _NOT_STORED, _EXISTS, _NOT_FOUND = b"STORED", b"NOT_STORED", b"EXISTS", b"NOT_FOUND"
+_NO = (_NOT_STORED, _EXISTS, _NOT_FOUND)  # replies that are no errors
+_REFUSAL = re.compile(rb"out of memory (storing|during read)|object too large")
+
 # What pymemcache lets out: its own errors and the socket's; ValueError, KeyError and IndexError
 # for replies that it can't parse; RuntimeError for an exhausted pool.
 _CLIENT_ERRORS = (OSError, MemcacheError, ValueError, KeyError, IndexError, RuntimeError)
-_DROPPED = (ConnectionResetError, BrokenPipeError, MemcacheUnexpectedCloseError)
-_NO = (b"NOT_STORED", b"EXISTS", b"NOT_FOUND")  # replies that are no errors
-_REFUSED = re.compile(r"out of memory (storing|during read)|object too large")
+_DROPPED = (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, MemcacheUnexpectedCloseError)
 
-Source = Union[bytes, bytearray, memoryview, IO[bytes], Iterable[bytes]]
+_ADDRESS = re.compile(
+    r"(?P<tls>tls://)?(\[(?P<ipv6>[\w:.%]+)\]|(?P<host>[^\s\[\]:/]+))(:(?P<port>\d{1,5}))?"
+)
+
+Source = Union[bytes, bytearray, memoryview, IO[bytes], Iterable[bytes], "os.PathLike[str]"]
+"""What can be stored: a bytes-like object, a binary file, an iterable of these, or a path."""
+
+_T = TypeVar("_T")
 
 
 class MemchunkError(Exception):
@@ -143,13 +169,25 @@ class InvalidName(MemchunkError, ValueError):
     text = f"a name is a text of 1 to {MAX_NAME} bytes of UTF-8, which {{name!r:.50}} is not"
 
 
-class FileNotFound(MemchunkError, KeyError):
+class CacheMiss(MemchunkError, LookupError):
+    """The file is not, or not wholly, in the cache: get it from where it came, and store it."""
+
+
+class FileNotFound(CacheMiss, KeyError, FileNotFoundError):
     """No file of that name is stored. It may have been, and expired or been evicted whole."""
 
     text = "no file named {name!r} is stored"
 
 
-class FileExists(MemchunkError):
+class FileEvicted(CacheMiss):
+    """memcached dropped chunks of the file: of those looked for, the ones at `missing`."""
+
+    info: FileInfo
+    missing: list[int]
+    text = "{name!r} was evicted in part: chunks {missing} of {info.chunks} are gone"
+
+
+class FileExists(MemchunkError, FileExistsError):
     """`add` found a file of that name, whole: `info`."""
 
     info: FileInfo
@@ -162,6 +200,14 @@ class FileChanged(MemchunkError):
     version: str
     current: str | None
     text = "{name!r} is not version {version} any more, but {current}"
+
+
+class UploadConflict(MemchunkError):
+    """Two resumed one upload with different bytes: at chunk `index` stand those of the other."""
+
+    version: str
+    index: int
+    text = "another writer stored other bytes for chunk {index} of {name!r}, version {version}"
 
 
 class FileTooLarge(MemchunkError, ValueError):
@@ -180,14 +226,6 @@ class SizeMismatch(MemchunkError, ValueError):
     text = "{name!r} was announced with {size} bytes, and its source has {received} or more"
 
 
-class FileEvicted(MemchunkError, LookupError):
-    """memcached dropped chunks of the file: of those looked for, the ones at `missing`."""
-
-    info: FileInfo
-    missing: list[int]
-    text = "{name!r} was evicted in part: chunks {missing} of {info.chunks} are gone"
-
-
 class FileCorrupt(MemchunkError):
     """What memcached returned is not what was stored: chunk `index`, or the manifest (None)."""
 
@@ -196,9 +234,20 @@ class FileCorrupt(MemchunkError):
 
 
 class CacheFull(MemchunkError):
-    """The server would not keep the file: refused an item, or evicted the chunks at `missing`."""
+    """The server would not keep the file: refused an item, or evicted the chunks at `missing`.
+
+    `cause` says why, by the server's own `stats` at that moment; the message has the numbers.
+
+    "memory": -m is smaller than the file. "slabs": other items hold the memory in pages for their
+    own size; `-o slab_automove=2`, or a memcached of its own, helps. "item size": -I or
+    slab_chunk_max is smaller than a chunk. "lease": the upload took longer than the lease.
+    "contention": other writers changed the manifest 100 times. "pressure": none of these;
+    memcached evicts new chunks to keep those that are read, and more -m helps. "unknown": the
+    server, or a proxy before it, gave no `stats`.
+    """
 
     missing: list[int]
+    cause: str
     text = "memcached would not keep {name!r}: {reason}"
 
 
@@ -221,7 +270,7 @@ class FileInfo:
 
     name, metadata: as given to `add`. size: bytes. chunks: how many, beside the manifest.
     version: 16 hex digits, unique to this upload; part of its chunks' keys. created: Unix time in
-    seconds. expires: likewise, None for never.
+    seconds, by the writer's clock. expires: likewise, None for never.
     """
 
     name: str
@@ -231,56 +280,60 @@ class FileInfo:
     created: int
     expires: int | None
     metadata: bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-    """How a file is cut: chunks of `chunk_size` bytes, the last one shorter; those shorter than
-    `floor` padded to it with zeros. `total`, in every chunk's header, is their number, or 0 where
-    the first was sent before the source's end was known."""
-
-    chunk_size: int
-    floor: int
-    total: int
+    # How the file is cut: chunks of `_chunk_size` bytes, the last one shorter; those shorter than
+    # `_floor` padded to it with zeros. `_total`, in every chunk's header, is their number, or 0
+    # where the first was sent before the source's end was known.
+    _chunk_size: int = dataclasses.field(repr=False, compare=False)
+    _floor: int = dataclasses.field(repr=False, compare=False)
+    _total: int = dataclasses.field(repr=False, compare=False)
 
     @classmethod
-    def plan(cls, size: int | None, capacity: int) -> _Layout:
-        """For `size` bytes (None: unknown) in chunks of at most `capacity`."""
-        total = -(-(size or 0) // capacity)
+    def _plan(cls, name: str, size: int | None, capacity: int, metadata: bytes) -> FileInfo:
+        """A new version, yet without chunks, for `size` bytes (None: unknown) in chunks of at most
+        `capacity`."""
+        total = -(-max(size or 0, 0) // capacity)
         chunk_size = -(-size // total) if size and total else capacity
-        return cls(chunk_size, 0 if total == 1 else int(capacity * _LEAST_FILL), total)
+        floor = 0 if total == 1 else int(capacity * _LEAST_FILL)
+        return cls(name, 0, 0, secrets.token_hex(8), 0, None, metadata, chunk_size, floor, total)
 
-    def per_batch(self, size: int) -> int:
+    def _per_batch(self, size: int) -> int:
         """How many chunks travel together in `size` bytes."""
-        return max(1, min(_PIPELINE, size // self.chunk_size))
+        return max(1, min(_PIPELINE, size // self._chunk_size))
 
-    def header(self, version: str, index: int, *body: Any) -> bytes:
+    def _chunk(self, index: int, payload: memoryview) -> tuple[Any, ...]:
+        """A chunk's value, in parts that need not be joined: header, payload, padding."""
+        padding = bytes(max(self._floor - len(payload), 0))
+        return self._header(index, payload, padding), payload, padding
+
+    def _header(self, index: int, *body: Any) -> bytes:
         """A chunk's header. Its CRC begins with what is not in the body, at no cost in bytes: a
         sound chunk in the wrong place fails like a damaged one."""
-        crc = zlib.crc32(_CHUNK.pack(index, self.total, 0) + version.encode())
+        crc = zlib.crc32(_CHUNK.pack(index, self._total, 0) + self.version.encode())
         for part in body:
             crc = zlib.crc32(part, crc)
-        return _CHUNK.pack(index, self.total, crc)
+        return _CHUNK.pack(index, self._total, crc)
 
+    def _verify(self, index: int, value: object) -> memoryview:
+        """The payload of a chunk's value. Raises FileCorrupt unless that is what was stored."""
+        if isinstance(value, (bytes, bytearray)):
+            size = min(self._chunk_size, self.size - index * self._chunk_size)
+            header, body = memoryview(value)[: _CHUNK.size], memoryview(value)[_CHUNK.size :]
+            if len(body) == max(size, self._floor) and header == self._header(index, body):
+                return body[:size].toreadonly()
+        raise FileCorrupt(name=self.name, index=index)
 
-@dataclasses.dataclass(frozen=True)
-class _Manifest:
-    """The one item that makes chunks a file."""
-
-    info: FileInfo
-    layout: _Layout
-
-    def pack(self) -> bytes:
-        info, name = self.info, self.info.name.encode()
+    def _pack(self) -> bytes:
+        """The manifest's value."""
+        name = self.name.encode()
         head = _MANIFEST.pack(
-            *(_MAGIC, _FORMAT, *dataclasses.astuple(self.layout), info.size, info.created),
-            *(info.expires or 0, bytes.fromhex(info.version), len(name)),
+            *(_MAGIC, _FORMAT, self._chunk_size, self._floor, self._total, self.size),
+            *(self.created, self.expires or 0, bytes.fromhex(self.version), len(name)),
         )
-        body = head + name + info.metadata
+        body = head + name + self.metadata
         return body + _CRC.pack(zlib.crc32(body))
 
     @classmethod
-    def unpack(cls, name: str, value: object) -> _Manifest:
+    def _unpack(cls, name: str, value: object) -> FileInfo:
         """Raises FileCorrupt unless `value` is, byte for byte, a manifest of the file `name`."""
         body = bytes(value[: -_CRC.size]) if isinstance(value, (bytes, bytearray)) else b""
         if value != body + _CRC.pack(zlib.crc32(body)) or not body.startswith(_MAGIC):
@@ -290,234 +343,571 @@ class _Manifest:
             raise _UnknownFormat(name=name, index=None, format=found)
         if len(body) < _MANIFEST.size:
             raise FileCorrupt(name=name, index=None)
-        fields = _MANIFEST.unpack_from(body)
-        chunk_size, floor, total, size, created, expires, version, length = fields[2:]
-        tail = body[_MANIFEST.size :]
-        sound = chunk_size and size <= chunk_size * _MAX_CHUNKS
+        fields, tail = _MANIFEST.unpack_from(body)[2:], body[_MANIFEST.size :]
+        chunk_size, floor, total, size, created, expires, version, length = fields
+        sound = 0 < chunk_size <= _MAX_CHUNK and size <= chunk_size * _MAX_CHUNKS
         if tail[:length] != name.encode() or not sound:
             raise FileCorrupt(name=name, index=None)
-        info = FileInfo(
+        return cls(
             *(name, size, -(-size // chunk_size), version.hex(), created, expires or None),
-            tail[length:],
+            *(tail[length:], chunk_size, floor, total),
         )
-        return cls(info, _Layout(chunk_size, floor, total))
-
-    def verify(self, index: int, value: object) -> memoryview:
-        """The payload of a chunk's value. Raises FileCorrupt unless that is what was stored."""
-        layout = self.layout
-        if isinstance(value, (bytes, bytearray)):
-            size = min(layout.chunk_size, self.info.size - index * layout.chunk_size)
-            header, body = memoryview(value)[: _CHUNK.size], memoryview(value)[_CHUNK.size :]
-            length = max(size, layout.floor)
-            if len(body) == length and header == layout.header(self.info.version, index, body):
-                return body[:size].toreadonly()
-        raise FileCorrupt(name=self.info.name, index=index)
 
 
-_T = TypeVar("_T")
-_New = TypeVar("_New", bound=Union[_Manifest, None])
-_Current = Union[_Manifest, FileCorrupt, None]  # what is at a manifest's key, or wrong with it
+class MemcacheClient(Protocol):
+    """What `FileCache` needs of a client: pymemcache's `Client` has it, and all that wrap one."""
+
+    def gets(self, key: str) -> Any: ...
+    def get_many(self, keys: list[str]) -> Any: ...
+    def set_many(self, values: Any, expire: int, noreply: bool) -> Any: ...
+    def add(self, key: str, value: bytes, expire: int, noreply: bool) -> Any: ...
+    def cas(self, key: str, value: bytes, cas: bytes, expire: int, noreply: bool) -> Any: ...
+    def touch(self, key: str, expire: int, noreply: bool) -> Any: ...
+    def delete_many(self, keys: list[str], noreply: bool) -> Any: ...
+    def stats(self, *args: str) -> Any: ...
+    def close(self) -> Any: ...
 
 
 class FileCache:
     """Files in memcached, through any pymemcache client.
 
-    client: a pymemcache `Client` or `PooledClient`, or several: a `HashClient`, or a mapping of
-        server names to clients. Then each file lives whole on one server, chosen by rendezvous
-        hashing of its name. Thread-safe when the clients are.
+    client: a pymemcache `Client`, `PooledClient` or `RetryingClient`, or several: a `HashClient`,
+        or a mapping of server names to clients. Then each file lives whole on one server, chosen
+        by rendezvous hashing of its name. Thread-safe when the clients are.
     namespace: prefix of every key, 1 to 100 printable ASCII characters without spaces.
     max_size: bytes, the largest file. 50 MiB by default.
     chunk_size: bytes of payload per chunk, by default the most that the server keeps well, as told
         by its `stats settings`. Give it where a proxy hides servers with a small `-I`.
-    lease: seconds that the chunks of an unfinished upload live; no upload may take longer.
+    lease: seconds, 1 to 2,592,000 (30 days), that the chunks of an unfinished upload live after
+        they were sent; an hour by default. No upload may take longer.
 
-    Every method that takes a name may raise InvalidName and CacheUnavailable.
+    Raises ValueError for options, and clients, that can't work. Every method that takes a name may
+    raise InvalidName and CacheUnavailable. As a context manager it closes itself.
     """
 
     def __init__(
-        self, client: Any, *, namespace: str = "memchunk", max_size: int = MAX_SIZE,
-        chunk_size: int | None = None, lease: int = LEASE,
+        self, client: MemcacheClient | HashClient | Mapping[str, MemcacheClient], *,
+        namespace: str = "memchunk", max_size: int = MAX_SIZE, chunk_size: int | None = None,
+        lease: int = LEASE,
     ) -> None:
         if not re.fullmatch(r"[!-~]{1,100}", namespace):
             raise ValueError("namespace: 1 to 100 printable ASCII characters without spaces")
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError("chunk_size must be at least 1 byte")
-        if isinstance(client, HashClient):
-            # Its own routing calls a server that is down a miss, and what it put on another
-            # instead is stale when the first returns. Its clients are sound, one by one.
-            client = client.clients
-        self._clients = dict(client) if isinstance(client, Mapping) else {"memcached": client}
-        if any(getattr(each, "ignore_exc", False) for each in self._clients.values()):
-            raise ValueError("ignore_exc=True makes a client call a server that is down a miss")
-        self._ring = RendezvousHash(list(self._clients), hash_function=_score)
+        if chunk_size is not None and not 1 <= operator.index(chunk_size) <= _MAX_CHUNK:
+            raise ValueError(f"chunk_size is 1 to {_MAX_CHUNK} bytes")
+        if not 1 <= operator.index(lease) <= _RELATIVE_LIMIT:
+            raise ValueError(f"lease is 1 to {_RELATIVE_LIMIT} seconds")
+        if operator.index(max_size) < 0:
+            raise ValueError("max_size is a number of bytes")
+        self._servers = {each.name: each for each in _servers(client)}
+        if not self._servers:
+            raise ValueError("no memcached server is given")
+        for server in self._servers.values():
+            if len(server.key_prefix) + len(namespace) + len(":") + 64 > _MAX_KEY:
+                raise ValueError("key_prefix and namespace make keys longer than memcached's 250")
+        self._ring = RendezvousHash(list(self._servers), hash_function=_score)
         self._known_limits: dict[str, tuple[int, float]] = {}
         self._chunk_size = chunk_size
-        self._lease = lease
         self.namespace = namespace
         self.max_size = max_size
+        self.lease = lease
+
+    def __repr__(self) -> str:
+        return f"<FileCache {self.namespace!r} on {', '.join(self._servers)}>"
+
+    def __enter__(self) -> FileCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def add(
-        self, name: str, source: Source, size: int | None = None, expire: int = 0,
-        metadata: bytes = b"",
+        self, name: str, source: Source, size: int | None = None,
+        expire: int | datetime.timedelta = 0, metadata: bytes = b"",
     ) -> FileInfo:
         """Store a new file; return its FileInfo.
 
-        source: a bytes-like object, a binary file (read from where it stands) or an iterable of
-            bytes. What it raises passes through, and nothing is stored.
+        source: a bytes-like object, a binary file (read from where it stands), an iterable of
+            bytes, or the path of a file. What it raises passes through, and nothing is stored.
         size: bytes that the source will yield, where known. Binding.
-        expire: seconds from now, 0 for never.
+        expire: seconds from now, or a timedelta; 0 for never.
         metadata: up to 65,535 bytes to keep with the file.
 
         Raises FileExists, before payload is sent, where a file of that name is there and whole
         (one that lost chunks is replaced); FileTooLarge; SizeMismatch; CacheFull; TypeError for
         text.
         """
-
-        def check(store: _Store, current: _Current) -> None:
-            if isinstance(current, _UnknownFormat):
-                raise current
-            if isinstance(current, _Manifest) and not store.settle(current):
-                raise FileExists(name=name, info=current.info)
-
-        return self._write(name, source, size, expire, metadata, check)
+        return self._write(_Order.of("add", name, size, expire, metadata), source)
 
     def set(
-        self, name: str, source: Source, size: int | None = None, expire: int = 0,
-        metadata: bytes = b"",
+        self, name: str, source: Source, size: int | None = None,
+        expire: int | datetime.timedelta = 0, metadata: bytes = b"",
     ) -> FileInfo:
         """Store a file, replacing what is there: until it returns, and where it raises, readers
-        get the old file. Arguments and errors are those of `add`, but FileExists."""
-        return self._write(name, source, size, expire, metadata, lambda store, current: None)
+        get the old file. Only where the server's memory can't hold both, the old one goes first.
+        Arguments and errors are those of `add`, but FileExists."""
+        return self._write(_Order.of("set", name, size, expire, metadata), source)
 
     def cas(
-        self, name: str, source: Source, version: str, size: int | None = None, expire: int = 0,
-        metadata: bytes = b"",
+        self, name: str, source: Source, version: str, size: int | None = None,
+        expire: int | datetime.timedelta = 0, metadata: bytes = b"",
     ) -> FileInfo:
         """Check and set: replace the file only while it is `version`. Arguments and errors are
         those of `set`, and FileChanged where another is there, FileNotFound where none is."""
+        return self._write(_Order.of("cas", name, size, expire, metadata, version), source)
 
-        def check(store: _Store, current: _Current) -> None:
-            _require(name, current, version)
+    def create(
+        self, name: str, size: int | None = None, expire: int | datetime.timedelta = 0,
+        metadata: bytes = b"", *, replace: bool = False, version: str | None = None,
+    ) -> FileWriter:
+        """A binary stream to write a file into; its `close` publishes the file.
 
-        return self._write(name, source, size, expire, metadata, check)
+        Arguments and errors are those of `add`; with `replace` those of `set`; with a `version`
+        those of `cas`. Errors come here, in `write` or in `close`, as soon as they are known.
+        """
+        verb = "cas" if version is not None else "set" if replace else "add"
+        return self._create(_Order.of(verb, name, size, expire, metadata, version))
+
+    def resume(self, state: bytes) -> FileWriter:
+        """The writer that `FileWriter.suspend` put down, here or in another process, on the same
+        servers and namespace. Its chunks get a new lease.
+
+        A state may be resumed more than once, and by several at a time: the same bytes again are
+        fine, others are an UploadConflict. Raises FileEvicted where chunks are gone, ValueError
+        where `state` is none, and what `create` raises.
+        """
+        order, info, tail = _Order.unpack(state)
+        writer = FileWriter(self, order, info, tail)
+        writer._renew()
+        return writer
 
     def get(self, name: str) -> bytes:
-        """The whole file, verified. Raises FileNotFound, FileEvicted, FileCorrupt.
+        """The whole file, verified. Raises FileNotFound, FileEvicted, FileCorrupt, and
+        FileTooLarge for one that a cache with another `max_size` wrote: `open` takes less memory.
 
         Starts over where a writer replaced the file meanwhile; FileChanged: 100 times in a row.
         """
-        return _persist(lambda: self.open(name).readall())
+        for _ in range(_ATTEMPTS - 1):
+            with contextlib.suppress(FileChanged):
+                return self._get(name)
+        return self._get(name)
+
+    def _get(self, name: str) -> bytes:
+        with self.open(name) as file:
+            if file.info.size > self.max_size:
+                raise FileTooLarge(name=name, size=file.info.size, limit=self.max_size)
+            return file.readall()
 
     def open(self, name: str) -> CachedFile:
         """The version that is there now, as a binary stream that fetches chunks when they are
         read. Raises FileNotFound, FileCorrupt."""
-        store = self._store(name)
-        return CachedFile(store, _require(name, store.lookup()[0]))
+        slot = self._slot(name)
+        return CachedFile(slot, slot.lookup().require())
 
     def stat(self, name: str) -> FileInfo:
         """What the manifest says; chunks may be gone. Raises FileNotFound, FileCorrupt."""
-        return _require(name, self._store(name).lookup()[0]).info
+        return self._slot(name).lookup().require()
 
-    def touch(self, name: str, expire: int) -> FileInfo:
-        """Give every piece of the file a new time to live, in seconds from now, 0 for never.
-        Raises FileNotFound, FileEvicted, FileCorrupt."""
-        store, expire = self._store(name), _seconds(expire)
+    def __contains__(self, name: str) -> bool:
+        """Whether a whole file of that name is there. Reads no payload, and changes nothing."""
+        slot = self._slot(name)
+        info = slot.lookup().info
+        return info is not None and not slot.missing(info)
 
-        def step(current: _Current) -> _Manifest:
-            old = _require(name, current)
-            info = dataclasses.replace(old.info, expires=_end(expire))
-            # The chunks must outlive the manifest throughout, so they take the later end before it
-            # changes, and the earlier one after.
-            ends = (old.info.expires or math.inf, info.expires or math.inf)
-            missing = store.touch(info, None if math.inf in ends else int(max(ends)))
+    def touch(self, name: str, expire: int | datetime.timedelta) -> FileInfo:
+        """Give every piece of the file a new time to live, in seconds from now or as timedelta,
+        0 for never. Raises FileNotFound, FileEvicted, FileCorrupt."""
+        slot, seconds = self._slot(name), _seconds(expire)
+        for _ in range(_ATTEMPTS):
+            found = slot.lookup()
+            info = dataclasses.replace(found.require(), expires=_end(seconds))
+            # While the manifest changes, the chunks have no end: which of its two ends is the
+            # later one, only clocks that agree could tell.
+            missing = slot.touch(info, 0)
             if missing:
-                store.explain(info, missing)
-            return _Manifest(info, old.layout)
-
-        manifest = _persist(lambda: store.swap(step))
-        store.settle(manifest)
-        return manifest.info
+                with contextlib.suppress(FileChanged):  # then on the version that is there now
+                    slot.explain(info, missing)
+            elif slot.swap(found, info, slot.exptime(seconds)):
+                slot.touch(info, slot.exptime(seconds, _SLACK))
+                # Another touch may have come in between. Then the chunks have no end, for the same
+                # reason, and stay until they are evicted, or touched again.
+                current = slot.lookup()
+                if current.version == info.version and current.info != info:
+                    slot.touch(info, 0)
+                return info
+        raise slot.full(0, [], "contention")
 
     def delete(self, name: str, version: str | None = None) -> None:
         """Delete the file, whole or not; with `version`, only while it is that version.
         Raises FileNotFound where it isn't there, FileChanged where another version is."""
-        store = self._store(name)
-
-        def step(current: _Current) -> None:
-            if current is None or version is not None:
-                _require(name, current, version)
-
-        store.swap(step)
-
-    def memory(self, name: str) -> float:
-        """Bytes of memory of the server that has, or would have, the file; infinite if unknown."""
-        return self._limits(self._store(name))[1]
+        slot = self._slot(name)
+        for _ in range(_ATTEMPTS):
+            found = slot.lookup()
+            if found.value is None or version is not None:
+                found.require(version)
+            # The text protocol has no conditional delete; storing what has expired is one.
+            if slot.swap(found, None, _OVER):
+                return
+        raise slot.full(0, [], "contention")
 
     def ping(self) -> None:
         """Return when every server answers, else raise CacheUnavailable."""
-        for server, client in self._clients.items():
-            _Store(client, server, self.namespace, "ping", "ping").lookup()
+        for server in self._servers.values():
+            _Slot(server, self.namespace, "ping").lookup()
 
     def close(self) -> None:
         """Close the clients' connections. The next call opens new ones."""
-        for client in self._clients.values():
-            client.close()
+        for server in self._servers.values():
+            server.close()
 
-    def _store(self, name: str) -> _Store:
+    def _slot(self, name: str) -> _Slot:
         encoded = name.encode(errors="ignore") if isinstance(name, str) else b""
         if not 1 <= len(encoded) <= MAX_NAME or encoded.decode() != name:
             raise InvalidName(name=name)
-        digest = hashlib.sha256(encoded).hexdigest()
-        server = self._ring.get_node(digest)
-        return _Store(self._clients[server], server, self.namespace, name, digest)
+        server = self._servers[self._ring.get_node(_digest(name))]
+        return _Slot(server, self.namespace, name)
 
-    def _write(
-        self, name: str, source: Source, size: int | None, expire: int, metadata: bytes,
-        check: Callable[[_Store, _Current], None],
-    ) -> FileInfo:
-        """The five steps of every write. `check` raises where the current file forbids it."""
-        store, expire, metadata = self._store(name), _seconds(expire), bytes(memoryview(metadata))
+    def _write(self, order: _Order, source: Any) -> FileInfo:
+        """`add`, `set` and `cas`: a writer, and a loop."""
+        if isinstance(source, os.PathLike):
+            with open(source, "rb") as file:
+                return self._write(order, file)
+        known = _size_of(source)
+        if order.size is None:
+            order = dataclasses.replace(order, size=known)
+        elif known not in (None, order.size):
+            raise SizeMismatch(name=order.name, size=order.size, received=known)
+        with self._create(order) as writer:
+            for piece in _pieces(source, writer.batch_size, known):
+                writer.write(piece)
+        return writer.info
+
+    def _create(self, order: _Order) -> FileWriter:
+        slot = self._slot(order.name)
+        if order.size is not None and order.size > self.max_size:
+            raise FileTooLarge(name=order.name, size=order.size, limit=self.max_size)
+        # 1. Refuse early, before a byte of payload is sent.
+        old = slot.lookup()
+        order.check(slot, old)
+        return FileWriter(self, order, old=old.info)
+
+    def _limits(self, slot: _Slot) -> tuple[int, float]:
+        """Bytes of payload that a chunk may hold on the server, and of the server's memory."""
+        name = slot.server.name
+        if name in self._known_limits:
+            return self._known_limits[name]
+        largest, memory = _LARGEST_ITEM, math.inf
+        # What a server or proxy does not tell now, it is asked again.
+        settings = slot.settings()
+        if settings:
+            largest = min(settings[b"item_size_max"], settings[b"slab_chunk_max"], _LARGEST_ITEM)
+            memory = settings[b"maxbytes"]
+        longest_key = len(slot.server.key_prefix) + len(slot.chunk_key("0" * 16, _MAX_CHUNKS))
+        capacity = max(largest - _ITEM_OVERHEAD - longest_key - _CHUNK.size, 1)
+        limits = self._chunk_size or capacity, memory
+        if settings:
+            self._known_limits[name] = limits
+        return limits
+
+
+@dataclasses.dataclass(frozen=True)
+class _Order:
+    """What a writer was asked for. verb: "add", "set" or "cas", that of `version`."""
+
+    verb: str
+    name: str
+    size: int | None
+    expire: int
+    metadata: bytes
+    version: str | None
+
+    @classmethod
+    def of(
+        cls, verb: str, name: str, size: int | None, expire: int | datetime.timedelta,
+        metadata: bytes, version: str | None = None,
+    ) -> _Order:
+        """From what a caller gave. Raises ValueError and TypeError for what makes no sense."""
+        metadata = bytes(memoryview(metadata))
         if len(metadata) > MAX_METADATA:
             raise ValueError(f"metadata is limited to {MAX_METADATA} bytes")
-        reader = _Reader(source)
-        size = reader.size if size is None else operator.index(size)
-        if size is not None and size > self.max_size:
-            raise FileTooLarge(name=name, size=size, limit=self.max_size)
-        if reader.size not in (None, size):
-            raise SizeMismatch(name=name, size=size, received=reader.size)
+        size = None if size is None else operator.index(size)
+        return cls(verb, name, size, _seconds(expire), metadata, version)
 
-        # 1. Refuse early, before a byte of payload is sent.
-        found = store.lookup()
-        check(store, found[0])
+    def check(self, slot: _Slot, found: _Found) -> None:
+        """Raise where what is at the manifest's key forbids the write."""
+        if self.verb == "cas":
+            found.require(self.version)
+        elif self.verb == "add" and isinstance(found.damage, _UnknownFormat):
+            raise found.damage
+        elif self.verb == "add" and found.info and not slot.missing(found.info):
+            raise FileExists(name=self.name, info=found.info)
 
-        capacity, memory = self._limits(store)
-        # A file of more than half the cache needs what its old version holds; see `put`.
-        hold = 2 * (self.max_size if size is None else size) > memory
-        upload = _Upload(store, found[0], capacity, memory, self._lease, hold)
+    def pack(self, info: FileInfo, tail: memoryview) -> bytes:
+        """A writer's state: a line of JSON, and the bytes that don't fill a chunk yet."""
+        head = dataclasses.asdict(self), dataclasses.asdict(info)
+        return json.dumps(head, default=lambda metadata: metadata.hex()).encode() + b"\n" + tail
 
-        def publish(current: _Current) -> _Manifest:
-            check(store, current)
-            # 3. Give the chunks their final expiry, which proves that each is still there: a
-            # server that is short of memory says STORED and evicts the first while the last
-            # arrive.
-            return upload.seal(_end(expire), metadata)
-
+    @staticmethod
+    def unpack(state: bytes) -> tuple[_Order, FileInfo, bytes]:
+        head, _, tail = bytes(state).partition(b"\n")
         try:
-            upload.send(reader, size, self.max_size)  # 2. Store the chunks, on a lease.
-            # 4. Publish, the one atomic step. 5. Free the memory of the chunks that it replaced.
-            return store.swap(publish, found).info
-        except BaseException:
-            upload.abandon()
-            raise
+            for part in (parts := json.loads(head)):
+                part["metadata"] = bytes.fromhex(part["metadata"])
+            return _Order(**parts[0]), FileInfo(**parts[1]), tail
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise ValueError("this is not the state of a writer") from error
 
-    def _limits(self, store: _Store) -> tuple[int, float]:
-        """Bytes of payload that a chunk may hold on the server, and of the server's memory."""
-        if store.server not in self._known_limits:
-            largest, memory = store.limits()
-            longest_key = store.chunk_key("0" * 16, 10**6)
-            capacity = largest - _ITEM_OVERHEAD - len(longest_key) - _CHUNK.size
-            self._known_limits[store.server] = self._chunk_size or max(capacity, 1), memory
-        return self._known_limits[store.server]
+
+class FileWriter(io.RawIOBase):
+    """A file that is being written, as a binary stream; made by `FileCache.create`.
+
+    `close`, or the end of a `with` block, publishes the file: until then nobody sees it. An error,
+    an exception that leaves the `with` block, and `abandon` end it unpublished, and delete what it
+    had stored; what a dropped one had stored ends with its lease. `info` is the published file's
+    FileInfo. What closes the streams that it wraps publishes, too, even after an error: detach an
+    `io.TextIOWrapper` before that.
+
+    A write has five steps: (1) refuse early, in `create`; (2) store the chunks, on a lease;
+    (3) touch every chunk with its final expiry, which proves that each is still there; (4) publish
+    the manifest; (5) delete the chunks of the file that it replaced.
+    """
+
+    info: FileInfo
+    batch_size: int  # bytes that `write` sends as they lie in memory, where it gets them at once
+
+    def __init__(
+        self, cache: FileCache, order: _Order, draft: FileInfo | None = None, tail: bytes = b"",
+        old: FileInfo | None = None,
+    ) -> None:
+        super().__init__()
+        self._sealed, self._resumed = False, draft is not None
+        self._order, self._slot, self._old = order, cache._slot(order.name), old
+        self._max_size, self._lease = cache.max_size, cache.lease
+        self._capacity, self._memory = cache._limits(self._slot)
+        self._started = time.monotonic()
+        # `size` and `chunks` count what may be stored, from before it is sent.
+        self._draft = draft or self._plan(order.size)
+        self.batch_size = self._draft._chunk_size * self._draft._per_batch(_WRITE_BATCH)
+        self._buffer = memoryview(b"")
+        self._filled = 0
+        self._take(memoryview(tail))
+
+    def _plan(self, size: int | None) -> FileInfo:
+        return FileInfo._plan(self._order.name, size, self._capacity, self._order.metadata)
+
+    def writable(self) -> bool:
+        self._checkClosed()
+        return True
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        self._checkClosed()
+        return self._draft.size + self._filled
+
+    def write(self, data: Any) -> int:
+        """Write all of a bytes-like object; return its length in bytes.
+
+        Raises FileTooLarge, SizeMismatch, CacheFull; whatever it raises ends the upload.
+        """
+        self._checkClosed()
+        try:
+            view = memoryview(data)
+            view = view.cast("B") if view.c_contiguous else memoryview(view.tobytes())
+            self._check_size(self.tell() + len(view))
+            self._take(view)
+        except BaseException:
+            self._fail()
+            raise
+        return len(view)
+
+    def close(self) -> None:
+        """Publish the file. Raises SizeMismatch, CacheFull, and what the verb of the write raises:
+        FileExists, FileChanged, FileNotFound. Then, as after any error, it is abandoned."""
+        if self.closed:
+            return
+        try:
+            self._flush_rest()
+            self._publish()
+        except BaseException:
+            self._fail()
+            raise
+        super().close()
+
+    def suspend(self) -> bytes:
+        """Put the upload down: return its state, for `FileCache.resume`, and close this stream.
+
+        The state holds the bytes that don't fill a chunk yet, less than 512 KiB. What was stored
+        lives for the cache's `lease`, in seconds from when it was sent or last resumed.
+        """
+        self._checkClosed()
+        try:
+            full = self._filled - self._filled % self._draft._chunk_size
+            self._send(self._buffer[:full])
+            state = self._order.pack(self._draft, self._buffer[full : self._filled])
+        except BaseException:
+            self._fail()
+            raise
+        super().close()
+        return state
+
+    def abandon(self) -> None:
+        """End the upload without publishing it, and delete what is stored of it."""
+        if self.closed:
+            return
+        super().close()
+        if self._slot.server.silent:
+            return  # what is stored ends with its lease
+        try:
+            # Is it published all the same? The reply to that can be lost, and Ctrl-C can strike
+            # behind it.
+            published = self._sealed and self._slot.lookup().version == self._draft.version
+        except BaseException as error:
+            # Where nobody tells, put the chunks on a lease again.
+            with contextlib.suppress(CacheUnavailable):
+                self._slot.touch(self._draft, self._lease)
+            if not isinstance(error, CacheUnavailable):
+                raise
+        else:
+            if not published:
+                self._slot.discard(self._draft)
+
+    def _fail(self) -> None:
+        """Abandon; but others may have resumed the same upload, and their chunks are these."""
+        if self._resumed:
+            super().close()
+        self.abandon()
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._fail()
+
+    # To be dropped is not to `close`, as IOBase's own finalizer does, which would publish. Nothing
+    # is done, and that in C: a finalizer in Python loses the Ctrl-C that strikes in it.
+    __del__ = object.__init__
+
+    def _renew(self) -> None:
+        """Give what is stored a new lease. Raises FileEvicted where chunks are gone."""
+        missing = self._hold(range(self._draft.chunks))
+        if missing:
+            super().close()
+            raise FileEvicted(name=self._order.name, info=self._draft, missing=missing)
+
+    def _hold(self, indices: Iterable[int]) -> list[int]:
+        """Put chunks on a lease; return the indices of those that are gone. Another, who resumed
+        the same upload, may have published it: then they have no end, which is never too early."""
+        missing = self._slot.touch(self._draft, self._lease, indices)
+        if self._resumed and self._slot.lookup().version == self._draft.version:
+            self._slot.touch(self._draft, 0, indices)
+        return missing
+
+    def _check_size(self, length: int) -> None:
+        """Raise where the file may not have `length` bytes."""
+        name, size, limit = self._order.name, self._order.size, self._max_size
+        if length > min(limit, self._capacity * _MAX_CHUNKS):
+            raise FileTooLarge(name=name, size=length, limit=limit)
+        if size is not None and length > size:
+            raise SizeMismatch(name=name, size=size, received=length)
+
+    def _take(self, view: memoryview) -> None:
+        """Send what makes a batch; keep the rest. What need not be joined is not copied."""
+        while view:
+            room = self.batch_size - self._filled
+            ends = self.tell() + len(view) == self._order.size
+            if not self._filled and (len(view) >= room or ends):
+                self._send(view[:room])
+            else:
+                self._keep(view[:room])
+            view = view[room:]
+
+    def _keep(self, view: memoryview) -> None:
+        if not self._buffer:
+            self._buffer = _zeros(min(self.batch_size, self._order.size or self.batch_size))
+        self._buffer[self._filled : self._filled + len(view)] = view
+        self._filled += len(view)
+        if self._filled == self.batch_size:
+            batch, self._filled = self._buffer, 0
+            self._send(batch)
+
+    def _flush_rest(self) -> None:
+        """Send what is left. Raises SizeMismatch."""
+        length = self.tell()
+        if self._order.size not in (None, length):
+            raise SizeMismatch(name=self._order.name, size=self._order.size, received=length)
+        if not self._draft.chunks:  # the whole file is at hand: its size is known now
+            version = self._draft.version
+            self._draft = dataclasses.replace(self._plan(length), version=version)
+        batch, self._filled = self._buffer[: self._filled], 0
+        self._send(batch)
+
+    def _send(self, batch: memoryview) -> None:
+        """2. Store chunks, on a lease. Where both files don't fit, the old one goes first:
+        memcached would evict from it anyway, so that nobody could read it; and would take what is
+        left of it for active, and evict the first chunks of the new one."""
+        draft = self._draft
+        values: dict[int, tuple[Any, ...]] = {}
+        for start in range(0, len(batch), draft._chunk_size):
+            index = draft.chunks + len(values)
+            values[index] = draft._chunk(index, batch[start : start + draft._chunk_size])
+        size, chunks = draft.size + len(batch), draft.chunks + len(values)
+        self._draft = dataclasses.replace(draft, size=size, chunks=chunks)
+        if self._old and self._old.size + size > self._memory:
+            self._slot.discard(self._old)
+            self._old = None
+        if values:
+            self._store(values)
+
+    def _store(self, values: dict[int, tuple[Any, ...]]) -> None:
+        """Store chunks until the server keeps all of them. Raises CacheFull, UploadConflict."""
+        slot, draft, deadline = self._slot, self._draft, time.monotonic() + _PATIENCE
+        verb = "add" if self._resumed else "set"
+        # A file of more than half the server's memory needs what its old version holds.
+        size = self._max_size if self._order.size is None else self._order.size
+        is_tight = 2 * size > self._memory
+        while True:
+            refusal = slot.store(verb, draft, values, self._lease)
+            if not (refusal or is_tight):
+                return
+            # What was asked for twice is active in the eyes of memcached's LRU, like the chunks of
+            # files that were read; otherwise a full cache evicts the new chunks to keep those.
+            # Done always, it would cost a large cache an eighth of the files that it keeps.
+            self._hold(values)
+            left = self._hold(values)
+            if not left:
+                return
+            if time.monotonic() > deadline:
+                raise self._full([] if refusal else left, refusal)
+            values = {index: values[index] for index in left}
+            time.sleep(_PAUSE)
+
+    def _publish(self) -> None:
+        order, slot = self._order, self._slot
+        now = int(time.time())
+        info = dataclasses.replace(self._draft, created=now, expires=_end(order.expire))
+        self._sealed = True
+        for _ in range(_ATTEMPTS):
+            # 3. A server that is short of memory says STORED, and evicts the first chunks while
+            # the last arrive.
+            missing = slot.touch(info, slot.exptime(order.expire, _SLACK))
+            if missing:
+                raise self._full(missing)
+            # 4. Asked now, not before the upload: a server that restarts counts its tokens anew.
+            found = slot.lookup()
+            if found.info and found.version == info.version:
+                self.info = found.info  # by another, who resumed the same upload
+                return
+            order.check(slot, found)
+            if slot.swap(found, info, slot.exptime(order.expire)):  # and 5.
+                if self._resumed:  # another, who did so too, may have put them on a lease
+                    slot.touch(info, slot.exptime(order.expire, _SLACK))
+                self.info = info
+                return
+        raise slot.full(info.size, [], "contention")
+
+    def _full(self, missing: list[int], refusal: bytes = b"") -> CacheFull:
+        took = time.monotonic() - self._started
+        size = max(self._draft.size, self._order.size or 0)
+        return self._slot.full(size, missing, "lease" if took > self._lease else "", refusal)
 
 
 class CachedFile(io.RawIOBase):
@@ -527,10 +917,10 @@ class CachedFile(io.RawIOBase):
     FileChanged where the file was replaced or deleted since it was opened and its chunks are gone.
     """
 
-    def __init__(self, store: _Store, manifest: _Manifest) -> None:
+    def __init__(self, slot: _Slot, info: FileInfo) -> None:
         super().__init__()
-        self.info = manifest.info
-        self._store, self._manifest = store, manifest
+        self.info = info
+        self._slot = slot
         self._position = 0
         self._held: tuple[int, memoryview] = (-1, memoryview(b""))  # the chunk read last
 
@@ -545,14 +935,13 @@ class CachedFile(io.RawIOBase):
         self, start: int, stop: int
     ) -> Iterator[tuple[memoryview, tuple[int, memoryview]]]:
         """What is between `start` and `stop`, each piece with the chunk that it is part of."""
-        layout = self._manifest.layout
-        size, batch = layout.chunk_size, layout.per_batch(_READ_BATCH)
+        size, batch = self.info._chunk_size, self.info._per_batch(_READ_BATCH)
         indices = range(start // size, -(-stop // size) if start < stop else 0)
         while indices:
             if indices[0] == self._held[0]:
                 payloads = [self._held[1]]
             else:
-                payloads = self._store.fetch(self._manifest, indices[:batch])
+                payloads = self._slot.fetch(self.info, indices[:batch])
             for index, payload in zip(indices, payloads):
                 offset = index * size
                 yield payload[max(start - offset, 0) : stop - offset], (index, payload)
@@ -592,6 +981,16 @@ class CachedFile(io.RawIOBase):
         self._position += filled
         return output.getvalue()
 
+    def peek(self, size: int = 0) -> bytes:
+        """Some of the next bytes, without moving; `readline` and `for line in file` use it."""
+        self._checkClosed()
+        start, size = self._position, self.info._chunk_size
+        stop = min(start + _LINE, start - start % size + size, self.info.size)  # of one chunk
+        for piece, chunk in self._pieces(start, stop):
+            self._held = chunk
+            return bytes(piece)
+        return b""
+
     def readable(self) -> bool:
         self._checkClosed()
         return True
@@ -609,78 +1008,468 @@ class CachedFile(io.RawIOBase):
         return self._position
 
 
-def connect(servers: str, *, timeout: float = TIMEOUT, **options: Any) -> FileCache:
+def connect(
+    servers: str, *, timeout: float = TIMEOUT, tls: ssl.SSLContext | None = None, **options: Any
+) -> FileCache:
     """A thread-safe FileCache with a pool of connections to each server.
 
     servers: one or more of "host", "host:port", "[ipv6]:port" and "unix:/path", with commas
-        between. All processes must spell them alike: that decides which server has which file.
-    timeout: seconds to wait for a connection, and for each send and receive.
+        between; "tls://" before a host makes it TLS. The port is 11211 by default. All processes
+        must spell them alike: that decides which server has which file.
+    timeout: seconds to wait for a connection, and for each send and receive. 5 by default.
+    tls: the context for TLS, with which all hosts are spoken to in TLS; by default, for those that
+        ask for it, `ssl.create_default_context()`: certificates of the system's authorities.
     options: the keyword arguments of FileCache.
+
+    Raises ValueError for an address that can't be one. Connects when it is first used.
     """
-    clients = {
-        server: _FastPool(
-            server, connect_timeout=timeout, timeout=timeout, no_delay=True,
-            pool_idle_timeout=60,  # seconds; firewalls forget connections that idle longer
-        )
-        for server in map(str.strip, servers.split(","))
-        if server
+    names = list(filter(None, map(str.strip, servers.split(","))))
+    pools: Any = {name: _Pool(name, timeout, tls) for name in names}
+    return FileCache(pools, **options)
+
+
+class _Found(NamedTuple):
+    """What was at a manifest's key. value: None for nothing. damage: why `value` is no manifest.
+    token: what memcached's `cas` wants to be told."""
+
+    name: str
+    value: Any = None
+    token: Any = None
+    info: FileInfo | None = None
+    damage: FileCorrupt | None = None
+
+    @property
+    def version(self) -> str | None:
+        return self.info.version if self.info else None
+
+    def require(self, version: str | None = None) -> FileInfo:
+        """The file's info. Raises FileNotFound, FileCorrupt; FileChanged unless of `version`."""
+        if self.damage:
+            raise self.damage
+        if self.info is None:
+            raise FileNotFound(name=self.name)
+        if version not in (None, self.version):
+            raise FileChanged(name=self.name, version=version, current=self.version)
+        return self.info
+
+
+class _Slot:
+    """The place of one name: its server, the key of its manifest, the keys of its chunks; and the
+    steps of the protocol that reads and writes share."""
+
+    def __init__(self, server: _Server, namespace: str, name: str) -> None:
+        self.server, self.name = server, name
+        self._namespace = namespace
+        self._key = f"{namespace}:{_digest(name)}"
+
+    def chunk_key(self, version: str, index: int) -> str:
+        return f"{self._namespace}:{version}:{index}"
+
+    def lookup(self) -> _Found:
+        """What is at the manifest's key."""
+        value, token = self._ask("gets", self._key)
+        if value is None:
+            return _Found(self.name)
+        try:
+            return _Found(self.name, value, token, FileInfo._unpack(self.name, value))
+        except FileCorrupt as error:
+            return _Found(self.name, value, token, None, error)
+
+    def swap(self, found: _Found, info: FileInfo | None, exptime: int) -> bool:
+        """Put `info`, or nothing, in the place of what was found: the one atomic step; then delete
+        the chunks that nothing leads to any more. False where nothing was done and it may be tried
+        again. Raises CacheFull, and CacheUnavailable where nobody can tell whether it was done."""
+        value = info._pack() if info else b""
+        try:
+            try:
+                done = self._put(found, value, exptime)
+            except CacheUnavailable as lost:
+                done = self._recovered(lost, found, value, exptime)
+        except BaseException:
+            # It may have been done all the same, and then nobody else would delete the chunks.
+            with contextlib.suppress(CacheUnavailable):
+                if not self.server.silent and self.lookup().version != found.version:
+                    self.discard(found.info)
+            raise
+        if done and found.version != (info.version if info else None):
+            self.discard(found.info)
+        return done
+
+    def _put(self, found: _Found, value: bytes, exptime: int) -> bool:
+        verb = "add" if found.value is None else "cas"
+        [reply] = self._ask("store", verb, {self._key: (value,)}, exptime, found.token)
+        if reply != _STORED and reply not in _NO:
+            raise self.full(0, [], "", reply)
+        return bool(reply == _STORED)
+
+    def _recovered(
+        self, lost: CacheUnavailable, found: _Found, value: bytes, exptime: int
+    ) -> bool:
+        """Whether a `_put` whose reply was lost was done. Raises it where nobody can tell."""
+        now = self.lookup()
+        if now.token is not None and now.token == found.token:
+            # It was not done, or the token would be another. Once more: should memcached do the
+            # first one late, it does not do both.
+            if self._put(found, value, exptime):
+                return True
+            now = self.lookup()
+        if now.value != (value or None):
+            raise lost  # perhaps done, and undone by a writer who deleted our chunks
+        return True
+
+    def store(
+        self, verb: str, info: FileInfo, values: Mapping[int, tuple[Any, ...]], lease: int
+    ) -> bytes:
+        """Store chunks, by index, for `lease` seconds; return the first reply that is no yes.
+        Raises UploadConflict where "add" meets other bytes."""
+        items = {self.chunk_key(info.version, index): parts for index, parts in values.items()}
+        replies = self._ask("store", verb, items, lease)
+        for index, key, reply in zip(values, items, replies):
+            if verb == "add" and reply == _NOT_STORED:
+                there = self._ask("read", [key], lambda _, value: bytes(value)).get(key)
+                if there not in (None, b"".join(items[key])):
+                    raise UploadConflict(name=self.name, version=info.version, index=index)
+        return next((reply for reply in replies if reply != _STORED), b"")
+
+    def fetch(self, info: FileInfo, indices: range) -> list[memoryview]:
+        """Verified payloads. Raises FileEvicted, FileChanged, FileCorrupt."""
+        keys = {self.chunk_key(info.version, index): index for index in indices}
+        payloads = self._ask("read", list(keys), lambda key, value: info._verify(keys[key], value))
+        missing = [index for key, index in keys.items() if key not in payloads]
+        if missing:
+            self.explain(info, missing)
+        return [payloads[key] for key in keys]
+
+    def explain(self, info: FileInfo, missing: list[int]) -> NoReturn:
+        """Raise what it means that chunks are missing: FileChanged or FileEvicted."""
+        version = self.lookup().version
+        if version != info.version:
+            raise FileChanged(name=self.name, version=info.version, current=version)
+        raise FileEvicted(name=self.name, info=info, missing=missing)
+
+    def touch(
+        self, info: FileInfo, exptime: int, indices: Iterable[int] | None = None
+    ) -> list[int]:
+        """Set the expiry of chunks, by default of all; return the indices of those missing."""
+        chosen = list(range(info.chunks) if indices is None else indices)
+        keys = [self.chunk_key(info.version, index) for index in chosen]
+        there = self._ask("touch", keys, exptime)
+        return [index for index, found in zip(chosen, there) if not found]
+
+    def missing(self, info: FileInfo) -> list[int]:
+        """The indices of the chunks that are gone. A `cas` that can't succeed asks for them: of
+        the commands that every proxy speaks, the only one that neither reads nor changes them."""
+        keys = [self.chunk_key(info.version, index) for index in range(info.chunks)]
+        replies = self._ask("store", "cas", dict.fromkeys(keys, ()), 0, _NO_TOKEN)
+        for reply in set(replies) - {_EXISTS, _NOT_FOUND}:
+            raise self.full(0, [], "", reply)
+        return [index for index, reply in enumerate(replies) if reply == _NOT_FOUND]
+
+    def discard(self, info: FileInfo | None) -> None:
+        """Delete the chunks of a version that no manifest names. Failure is no error, as nothing
+        depends on it; but nobody else will ever do it, so it is tried again, after Ctrl-C too."""
+        if info is None:
+            return
+        keys = [self.chunk_key(info.version, index) for index in range(info.chunks)]
+        try:
+            self._ask("delete", keys)
+        except BaseException as error:
+            with contextlib.suppress(CacheUnavailable):
+                if not self.server.silent:
+                    self._ask("delete", keys)
+            if not isinstance(error, CacheUnavailable):
+                raise
+
+    def exptime(self, expire: int, slack: int = 0) -> int:
+        """What to tell memcached so that an item ends `slack` seconds after those of `expire`.
+
+        A manifest and its chunks get times of one kind, relative or absolute; absolute ones count
+        from the time that the server itself tells, where it does.
+        """
+        if not expire:
+            return 0
+        if expire + _SLACK <= _RELATIVE_LIMIT:
+            return expire + slack
+        end = self.now() + expire + slack
+        return end if end <= _ABSOLUTE_LIMIT else 0
+
+    def now(self) -> int:
+        """Unix time by the server's clock, where `stats` tells it; else by this machine's."""
+        with contextlib.suppress(CacheUnavailable):
+            return int(self._ask("stats").get(b"time", time.time()))
+        return int(time.time())
+
+    def settings(self) -> dict[bytes, Any]:
+        """The server's `stats settings`; nothing where a client or proxy hides them."""
+        try:
+            settings: dict[bytes, Any] = self._ask("stats", "settings")
+        except CacheUnavailable as error:
+            # Some proxies close the connection on a command that they don't know.
+            if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, _DROPPED):
+                raise
+            return {}
+        needed = {b"item_size_max", b"slab_chunk_max", b"maxbytes"}
+        return settings if needed <= settings.keys() else {}
+
+    def full(
+        self, size: int, missing: list[int], cause: str, refusal: bytes = b""
+    ) -> CacheFull:
+        """The error for a file of `size` bytes. cause: "" to ask the server for it."""
+        said, why = refusal.decode(errors="replace"), _REASONS.get(cause)
+        if not why:
+            try:
+                cause, why = _diagnose(self.settings(), self._ask("stats", "slabs"), size, said)
+            except CacheUnavailable:
+                cause, why = _diagnose({}, {}, size, said)
+        said = said or (f"it evicted {len(missing)} chunks at once" if missing else "it could not")
+        return CacheFull(name=self.name, missing=missing, cause=cause, reason=f"{said}: {why}")
+
+    def _ask(self, verb: str, *args: Any) -> Any:
+        """Call the server; its errors are about this file."""
+        try:
+            result = getattr(self.server, verb)(*args)
+        except CacheUnavailable as error:
+            error.name = self.name
+            raise
+        return result
+
+
+_REASONS = {
+    "lease": "the upload took longer than its lease",
+    "contention": f"other writers changed the manifest {_ATTEMPTS} times",
+}
+
+
+def _diagnose(
+    settings: Mapping[bytes, Any], slabs: Mapping[bytes, Any], size: int, refusal: str
+) -> tuple[str, str]:
+    """Why a server with these `stats` did not keep a file of `size` bytes: cause, and sentence."""
+    if not settings:
+        return "unknown", "it does not tell why"
+    largest, memory = settings[b"item_size_max"], settings[b"maxbytes"]
+    if "too large" in refusal:
+        return "item size", f"items end at {largest} bytes (-I), and a chunk is larger"
+    if size > memory:
+        return "memory", f"the file has {size} bytes, and the server's memory (-m) {memory}"
+    pages = {
+        slabs.get(name.replace(b"total_pages", b"chunk_size")): count
+        for name, count in slabs.items()
+        if name.endswith(b":total_pages")
     }
-    if not clients:
-        raise ValueError("no memcached server is given")
-    return FileCache(clients, **options)
+    pages.pop(settings[b"slab_chunk_max"], None)
+    others = sum(pages.values())
+    if size > memory - others * _PAGE:
+        held = f"{others} of its {memory // _PAGE} pages hold items of other sizes"
+        advice = "start it with -o slab_automove=2, or give files a memcached of their own"
+        return "slabs", f"{held}: {advice}"
+    return "pressure", f"other items fill its memory (-m) of {memory} bytes"
 
 
-class _FastClient(Client):
+class _Server(Protocol):
+    """The seam: one memcached, behind `_Pool` or `_Adapter`. Errors are CacheUnavailable."""
+
+    name: str
+    key_prefix: bytes  # what the client puts before every key
+    silent: bool  # it did not even react to the end of a connection, after Ctrl-C
+
+    def gets(self, key: str) -> tuple[Any, Any]:
+        """Value and cas token, None and None for a miss."""
+
+    def store(
+        self, verb: str, items: Mapping[str, tuple[Any, ...]], exptime: int, token: Any = None
+    ) -> list[bytes]:
+        """"set", "add" or "cas" items, their values in parts; return memcached's replies: STORED,
+        NOT_STORED, EXISTS, NOT_FOUND, or a refusal. Only "set" is repeated by itself."""
+
+    def read(self, keys: list[str], verify: Callable[[str, Any], _T]) -> dict[str, _T]:
+        """What `verify` makes of each key and value that is there."""
+
+    def touch(self, keys: list[str], exptime: int) -> list[bool]:
+        """Set the expiry of items; return which of them are there."""
+
+    def delete(self, keys: list[str]) -> None: ...
+
+    def stats(self, *what: str) -> dict[bytes, Any]: ...
+
+    def close(self) -> None: ...
+
+
+class _Pool:
+    """One server as `connect` speaks to it: fast connections, kept for the next call. Safe for
+    threads, each of which takes a connection of its own, and for processes that fork."""
+
+    key_prefix = b""
+
+    def __init__(self, name: str, timeout: float, tls: ssl.SSLContext | None) -> None:
+        self.name, self.silent = name, False
+        address, wants_tls = _address(name)
+        if isinstance(address, str):
+            tls = None  # a Unix socket
+        elif wants_tls and tls is None:
+            tls = ssl.create_default_context()
+        self._address, self._timeout, self._tls = address, timeout, tls
+        self._idle: collections.deque[tuple[float, _Connection]] = collections.deque()
+        self._pid = os.getpid()
+
+    def gets(self, key: str) -> tuple[Any, Any]:
+        found: tuple[Any, Any] = self._call(lambda connection: connection.gets(key))
+        return found
+
+    def store(
+        self, verb: str, items: Mapping[str, tuple[Any, ...]], exptime: int, token: Any = None
+    ) -> list[bytes]:
+        return self._call(lambda each: each.store(verb, items, exptime, token), verb == "set")
+
+    def read(self, keys: list[str], verify: Callable[[str, Any], _T]) -> dict[str, _T]:
+        return self._call(lambda connection: connection.read(keys, verify))
+
+    def touch(self, keys: list[str], exptime: int) -> list[bool]:
+        commands = [(f"touch {key} {exptime}\r\n".encode(),) for key in keys]
+        replies = self._call(lambda connection: connection.ask(commands, b"TOUCHED"))
+        return [reply == b"TOUCHED" for reply in replies]
+
+    def delete(self, keys: list[str]) -> None:
+        commands = [(f"delete {key}\r\n".encode(),) for key in keys]
+        self._call(lambda connection: connection.ask(commands, b"DELETED"))
+
+    def stats(self, *what: str) -> dict[bytes, Any]:
+        return dict(self._call(lambda connection: connection.stats(*what)))
+
+    def close(self) -> None:
+        with contextlib.suppress(IndexError):  # another thread may be taking them
+            while True:
+                self._idle.pop()[1].close()
+
+    def _call(self, operation: Callable[[Any], _T], again: bool = True) -> _T:
+        """Do it; `again` on a fresh connection, where the first turns out to be broken."""
+        with _translated(self.name):
+            try:
+                return self._try(operation)
+            except _DROPPED:
+                self.close()  # after a restart of the server, all that are idle are broken
+                if not again:
+                    raise
+                return self._try(operation)
+
+    def _try(self, operation: Callable[[Any], _T]) -> _T:
+        connection = self._take()
+        try:
+            result = operation(connection)
+        except BaseException as error:
+            # Perhaps in mid-reply: nobody may read the rest for the reply to another command.
+            if not isinstance(error, Exception):
+                self.silent = not _await_end(connection)
+            connection.close()
+            raise
+        self._idle.append((time.monotonic(), connection))
+        self.silent = False
+        return result
+
+    def _take(self) -> _Connection:
+        """An idle connection, or a new one."""
+        if self._pid != os.getpid():  # a child must not talk on its parent's connections
+            self.close()
+            self._pid = os.getpid()
+        with contextlib.suppress(IndexError):
+            while True:
+                since, connection = self._idle.pop()
+                if time.monotonic() - since < _IDLE:
+                    return connection
+                connection.close()
+        return _Connection(self._address, self._open())
+
+    def _open(self) -> socket.socket:
+        if isinstance(self._address, str):
+            sock = socket.socket(socket.AF_UNIX)
+        else:
+            sock = socket.create_connection(self._address, self._timeout)
+        try:
+            sock.settimeout(self._timeout)
+            if isinstance(self._address, str):
+                sock.connect(self._address)
+            else:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if self._tls:
+                    sock = self._tls.wrap_socket(sock, server_hostname=self._address[0])
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+
+class _Connection(Client):
     """pymemcache's client for one connection, with its two costly steps replaced: values go out as
     they lie in memory, in parts (it joins and copies them three times), and come in with one copy,
     out of the socket (it reads 4 KiB at a time, and joins). It halves the time for a file."""
 
     sock: Any
+    _verify: Callable[[str, Any], Any] | None = None
 
-    def _each(self, key: Any, value: bytearray) -> Any:
-        return value
+    def __init__(self, address: str | tuple[str, int], sock: socket.socket) -> None:
+        super().__init__(address)
+        self.sock = sock
 
-    def _store_cmd(
-        self, name: bytes, values: dict[Any, Any], expire: int, noreply: bool,
-        flags: int | None = None, cas: bytes | None = None,
-    ) -> dict[Any, bool | None]:
-        buffers: list[Any] = []
-        for key, value in values.items():
-            parts = value if isinstance(value, tuple) else (value,)
-            fields = (name, self.check_key(key, self.key_prefix), expire, sum(map(len, parts)))
-            line = b"%b %b 0 %d %d" % fields + (b"" if cas is None else b" " + cas)
-            buffers += (line + b"\r\n", *parts, b"\r\n")
-        return dict(zip(values, self._ask(name, buffers, len(values), b"STORED")))
+    def store(
+        self, verb: str, items: Mapping[str, tuple[Any, ...]], exptime: int, token: Any
+    ) -> list[bytes]:
+        end = b"\r\n" if token is None else b" %b\r\n" % token
+        commands = []
+        for key, parts in items.items():
+            head = f"{verb} {key} 0 {exptime} {sum(map(len, parts))}".encode()
+            commands.append((head + end, *parts, b"\r\n"))
+        return self.ask(commands, _STORED)
 
-    def _ask(self, name: bytes, buffers: list[Any], replies: int, yes: bytes) -> list[bool]:
-        """Send commands; read all their replies, errors too: the server goes on to execute what
-        was sent, whatever becomes of the connection. A line that is no reply is never a "no"."""
-        if self.sock is None:
-            self._connect()
+    def ask(self, commands: list[tuple[Any, ...]], yes: bytes) -> list[bytes]:
+        """Send commands, each in parts, and return their replies, of which one is a line. All of
+        them are read, errors too: the server goes on to do what was sent, whatever becomes of the
+        connection. Raises for a line that is no reply: it must never be taken for a "no"."""
+        replies = []
+        for start in range(0, len(commands), _PIPELINE):
+            batch = commands[start : start + _PIPELINE]
+            self._send([part for command in batch for part in command])
+            replies += self._lines(len(batch))
+        for reply in replies:
+            if reply != yes and reply not in _NO and not _REFUSAL.search(reply):
+                raise MemcacheUnknownError(reply[:64])
+        return replies
+
+    def _send(self, parts: list[Any]) -> None:
+        if isinstance(self.sock, ssl.SSLSocket):  # it has no `sendmsg`
+            self.sock.sendall(b"".join(parts))
+            return
+        while parts:
+            sent = self.sock.sendmsg(parts[:64])  # the system takes 1024 at once, POSIX 16
+            while parts and sent >= len(parts[0]):
+                sent -= len(parts.pop(0))
+            if sent:
+                parts[0] = memoryview(parts[0])[sent:]
+
+    def _lines(self, count: int) -> list[bytes]:
+        received = b""
+        while received.count(b"\r\n") < count:
+            piece = self.sock.recv(4096)
+            if not piece:
+                raise MemcacheUnexpectedCloseError
+            received += piece
+        *lines, rest = received.split(b"\r\n")
+        if rest or len(lines) > count:
+            raise MemcacheUnknownError(received[:64])
+        return lines
+
+    def read(self, keys: list[str], verify: Callable[[str, Any], _T]) -> dict[str, _T]:
+        """`get_many`, which verifies each value while the next arrives."""
+        self._verify = verify
         try:
-            _send(self.sock, buffers)
-            received = b""
-            while received.count(b"\r\n") < replies:
-                piece = self.sock.recv(4096)
-                if not piece:
-                    raise MemcacheUnexpectedCloseError
-                received += piece
-            *lines, rest = received.split(b"\r\n")
-            for line in lines:
-                self._raise_errors(line, name)
-            if rest or len(lines) > replies or not {yes, *_NO} >= {*lines}:
-                raise MemcacheUnknownError(received[:64])
-        except BaseException as error:
-            if not isinstance(error, Exception):
-                _await_end(self)
-            self.close()
-            raise
-        return [line == yes for line in lines]
+            values: Any = self.get_many(keys)
+            return dict(values)
+        finally:
+            self._verify = None
 
     def _extract_value(
         self, expect_cas: bool, line: bytes, buf: bytes, remapped_keys: dict[bytes, Any],
         prefixed_keys: list[bytes],
     ) -> tuple[Any, Any, bytes]:
+        """One value of a reply; to be replaced by subclasses, as pymemcache's docstring says."""
         _, key, _, size, *cas = line.split()
         length = int(size) + 2  # with the line's end
         value = bytearray(length)
@@ -693,494 +1482,196 @@ class _FastClient(Client):
                     raise MemcacheUnexpectedCloseError
                 filled += received
         del value[-2:]
-        key = remapped_keys[key]
-        return key, (value, cas[0]) if expect_cas else self._each(key, value), buf
+        name = remapped_keys[key]
+        if expect_cas:
+            return name, (value, cas[0]), buf
+        return name, self._verify(name, value) if self._verify else value, buf
 
-    def get_each(self, keys: list[str], each: Callable[[str, bytearray], Any]) -> dict[Any, Any]:
-        """`get_many`, of what `each` makes of a key and its value while the next arrives."""
-        self.__dict__["_each"] = each
+
+class _Adapter:
+    """One server through a client of the user's, which may be any: slower, and as safe as it is.
+
+    Items are sent one by one: pymemcache's `set_many` stops at the first refusal, while the server
+    goes on to store what was sent behind it, perhaps after the command that cleans up.
+    """
+
+    def __init__(self, name: str, client: Any) -> None:
+        self.name, self.silent = name, False
+        self._client = client
+        # A RetryingClient has its client's methods, but not its attributes.
+        inner = getattr(client, "__dict__", {}).get("_client", client)
+        if getattr(inner, "ignore_exc", False):
+            raise ValueError("ignore_exc=True makes a client call a server that is down a miss")
+        if isinstance(inner, HashClient):
+            raise ValueError("a HashClient calls a server that is down a miss: give it unwrapped")
+        prefix = getattr(inner, "key_prefix", b"")
+        self.key_prefix: bytes = prefix.encode() if isinstance(prefix, str) else prefix
+
+    def gets(self, key: str) -> tuple[Any, Any]:
+        value, token = self._call("gets", key)
+        return value, token
+
+    def store(
+        self, verb: str, items: Mapping[str, tuple[Any, ...]], exptime: int, token: Any = None
+    ) -> list[bytes]:
+        joined = ((key, b"".join(parts)) for key, parts in items.items())
+        return [self._store(verb, key, value, exptime, token) for key, value in joined]
+
+    def _store(self, verb: str, key: str, value: bytes, exptime: int, token: Any) -> bytes:
+        options = {"expire": exptime, "noreply": False}
         try:
-            return self.get_many(keys)
-        finally:
-            del self._each
-
-    def touch_many(self, keys: list[str], expire: int) -> list[bool]:
-        """`touch` for many keys in one round trip."""
-        lines = [b"touch %b %d\r\n" % (self.check_key(k, self.key_prefix), expire) for k in keys]
-        return self._ask(b"touch", lines, len(keys), b"TOUCHED")
-
-    def delete_many(self, keys: Iterable[Any], noreply: bool | None = None) -> bool:
-        lines = [b"delete %b\r\n" % self.check_key(key, self.key_prefix) for key in keys]
-        self._ask(b"delete", lines, len(lines), b"DELETED")
-        return True
-
-
-class _Pool(ObjectPool[Any]):
-    """Discards a connection after Ctrl-C or a gevent time-out too, as it may be in mid-reply."""
-
-    @contextlib.contextmanager
-    def get_and_release(self, destroy_on_fail: bool = True) -> Iterator[Any]:
-        client = super().get()  # type: ignore[no-untyped-call]
-        try:
-            yield client
-        except BaseException:
-            self.destroy(client)
+            if verb == "set":  # by `set_many`, for `set` is True even where it was refused
+                failed = self._call("set_many", {key: value}, **options)
+                return _NOT_STORED if failed else _STORED
+            if verb == "add":
+                return _STORED if self._call("add", key, value, **options) else _NOT_STORED
+            done = self._call("cas", key, value, token, **options)
+            return _STORED if done else _NOT_FOUND if done is None else _EXISTS
+        except CacheUnavailable as error:
+            refusal = str(error.__cause__).encode()
+            if isinstance(error.__cause__, MemcacheServerError) and _REFUSAL.search(refusal):
+                return refusal
             raise
-        self.release(client)
+
+    def read(self, keys: list[str], verify: Callable[[str, Any], _T]) -> dict[str, _T]:
+        values = self._call("get_many", keys)
+        return {key: verify(key, value) for key, value in values.items()}
+
+    def touch(self, keys: list[str], exptime: int) -> list[bool]:
+        return [self._call("touch", key, expire=exptime, noreply=False) for key in keys]
+
+    def delete(self, keys: list[str]) -> None:
+        for start in range(0, len(keys), _PIPELINE):
+            self._call("delete_many", keys[start : start + _PIPELINE], noreply=False)
+
+    def stats(self, *what: str) -> dict[bytes, Any]:
+        try:
+            return dict(self._call("stats", *what))
+        except (AttributeError, TypeError):  # it has no such method
+            return {}
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _call(self, command: str, *args: Any, **options: Any) -> Any:
+        """Call the client; again, unless that might do it twice, where its connection turns out to
+        be broken. After a restart of the server, all that idle in a pool are."""
+        pool = getattr(self._client, "client_pool", None)
+        idle = len(getattr(pool, "free", ()))
+        for left in range(0 if command in ("add", "cas") else 1 + idle, -1, -1):
+            try:
+                with _translated(self.name):
+                    result = getattr(self._client, command)(*args, **options)
+                    break
+            except CacheUnavailable as error:
+                if not (left and isinstance(error.__cause__, _DROPPED)):
+                    raise
+            except BaseException as error:
+                # pymemcache closes a connection after an Exception only; a pool won't reuse it.
+                if not isinstance(error, Exception) and pool is None:
+                    self.silent = not (command.startswith("get") or _await_end(self._client))
+                    self._client.close()
+                raise
+        self.silent = False
+        return result
 
 
-class _FastPool(PooledClient):
-    """A pool of fast clients, which makes them safe for threads and for processes that fork."""
-
-    client_class = _FastClient
-    client_pool: Any
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._renew()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=functools.partial(_forked, weakref.ref(self)))
-
-    def _renew(self) -> None:
-        """Begin with no connections: a child must not talk on those of its parent. Not by `clear`,
-        since the pool's lock may have been held by a thread that the child doesn't have."""
-        for client in (*self.client_pool.free, *self.client_pool.used):
-            client.close()
-        idle = self.client_pool.idle_timeout
-        self.client_pool = _Pool(self._create_client, _FastClient.close, idle_timeout=idle)
-
-    def get_each(self, *args: Any) -> Any:
-        with self.client_pool.get_and_release() as client:
-            return client.get_each(*args)
-
-    def touch_many(self, *args: Any) -> Any:
-        with self.client_pool.get_and_release() as client:
-            return client.touch_many(*args)
+@contextlib.contextmanager
+def _translated(server: str) -> Iterator[None]:
+    """The seam at which the errors of pymemcache and of sockets become this module's."""
+    try:
+        yield
+    except _CLIENT_ERRORS as error:
+        reason = repr(error)
+        if isinstance(error, _DROPPED):
+            reason += ": it closed the connection, as without tls:// a server with TLS does"
+        if isinstance(error, ssl.SSLError):
+            reason += ": TLS failed; does it speak TLS, and is its certificate a trusted one?"
+        raise CacheUnavailable(name="", server=server, reason=reason) from error
 
 
-def _forked(reference: weakref.ref[_FastPool]) -> None:
-    pool = reference()
-    if pool is not None:
-        pool._renew()
-
-
-def _await_end(client: Any) -> None:
+def _await_end(client: Any) -> bool:
     """After Ctrl-C or a gevent time-out in mid-command: end our side of the connection, and return
     when the server has ended its own, and thus has done, or dropped, all that it was sent. Else it
-    might do a command after those by which its sender cleans up."""
-    with contextlib.suppress(OSError, AttributeError):  # there may be no socket
+    might do a command after those by which its sender cleans up. False: it did not in time."""
+    try:
+        client.sock.settimeout(_PATIENCE)
         client.sock.shutdown(socket.SHUT_WR)
         while client.sock.recv(65536):
             pass
+    except socket.timeout:
+        return False
+    except (OSError, AttributeError):  # there may be no socket
+        pass
+    return True
 
 
-def _send(sock: socket.socket, buffers: list[Any]) -> None:
-    """Send all of `buffers`, without joining them."""
-    while buffers:
-        sent = sock.sendmsg(buffers[:64])  # the system takes 1024 at once, by POSIX at least 16
-        while buffers and sent >= len(buffers[0]):
-            sent -= len(buffers.pop(0))
-        if sent:
-            buffers[0] = memoryview(buffers[0])[sent:]
+def _servers(client: Any) -> list[_Server]:
+    """The servers behind what `FileCache` was given."""
+    if isinstance(client, HashClient):
+        # Its own routing calls a server that is down a miss, and what it put on another instead is
+        # stale when the first returns. Its clients are sound, one by one.
+        client = client.clients
+    clients = client if isinstance(client, Mapping) else {"memcached": client}
+    return [
+        each if isinstance(each, _Pool) else _Adapter(str(name), each)
+        for name, each in clients.items()
+    ]
 
 
-class _Upload:
-    """The chunks of one write: sent, then sealed, or abandoned."""
-
-    def __init__(
-        self, store: _Store, old: _Current, capacity: int, memory: float, lease: int, hold: bool
-    ) -> None:
-        self._store, self._old, self._capacity = store, old, capacity
-        self._memory, self._lease, self._hold = memory, lease, hold
-        self._layout = _Layout.plan(None, capacity)
-        self._sealed = False
-        # `chunks` counts those that may be stored, from before they are sent.
-        self._info = FileInfo(store.name, 0, 0, secrets.token_hex(8), 0, None, b"")
-
-    def send(self, reader: _Reader, size: int | None, max_size: int) -> None:
-        """Store all that `reader` has. Raises SizeMismatch, FileTooLarge, CacheFull."""
-        name, received = self._store.name, 0
-        self._layout = _Layout.plan(size, self._capacity)
-        max_size = min(max_size, self._capacity * _MAX_CHUNKS)
-        while True:
-            step = self._layout.chunk_size * self._layout.per_batch(_WRITE_BATCH)
-            batch = reader.take(step if size is None else min(step, max(size - received, 1)))
-            if size is None and not received and len(batch) < step:
-                size = len(batch)  # the end came with the first batch: known after all
-                self._layout = _Layout.plan(size, self._capacity)
-            received += len(batch)
-            if received > max_size:
-                raise FileTooLarge(name=name, size=received, limit=max_size)
-            if size is not None and (received > size or (received < size and not batch)):
-                raise SizeMismatch(name=name, size=size, received=received)
-            if not batch:
-                return
-            self._put(batch)
-
-    def _put(self, batch: memoryview) -> None:
-        layout, version, index = self._layout, self._info.version, self._info.chunks
-        values = {}
-        for start in range(0, len(batch), layout.chunk_size):
-            payload = batch[start : start + layout.chunk_size]
-            body = (payload, bytes(max(layout.floor - len(payload), 0)))
-            key = self._store.chunk_key(version, index)
-            values[key] = (layout.header(version, index, *body), *body)
-            index += 1
-        size = self._info.size + len(batch)
-        self._info = dataclasses.replace(self._info, size=size, chunks=index)
-        self._store.put(values, self._lease, self._hold)
-        self._bury()
-
-    def _bury(self) -> None:
-        """Delete what is left of the old file where the new one has cost it chunks. No one can
-        read it, but memcached's LRU may take it for active, and evict the new one's chunks."""
-        old = self._old
-        if (
-            isinstance(old, _Manifest)
-            and old.info.size + self._info.size > self._memory
-            and self._store.settle(old)
-        ):
-            self._store.delete(old)
-            self._old = None
-
-    def seal(self, expires: int | None, metadata: bytes) -> _Manifest:
-        """Set the chunks' final expiry; return the manifest to publish. Raises CacheFull."""
-        self._sealed = True
-        info = dataclasses.replace(
-            self._info, created=int(time.time()), expires=expires, metadata=metadata
-        )
-        missing = self._store.touch(info, expires)
-        if missing:
-            reason = f"{len(missing)} of its {info.chunks} chunks were evicted at once"
-            raise CacheFull(name=info.name, missing=missing, reason=reason)
-        return _Manifest(info, self._layout)
-
-    def abandon(self) -> None:
-        """Delete the chunks, unless they were published all the same: the reply to that can be
-        lost, and Ctrl-C can strike behind it. Where nobody tells, put them on a lease again."""
-        mine = _Manifest(self._info, self._layout)
-        try:
-            current = self._store.lookup()[0] if self._sealed else None
-        except BaseException as error:
-            with contextlib.suppress(CacheUnavailable):
-                self._store.touch(self._info, _end(self._lease))
-            if not isinstance(error, CacheUnavailable):
-                raise
-        else:
-            self._store.replaced(mine, current)
+def _address(server: str) -> tuple[str | tuple[str, int], bool]:
+    """What pymemcache wants for an address, and whether it asks for TLS. Raises ValueError."""
+    if server.startswith("unix:") and len(server) > len("unix:"):
+        return server[len("unix:") :], False
+    match = _ADDRESS.fullmatch(server)
+    port = int(match["port"] or 11211) if match else 0
+    if not match or not 1 <= port <= 65535:
+        raise ValueError(f"{server!r} is no server: host, host:port, [ipv6]:port or unix:/path")
+    return (match["ipv6"] or match["host"], port), bool(match["tls"])
 
 
-class _Store:
-    """memcached as an operation on one file sees it: the only code that calls a client, and so the
-    seam at which the errors of pymemcache and of sockets become this module's."""
-
-    def __init__(self, client: Any, server: str, namespace: str, name: str, digest: str) -> None:
-        self.server, self.name = server, name
-        self._client, self._namespace = client, namespace
-        self._fast = isinstance(client, _FastPool)
-        self._key = f"{namespace}:{digest}"
-
-    def chunk_key(self, version: str, index: int) -> str:
-        return f"{self._namespace}:{version}:{index}"
-
-    def lookup(self) -> tuple[_Current, Any, Any]:
-        """What is at the manifest's key: its meaning, its value (None: nothing), its cas token."""
-        value, token = self._retry("gets", self._key)
-        if value is None:
-            return None, None, None
-        try:
-            return _Manifest.unpack(self.name, value), value, token
-        except FileCorrupt as error:
-            return error, value, token
-
-    def swap(
-        self, step: Callable[[_Current], _New], found: tuple[_Current, Any, Any] | None = None
-    ) -> _New:
-        """Replace what is at the manifest's key by what `step` makes of it, None to delete it;
-        delete the chunks that nothing leads to any more; return the new manifest.
-
-        Atomic: where another writer was faster, `step` is asked again, with what that one left,
-        and raises to give up. `found` is what `lookup` said, if it was asked.
-        """
-        late: tuple[Any, _Current, Any, BaseException] | None = None  # a try without a reply
-        for _ in range(_ATTEMPTS):
-            current, there, token = found or self.lookup()
-            if late:
-                tried, old, old_token, error = late
-                done, again = there == tried, isinstance(error, CacheUnavailable)
-                # Only the old token proves that it was not done yet, and may be tried once more.
-                # Otherwise it may have been done, and undone by a writer who deleted our chunks.
-                if done or not again or old_token is None or token != old_token:
-                    self.replaced(old, current)
-                    if done and again:
-                        return cast(_New, current)
-                    raise error
-            manifest = step(current)
-            # The text protocol has no conditional delete; storing what has expired is one.
-            value = b"" if manifest is None else manifest.pack()
-            exptime = _OVER if manifest is None else _exptime(manifest.info.expires)
-            found = None
-            try:
-                if self._replace(value, token, exptime):
-                    return self.replaced(current, manifest)
-            except BaseException as lost:  # the reply, to the network or to Ctrl-C
-                with contextlib.suppress(CacheUnavailable):
-                    found = self.lookup()
-                if late or found is None:
-                    raise
-                late = value or None, current, token, lost
-        raise CacheFull(name=self.name, missing=[], reason="it refuses the manifest")
-
-    def replaced(self, old: _Current, new: _T) -> _T:
-        """Delete the chunks of what was at the manifest's key, unless `new` is of that version."""
-        if _version(old) != _version(new):
-            self.delete(old)
-        return new
-
-    def _replace(self, value: bytes, token: Any, exptime: int) -> bool:
-        if token is None:
-            return bool(self._call("add", self._key, value, expire=exptime, noreply=False))
-        return bool(self._call("cas", self._key, value, token, expire=exptime, noreply=False))
-
-    def put(self, values: dict[str, tuple[Any, ...]], lease: int, hold: bool) -> None:
-        """Store chunks, each value given in parts, for `lease` seconds. Raises CacheFull."""
-        left, deadline = values, time.monotonic() + _PATIENCE
-        while True:
-            refusal = self._send(left, lease)
-            if not (refusal or hold):
-                return
-            # What was asked for twice is active in the eyes of memcached's LRU, like the chunks of
-            # files that were read; otherwise a full cache evicts the new chunks to keep those.
-            # Done always, it would cost a large cache an eighth of the files that it keeps.
-            self._touch(list(left), lease)
-            found = self._touch(list(left), lease)
-            left = {key: value for (key, value), there in zip(left.items(), found) if not there}
-            if not left:
-                return
-            if time.monotonic() > deadline:
-                reason = "it evicts what it has just stored"
-                raise refusal or CacheFull(name=self.name, missing=[], reason=reason)
-            time.sleep(_PAUSE)
-
-    def _send(self, values: dict[str, tuple[Any, ...]], lease: int) -> CacheFull | None:
-        """Store what the server takes; return its refusal of the rest."""
-        refusal = None
-        # A client of the user's gets them one by one: its `set_many` stops at the first refusal,
-        # and the server goes on to store what was sent behind it, perhaps after the command by
-        # which this upload cleans up.
-        joined = ({key: b"".join(parts)} for key, parts in values.items())
-        batches: Iterable[dict[str, Any]] = [values] if self._fast else joined
-        for batch in batches:
-            try:
-                if self._retry("set_many", batch, expire=lease, noreply=False):
-                    refusal = CacheFull(name=self.name, missing=[], reason="it refuses chunks")
-            except CacheFull as error:
-                refusal = error
-        return refusal
-
-    def fetch(self, manifest: _Manifest, indices: range) -> list[memoryview]:
-        """Verified payloads. Raises FileEvicted, FileChanged, FileCorrupt."""
-        version = manifest.info.version
-        keys = {self.chunk_key(version, index): index for index in indices}
-
-        def verify(key: str, value: object) -> memoryview:
-            return manifest.verify(keys[key], value)
-
-        if self._fast:
-            payloads = self._retry("get_each", list(keys), verify)
-        else:
-            values = self._retry("get_many", list(keys))
-            payloads = {key: verify(key, value) for key, value in values.items()}
-        missing = [index for key, index in keys.items() if key not in payloads]
-        if missing:
-            self.explain(manifest.info, missing)
-        return [payloads[key] for key in keys]
-
-    def explain(self, info: FileInfo, missing: list[int]) -> NoReturn:
-        """Raise what it means that chunks are missing: FileChanged or FileEvicted."""
-        version = _version(self.lookup()[0])
-        if version != info.version:
-            raise FileChanged(name=self.name, version=info.version, current=version)
-        raise FileEvicted(name=self.name, info=info, missing=missing)
-
-    def touch(self, info: FileInfo, expires: int | None) -> list[int]:
-        """Set the expiry of all chunks; return the indices of those that are gone."""
-        keys = [self.chunk_key(info.version, index) for index in range(info.chunks)]
-        exptime, touched = _exptime(expires, _SLACK), []
-        for start in range(0, len(keys), _PIPELINE):
-            touched += self._touch(keys[start : start + _PIPELINE], exptime)
-        return [index for index, found in enumerate(touched) if not found]
-
-    def _touch(self, keys: list[str], exptime: int) -> list[bool]:
-        if self._fast:
-            return list(self._retry("touch_many", keys, exptime))
-        return [self._retry("touch", key, expire=exptime, noreply=False) for key in keys]
-
-    def settle(self, manifest: _Manifest) -> list[int]:
-        """Touch the chunks as the manifest has it; return the indices of those that are gone.
-
-        Once more where another `touch` got in between: whoever comes last to the chunks must have
-        seen the manifest as it stays.
-        """
-        current: _Current = manifest
-        seen, missing = None, []
-        while isinstance(current, _Manifest) and current != seen:
-            missing = self.touch(current.info, current.info.expires)
-            current, seen = self.lookup()[0], current
-        return missing
-
-    def delete(self, current: _Current) -> None:
-        """Delete the chunks of a manifest that is gone. Failure is no error, as nothing depends on
-        it; but nobody else will ever do it, so it is tried again, after Ctrl-C too."""
-        if not isinstance(current, _Manifest):
-            return
-        info = current.info
-        keys = [self.chunk_key(info.version, index) for index in range(info.chunks)]
-        for start in range(0, len(keys), _PIPELINE):
-            batch = keys[start : start + _PIPELINE]
-            try:
-                self._retry("delete_many", batch, noreply=False)
-            except BaseException as error:
-                with contextlib.suppress(CacheUnavailable):
-                    self._retry("delete_many", batch, noreply=False)
-                if not isinstance(error, CacheUnavailable):
-                    raise
-
-    def limits(self) -> tuple[int, float]:
-        """Bytes of the largest item that the server keeps in one piece, and of its memory, as its
-        `stats settings` say; stock values and no limit where a client or proxy hides them."""
-        try:
-            settings = self._client.stats("settings")
-            sizes = (settings[b"item_size_max"], settings[b"slab_chunk_max"], _LARGEST_ITEM)
-            return min(sizes), settings[b"maxbytes"]
-        except (*_CLIENT_ERRORS, AttributeError, TypeError):
-            return _LARGEST_ITEM, math.inf
-
-    def _retry(self, command: str, *args: Any, **options: Any) -> Any:
-        """Call what may be done twice; again where the connection turns out to be broken. After a
-        restart of the server, all that idle in a pool are."""
-        pool = getattr(self._client, "client_pool", None)
-        for _ in range(1 + len(pool.free if pool else ())):
-            try:
-                return self._call(command, *args, **options)
-            except CacheUnavailable as error:
-                if not isinstance(error.__cause__, _DROPPED):
-                    raise
-        return self._call(command, *args, **options)
-
-    def _call(self, command: str, *args: Any, **options: Any) -> Any:
-        try:
-            return getattr(self._client, command)(*args, **options)
-        except _CLIENT_ERRORS as error:
-            reason = error.args[0] if error.args else b""
-            if isinstance(error, MemcacheServerError) and _REFUSED.search(str(reason)):
-                raise CacheFull(name=self.name, missing=[], reason=reason) from error
-            raise CacheUnavailable(
-                name=self.name, server=self.server, reason=repr(error)
-            ) from error
-        except BaseException:
-            # Ctrl-C or a gevent time-out, perhaps in mid-reply. pymemcache closes a connection
-            # after an Exception only; the next command would take the rest of the reply for its
-            # own.
-            if not hasattr(self._client, "client_pool"):  # a pool does not use it again
-                if not command.startswith("get"):
-                    _await_end(self._client)
-                self._client.close()
-            raise
+def _size_of(source: Any) -> int | None:
+    """Bytes from where a source stands to its end; None where only reading will tell. Nothing is
+    moved to find out: not all that can seek to the end find the way back. Raises TypeError."""
+    if isinstance(source, (str, io.TextIOBase)):
+        raise TypeError("files are bytes: encode the text, or open the file in binary mode")
+    with contextlib.suppress(TypeError):
+        return memoryview(source).nbytes
+    if isinstance(source, io.BytesIO):
+        return max(source.getbuffer().nbytes - source.tell(), 0)
+    raw = getattr(source, "raw", source)
+    if isinstance(raw, io.FileIO):
+        status = os.fstat(raw.fileno())
+        if stat.S_ISREG(status.st_mode) and status.st_size:  # 0: /proc says so, and has content
+            return max(status.st_size - int(source.tell()), 0)
+    return None
 
 
-class _Reader:
-    """A source, taken in pieces of the wanted size. `size`: bytes that it has, None if unknown."""
-
-    def __init__(self, source: Any) -> None:
-        if isinstance(source, (str, io.TextIOBase)):
-            raise TypeError("files are bytes: encode the text, or open the file in binary mode")
-        self._buffer = bytearray()
-        try:
-            view = memoryview(source)
-        except TypeError:
-            self.size = _remaining(source)
-            self._readinto = getattr(source, "readinto", None) or _Pieces(source).readinto
-        else:
-            self._readinto = None
-            self._view = view.cast("B") if view.c_contiguous else memoryview(view.tobytes())
-            self.size = len(self._view)
-
-    def take(self, count: int) -> memoryview:
-        """The next `count` bytes, fewer only at the end; valid until the next call."""
-        if self._readinto is None:
-            piece, self._view = self._view[:count], self._view[count:]
-            return piece
-        if len(self._buffer) < count:
-            self._buffer = bytearray(count)
-        view, filled = memoryview(self._buffer)[:count], 0
-        while filled < count:
-            received = self._readinto(view[filled:])
-            if received is None:
-                raise BlockingIOError("the source does not block, and has nothing to read yet")
-            if received == 0:
-                break
-            filled += received
-        return view[:filled]
+def _pieces(source: Any, size: int, known: int | None) -> Iterator[Any]:
+    """The bytes of a source, in pieces that hold until the next one is asked for; of a file whose
+    length is known, `size` bytes at a time, read into one buffer."""
+    if known is not None and isinstance(getattr(source, "raw", source), (io.BytesIO, io.FileIO)):
+        buffer = memoryview(bytearray(size))
+        while count := source.readinto(buffer):
+            yield buffer[:count]
+    elif known is not None:
+        yield source
+    elif hasattr(source, "read"):
+        while piece := source.read(_PIECE):
+            yield piece
+        if piece is None:
+            raise BlockingIOError("the source does not block, and has nothing to read yet")
+    else:
+        yield from source
 
 
-class _Pieces(io.RawIOBase):
-    """An iterable of bytes, or a file object that has only `read`, as a stream."""
-
-    def __init__(self, source: Any) -> None:
-        super().__init__()
-        read = getattr(source, "read", None)
-        self._pieces = iter(functools.partial(read, 65536), b"") if read else iter(source)
-        self._piece = memoryview(b"")
-        if self._pieces is not source:
-            self._advance()  # so that text is refused first of all; what a generator does can wait
-
-    def _advance(self) -> None:
-        for piece in self._pieces:
-            self._piece = memoryview(piece).cast("B")
-            if self._piece:
-                break
-
-    def readinto(self, buffer: Any) -> int:
-        if not self._piece:
-            self._advance()
-        count = min(len(buffer), len(self._piece))
-        buffer[:count], self._piece = self._piece[:count], self._piece[count:]
-        return count
+def _zeros(size: int) -> memoryview:
+    """A buffer whose memory the system gives when it is written to, not before."""
+    return io.BytesIO(bytes(size)).getbuffer()
 
 
-def _remaining(source: Any) -> int | None:
-    """Bytes from where a file stands to its end; None where only reading will tell."""
-    try:
-        here = source.tell()
-        source.seek(0, io.SEEK_END)
-        end = source.tell()
-        source.seek(here)
-    except (AttributeError, OSError, ValueError):  # an iterable, a pipe, a socket
-        return None
-    return max(end - here, 0) or None  # files in /proc say 0, and have content
-
-
-def _persist(operation: Callable[[], _T]) -> _T:
-    """The operation's result; where a writer replaced the file meanwhile, on the new version."""
-    for _ in range(_ATTEMPTS - 1):
-        with contextlib.suppress(FileChanged):
-            return operation()
-    return operation()
-
-
-def _version(current: object) -> str | None:
-    return current.info.version if isinstance(current, _Manifest) else None
-
-
-def _require(name: str, current: _Current, version: str | None = None) -> _Manifest:
-    if current is None:
-        raise FileNotFound(name=name)
-    if isinstance(current, FileCorrupt):
-        raise current
-    if version not in (None, current.info.version):
-        raise FileChanged(name=name, version=version, current=current.info.version)
-    return current
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
 
 
 def _score(text: str, seed: int) -> int:
@@ -1188,19 +1679,13 @@ def _score(text: str, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest(), "big")
 
 
-def _seconds(expire: int) -> int:
-    if operator.index(expire) < 0:
+def _seconds(expire: int | datetime.timedelta) -> int:
+    if isinstance(expire, datetime.timedelta):
+        expire = math.ceil(expire.total_seconds())
+    if not 0 <= operator.index(expire) <= _MAX_EXPIRE:
         raise ValueError("expire is a number of seconds from now, 0 for never")
-    return expire
+    return operator.index(expire)
 
 
 def _end(expire: int) -> int | None:
     return int(time.time()) + expire if expire else None
-
-
-def _exptime(expires: int | None, slack: int = 0) -> int:
-    """What to tell memcached so that an item ends `slack` seconds after `expires`, Unix time."""
-    if expires is None or expires + slack > _ABSOLUTE_LIMIT:
-        return 0
-    seconds = expires + slack - int(time.time())
-    return max(seconds, 1) if seconds <= _RELATIVE_LIMIT else expires + slack

@@ -514,7 +514,8 @@ class Uploads:
 
     def is_tight(self, upload: Resumable) -> bool:
         """Whether the file's server can't be trusted to hold all bytes twice for a moment."""
-        return 4 * upload.length > self.cache.memory(upload.name)
+        _, memory = self.cache._limits(self.cache._slot(upload.name))
+        return 4 * upload.length > memory
 
     def check(self, upload: Resumable) -> Resumable:
         """The upload as it is; raises Problem 410 where the cache dropped a part of it."""

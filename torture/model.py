@@ -40,7 +40,9 @@ class Store:
     def add(self, key: str, value: bytes, expire: int) -> bool:
         return key not in self.items and self._publish(key, value, expire)
 
-    def cas(self, key: str, value: bytes, token: int, expire: int) -> bool:
+    def cas(self, key: str, value: bytes, token: Any, expire: int) -> Optional[bool]:
+        if key not in self.items:
+            return None
         return self.gets(key)[1] == token and self._publish(key, value, expire)
 
     def gets(self, key: str) -> tuple[Optional[bytes], Optional[int]]:
@@ -75,7 +77,7 @@ class Client:
     def close(self) -> None:
         pass
 
-    def stats(self, what: str) -> dict[bytes, int]:
+    def stats(self, *what: str) -> dict[bytes, int]:
         return {}
 
     def gets(self, key: str) -> Any:
@@ -84,8 +86,8 @@ class Client:
     def add(self, key: str, value: bytes, expire: int, noreply: bool) -> Any:
         return self._run("add", key, value, expire)
 
-    def cas(self, key: str, value: bytes, token: int, expire: int, noreply: bool) -> Any:
-        return self._run("cas", key, value, token, expire)
+    def cas(self, key: str, value: bytes, cas: Any, expire: int, noreply: bool) -> Any:
+        return self._run("cas", key, value, cas, expire)
 
     def touch(self, key: str, expire: int, noreply: bool) -> Any:
         return self._run("touch", key, expire)

@@ -316,9 +316,9 @@ def rest(state: State, cache: FileCache) -> dict[str, int]:
     version = "none" if isinstance(current, str) else current.info.version
     least = max([0, *(end for key, end in ends.items() if key.count(":") == 1)])
     certain = all(process.outcome not in (*UNCERTAIN, None) for process in state.processes)
-    known = certain and not state.evicted
-    most = min(least + LATEST - LEASE, sys.maxsize) if known else sys.maxsize
     touches = [process.operation.verb for process in state.processes].count("touch")
+    known = certain and not state.evicted and touches < 2  # of two, the chunks may have no end
+    most = min(least + LATEST - LEASE, sys.maxsize) if known else sys.maxsize
     if state.is_late:
         least = min(least, NOW + LEASE)  # published after its writer gave the chunks a lease
     if touches > 1 and not certain:

@@ -177,7 +177,7 @@ def test_servers_that_go_and_come_back(start_memcached: Start) -> None:
         for turn, server in itertools.product(range(turns), servers):
             before = {name: f"{turn} before {name}".encode() * 20 for name in names}
             after = {name: f"{turn} after {name}".encode() * 30 for name in names}
-            mine = {name for name in names if cache._store(name).server == server.server}
+            mine = {name for name in names if cache._slot(name).server.name == server.server}
             for name in names:
                 cache.set(name, before[name])
             server.pause()  # away, and back with what it had

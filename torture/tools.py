@@ -50,7 +50,7 @@ def state(cache: FileCache, name: str = "file") -> State:
 
 def manifest(cache: FileCache, name: str = "file") -> str:
     """The key of a file's manifest."""
-    return cache._store(name)._key
+    return cache._slot(name)._key
 
 
 def audit(
