@@ -822,7 +822,8 @@ class FileWriter(io.RawIOBase):
 
     def _keep(self, view: memoryview) -> None:
         if not self._buffer:
-            self._buffer = _zeros(min(self.batch_size, self._order.size or self.batch_size))
+            size = min(self.batch_size, self._order.size or self.batch_size)
+            self._buffer = memoryview(bytearray(size))
         self._buffer[self._filled : self._filled + len(view)] = view
         self._filled += len(view)
         if self._filled == self.batch_size:
@@ -1663,11 +1664,6 @@ def _pieces(source: Any, size: int, known: int | None) -> Iterator[Any]:
             raise BlockingIOError("the source does not block, and has nothing to read yet")
     else:
         yield from source
-
-
-def _zeros(size: int) -> memoryview:
-    """A buffer whose memory the system gives when it is written to, not before."""
-    return io.BytesIO(bytes(size)).getbuffer()
 
 
 def _digest(name: str) -> str:

@@ -49,8 +49,8 @@ from pymemcache.client.hash import HashClient
 from pymemcache.client.retrying import RetryingClient
 
 import memchunk
-from conftest import Memcached, Start, wait_for
 from memchunk import FileCache, FileInfo
+from tests.support import Memcached, Start, wait_for
 
 CHUNK = 1000  # bytes per chunk in most tests: small files then have many chunks
 MIB = 1024 * 1024

@@ -31,7 +31,7 @@ from werkzeug.test import Client, TestResponse
 
 import memchunk
 import wsgi
-from conftest import Memcached, opened, wait_for
+from tests.support import Memcached, opened, wait_for
 
 MIB = 1024 * 1024
 CHUNK = 1000  # bytes, so that small files have many chunks

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from conftest import Memcached
+from tests.support import Memcached
 from torture.tools import LONG, counts
 
 

@@ -15,7 +15,7 @@ from typing import IO, Any, Callable, NamedTuple, Optional
 from pymemcache.client.base import Client
 from pymemcache.exceptions import MemcacheServerError, MemcacheUnknownError
 
-from conftest import Memcached
+from tests.support import Memcached
 
 FAULTS = [
     "gone",  # connection refused, from this command on

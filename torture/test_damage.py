@@ -18,8 +18,8 @@ from typing import Any, Callable
 import pytest
 
 import memchunk
-from conftest import Memcached
 from memchunk import FileCache, FileInfo
+from tests.support import Memcached
 from torture.model import Store, cache_on
 from torture.tools import CHUNK, LONG, counts, manifest, result
 

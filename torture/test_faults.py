@@ -20,8 +20,8 @@ from typing import Any, Callable, Union
 import pytest
 
 import memchunk
-from conftest import Memcached
 from memchunk import FileCache
+from tests.support import Memcached
 from torture.proxy import ON_THE_WIRE, Faulty, Proxy
 from torture.tools import (
     CHUNK,

@@ -16,8 +16,8 @@ from typing import Callable
 import pytest
 
 import memchunk
-from conftest import Memcached, Start, wait_for
 from memchunk import CacheFull, FileCache, FileExists
+from tests.support import Memcached, Start, wait_for
 from torture.proxy import Proxy
 from torture.tools import CHUNK, LEASE, LONG, audit, counts, result
 

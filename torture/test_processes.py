@@ -28,8 +28,8 @@ import pytest
 from pymemcache.client.base import Client, PooledClient
 
 import memchunk
-from conftest import Memcached, wait_for
 from memchunk import FileCache
+from tests.support import Memcached, wait_for
 from torture.proxy import Late
 from torture.tools import CHUNK, LEASE, LONG, audit, counts, result
 

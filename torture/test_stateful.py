@@ -25,8 +25,8 @@ from hypothesis.stateful import (
 from pymemcache.client.base import Client
 
 import memchunk
-from conftest import Memcached
 from memchunk import FileCache, FileInfo
+from tests.support import Memcached
 from torture.tools import CHUNK, LEASE, LONG, counts, manifest, result
 
 NAMES = st.sampled_from(["a", "ä/\0 \r\n", "n" * 1024])

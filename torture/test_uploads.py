@@ -16,9 +16,9 @@ from werkzeug.test import Client
 
 import memchunk
 import wsgi
-from conftest import Memcached, opened
-from test_tus import checksum, complete, head, leftovers, offset, pair, patch, start
 from test_wsgi import CHUNK, MIB, content, is_problem, make
+from tests.support import Memcached, opened
+from tests.test_tus import checksum, complete, head, leftovers, offset, pair, patch, start
 from torture.tools import LONG, counts
 
 TURNS = 20 if LONG else 1

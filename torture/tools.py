@@ -8,8 +8,8 @@ from collections import Counter
 from typing import Any, Callable, NamedTuple, Optional
 
 import memchunk
-from conftest import Memcached
 from memchunk import FileCache, FileInfo
+from tests.support import Memcached
 
 LONG = os.environ.get("MEMCHUNK_TORTURE") == "long"
 CHUNK = 100  # bytes per chunk in most tests

@@ -67,7 +67,7 @@ TIMEOUT = 30.0  # seconds that a client waits for a server before a figure count
 START = 20.0  # seconds that a server may take to start
 HAND_CHUNK = 1_000_000  # bytes: what people cut files into by hand, as it fits memcached's 1 MB
 STREAM = MIB  # bytes that a yardstick reads at a time where it streams
-FOLDER = pathlib.Path(__file__).resolve().parent
+FOLDER = pathlib.Path(__file__).resolve().parent.parent
 PLOTS = FOLDER / "docs"
 PACKAGES = (
     *("pymemcache", "werkzeug", "pylibmc", "redis", "hiredis"),

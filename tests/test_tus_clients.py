@@ -22,10 +22,10 @@ from tusclient.exceptions import TusCommunicationError, TusUploadFailed
 
 import memchunk
 import wsgi
-from conftest import Memcached, wait_for
-from test_browser import Proxy
-from test_hosts import HOSTS, MIB, SECONDS, Server, running
-from test_lambda import (
+from tests.support import Memcached, wait_for
+from tests.test_browser import Proxy
+from tests.test_hosts import HOSTS, MIB, SECONDS, Server, running
+from tests.test_lambda import (
     LIMIT,
     Client,
     apig_wsgi_handler,

@@ -28,7 +28,7 @@ import pytest
 import requests
 
 import wsgi
-from conftest import Memcached, wait_for
+from tests.support import Memcached, wait_for
 
 MIB = 1024 * 1024
 FOLDER = pathlib.Path(wsgi.__file__).parent

@@ -21,7 +21,6 @@ from hypothesis import HealthCheck, given, settings, strategies
 from werkzeug.test import Client, TestResponse
 
 import wsgi
-from conftest import Memcached, opened, wait_for
 from test_wsgi import (
     CHUNK,
     MIB,
@@ -33,6 +32,7 @@ from test_wsgi import (
     send,
     version,
 )
+from tests.support import Memcached, opened, wait_for
 
 TUS = {"Tus-Resumable": "1.0.0"}
 TYPE = "application/offset+octet-stream"

@@ -18,8 +18,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 import wsgi
-from conftest import Memcached, wait_for
-from test_hosts import HOSTS, MIB, SECONDS, Server
+from tests.support import Memcached, wait_for
+from tests.test_hosts import HOSTS, MIB, SECONDS, Server
 
 Start = Callable[..., Any]
 

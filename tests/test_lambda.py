@@ -17,7 +17,7 @@ from mangum import Mangum
 
 import memchunk
 import wsgi
-from conftest import Memcached
+from tests.support import Memcached
 
 LIMIT = 4_500_000  # bytes that fit, as base64 and with the rest of the event, in Lambda's 6 MB
 

@@ -1,0 +1,1 @@
+"""Tests that need more than a memcached: WSGI hosts, Lambda adapters, tus clients, a browser."""
