@@ -1,22 +1,36 @@
-"""What the tests share: real memcached processes, each on a port of its own."""
+"""What the tests share: memcached, WSGI hosts and proxies, for real, each on a port of its own."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import http.client
+import io
+import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
 import ssl
 import subprocess
+import sys
+import threading
 import time
-from typing import Callable
+from collections.abc import Iterator
+from typing import Any, Callable
 from urllib.parse import unquote
 
 import pytest
+from werkzeug.datastructures import FileStorage
+from werkzeug.test import encode_multipart
 
 import memchunk
 
+MIB = 1024 * 1024
+FOLDER = pathlib.Path(memchunk.__file__).parent
+SECONDS = 240  # that any answer may take; only a hang takes as long
 WAIT = 120  # seconds for what takes a moment on any machine that is not stuck
 INSTALL = "'apt-get install memcached', 'dnf install memcached' or 'brew install memcached'"
 
@@ -32,7 +46,10 @@ class Memcached:
     """
 
     def __init__(
-        self, folder: pathlib.Path, *options: str, unix: bool = False,
+        self,
+        folder: pathlib.Path,
+        *options: str,
+        unix: bool = False,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         program = shutil.which("memcached")
@@ -181,3 +198,229 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
 opened: list[memchunk.FileCache] = []  # those that the end of a test closes
 
 Start = Callable[..., Memcached]
+
+
+# The API on WSGI hosts, each in processes of its own.
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """A WSGI host: the command that serves on {port}, and where it differs from the others.
+
+    chunked: whether it reads chunked uploads. early: whether it answers before the body has come.
+    """
+
+    command: str
+    chunked: bool = True
+    early: bool = True
+    streams: bool = True
+
+
+HOSTS = {
+    "werkzeug": Host("{python} wsgi.py --port {port}"),
+    "gunicorn": Host("{python} -m gunicorn -w 2 -b 127.0.0.1:{port} wsgi:application"),
+    "gunicorn-threads": Host(
+        "{python} -m gunicorn -w 2 --threads 4 -b 127.0.0.1:{port} wsgi:application"
+    ),
+    "waitress": Host(
+        "{python} -m waitress --listen=127.0.0.1:{port} wsgi:application",
+        early=False,  # it keeps the whole body, in a temporary file, before it calls
+        streams=False,
+    ),
+    "cheroot": Host(
+        "{python} -m cheroot --bind 127.0.0.1:{port} wsgi:application",
+        early=False,  # it reads what the application left of a body before it answers
+    ),
+    "uwsgi": Host(
+        "{uwsgi} --master --need-app --processes 2 --buffer-size 16384 --die-on-term "
+        "--http 127.0.0.1:{port} --http-manage-expect --http-keepalive --module wsgi:application",
+        chunked=False,
+    ),
+}
+
+
+class Server:
+    """A host that runs the API on a free port of the loopback interface."""
+
+    def __init__(self, host: Host, log: pathlib.Path, **environ: str) -> None:
+        self.host, self.log = host, log
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        uwsgi = pathlib.Path(sys.executable).with_name("uwsgi")
+        command = host.command.format(python=sys.executable, uwsgi=uwsgi, port=self.port)
+        if "{uwsgi}" in host.command and not uwsgi.exists():
+            pytest.fail("these tests need uWSGI; install it: 'pip install uwsgi'")
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command.split(),
+                cwd=FOLDER,
+                env={**os.environ, **environ},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # so that its workers can be stopped with it
+            )
+
+    def wait(self) -> Server:
+        wait_for(self.answers, f"{self.host.command} to answer")
+        return self
+
+    def answers(self) -> bool:
+        if self.process.poll() is not None:
+            pytest.fail(f"{self.host.command} ended: {self.output()}")
+        try:
+            return self.request("GET", "/healthz").status == 200
+        except OSError:
+            return False
+
+    def stop(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.port}{path}"
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=SECONDS)
+
+    def request(
+        self, method: str, path: str, body: Any = None, headers: Any = None, **options: Any
+    ) -> Answer:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
+        with contextlib.closing(connection):
+            connection.request(method, path, body, headers or {}, **options)
+            response = connection.getresponse()
+            return Answer(response.status, response.headers, response.read())
+
+    def raw(self, *parts: bytes, end: bool = True) -> bytes:
+        """Send bytes, end the sending side, return all that comes back until the host closes."""
+        with self.connect() as connection:
+            with contextlib.suppress(OSError):  # it may have closed already
+                for part in parts:
+                    connection.sendall(part)
+                if end:
+                    connection.shutdown(socket.SHUT_WR)
+            return receive(connection)
+
+    def pids(self) -> list[int]:
+        """Of all its processes."""
+        group = subprocess.run(
+            ["ps", "-o", "pid=", "-s", str(self.process.pid)], capture_output=True, check=True
+        )
+        return [int(pid) for pid in group.stdout.split()]
+
+    def peak(self) -> int:
+        """The most memory in bytes that any one of its processes had so far."""
+        peaks = []
+        for pid in self.pids():
+            with contextlib.suppress(FileNotFoundError):
+                status = pathlib.Path(f"/proc/{pid}/status").read_text()
+                peaks += [int(kib) * 1024 for kib in re.findall(r"VmHWM:\s+(\d+)", status)]
+        return max(peaks)
+
+
+@dataclasses.dataclass
+class Answer:
+    status: int
+    headers: Any
+    data: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.data)
+
+
+def receive(connection: socket.socket) -> bytes:
+    """All that comes until the other side closes. A time-out, which is a hang, fails the test."""
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while piece := connection.recv(65536):
+            received += piece
+    return received
+
+
+@contextlib.contextmanager
+def running(
+    host: Host, cache: Memcached, folder: pathlib.Path, **environ: str
+) -> Iterator[Server]:
+    """A server with its log in a folder, for as long as the `with` block runs."""
+    server = Server(host, folder / "log", MEMCHUNK_SERVERS=cache.server, **environ)
+    try:
+        yield server.wait()
+    finally:
+        server.stop()
+    assert "unexpected error" not in server.output(), server.output()
+
+
+def form(data: bytes, name: str = "a b.bin") -> tuple[bytes, dict[str, str]]:
+    """A multipart/form-data body, and the header that goes with it."""
+    boundary, body = encode_multipart({"file": FileStorage(io.BytesIO(data), name)})
+    return body, {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+
+
+class Proxy:
+    """Passes TCP connections on to a port; where `cuts` says that so many bytes have come from
+    clients in all, it breaks the connection that they came by."""
+
+    def __init__(self, port: int, *cuts: int) -> None:
+        self.cuts, self.passed, self._target = list(cuts), 0, port
+        self.before_cut: Callable[[], object] = lambda: None
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._threads: list[threading.Thread] = []
+        self._start(self._accept)
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.port}{path}"
+
+    def _start(self, work: Callable[..., None], *args: Any) -> None:
+        self._threads.append(threading.Thread(target=work, args=args))
+        self._threads[-1].start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            try:
+                server = socket.create_connection(("127.0.0.1", self._target))
+            except OSError:
+                client.close()
+                continue
+            self._start(self._up, client, server)
+            self._start(self._pass, server, client)
+
+    def _up(self, client: socket.socket, server: socket.socket) -> None:
+        self._pass(client, server, count=True)
+
+    def _pass(self, source: socket.socket, target: socket.socket, count: bool = False) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                self.passed += count and len(data)
+                if count and self.cuts and self.passed >= self.cuts[0]:
+                    del self.cuts[0]
+                    self.before_cut()
+                    break
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        if not count:
+            source.close()
+            target.close()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in self._threads:
+            thread.join(SECONDS)

@@ -7,8 +7,6 @@ import os
 import pathlib
 import re
 import shutil
-import socket
-import threading
 from collections.abc import Iterator
 from typing import Any, Callable
 
@@ -18,8 +16,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 import wsgi
-from tests.support import Memcached, wait_for
-from tests.test_hosts import HOSTS, MIB, SECONDS, Server
+from tests.support import HOSTS, MIB, Memcached, Proxy, Server, wait_for
 
 Start = Callable[..., Any]
 
@@ -57,66 +54,6 @@ def chromium(downloads: pathlib.Path, script: bool) -> Any:
     options.add_experimental_option("prefs", preferences)
     service = webdriver.ChromeService(shutil.which("chromedriver"))
     return webdriver.Chrome(options, service)
-
-
-class Proxy:
-    """Passes TCP connections on to a port; where `cuts` says that so many bytes have come from
-    clients in all, it breaks the connection that they came by."""
-
-    def __init__(self, port: int, *cuts: int) -> None:
-        self.cuts, self.passed, self._target = list(cuts), 0, port
-        self.before_cut: Callable[[], object] = lambda: None
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        self._threads: list[threading.Thread] = []
-        self._start(self._accept)
-
-    def url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.port}{path}"
-
-    def _start(self, work: Callable[..., None], *args: Any) -> None:
-        self._threads.append(threading.Thread(target=work, args=args))
-        self._threads[-1].start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            try:
-                server = socket.create_connection(("127.0.0.1", self._target))
-            except OSError:
-                client.close()
-                continue
-            self._start(self._up, client, server)
-            self._start(self._pass, server, client)
-
-    def _up(self, client: socket.socket, server: socket.socket) -> None:
-        self._pass(client, server, count=True)
-
-    def _pass(self, source: socket.socket, target: socket.socket, count: bool = False) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                self.passed += count and len(data)
-                if count and self.cuts and self.passed >= self.cuts[0]:
-                    del self.cuts[0]
-                    self.before_cut()
-                    break
-                target.sendall(data)
-        for end in (source, target):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-        if not count:
-            source.close()
-            target.close()
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for thread in self._threads:
-            thread.join(SECONDS)
 
 
 def make(folder: pathlib.Path, name: str, data: bytes) -> str:

@@ -7,19 +7,13 @@ same requests. What a host can't do is named here, in HOSTS, and in the README's
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
-import dataclasses
 import hashlib
-import http.client
 import json
 import os
 import pathlib
 import re
 import shutil
-import signal
-import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
@@ -27,169 +21,16 @@ from urllib.parse import quote
 import pytest
 import requests
 
-import wsgi
-from tests.support import Memcached, wait_for
-
-MIB = 1024 * 1024
-FOLDER = pathlib.Path(wsgi.__file__).parent
-SECONDS = 240  # that any answer may take; only a hang takes as long
-
-
-@dataclasses.dataclass(frozen=True)
-class Host:
-    """A WSGI host: the command that serves on {port}, and where it differs from the others.
-
-    chunked: whether it reads chunked uploads. early: whether it answers before the body has come.
-    """
-
-    command: str
-    chunked: bool = True
-    early: bool = True
-    streams: bool = True
-
-
-HOSTS = {
-    "werkzeug": Host("{python} wsgi.py --port {port}"),
-    "gunicorn": Host("{python} -m gunicorn -w 2 -b 127.0.0.1:{port} wsgi:application"),
-    "gunicorn-threads": Host(
-        "{python} -m gunicorn -w 2 --threads 4 -b 127.0.0.1:{port} wsgi:application"
-    ),
-    "waitress": Host(
-        "{python} -m waitress --listen=127.0.0.1:{port} wsgi:application",
-        early=False,  # it keeps the whole body, in a temporary file, before it calls
-        streams=False,
-    ),
-    "cheroot": Host(
-        "{python} -m cheroot --bind 127.0.0.1:{port} wsgi:application",
-        early=False,  # it reads what the application left of a body before it answers
-    ),
-    "uwsgi": Host(
-        "{uwsgi} --master --need-app --processes 2 --buffer-size 16384 --die-on-term "
-        "--http 127.0.0.1:{port} --http-manage-expect --http-keepalive --module wsgi:application",
-        chunked=False,
-    ),
-}
-
-
-class Server:
-    """A host that runs the API on a free port of the loopback interface."""
-
-    def __init__(self, host: Host, log: pathlib.Path, **environ: str) -> None:
-        self.host, self.log = host, log
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        uwsgi = pathlib.Path(sys.executable).with_name("uwsgi")
-        command = host.command.format(python=sys.executable, uwsgi=uwsgi, port=self.port)
-        if "{uwsgi}" in host.command and not uwsgi.exists():
-            pytest.fail("these tests need uWSGI; install it: 'pip install uwsgi'")
-        with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                command.split(),
-                cwd=FOLDER,
-                env={**os.environ, **environ},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # so that its workers can be stopped with it
-            )
-
-    def wait(self) -> Server:
-        wait_for(self.answers, f"{self.host.command} to answer")
-        return self
-
-    def answers(self) -> bool:
-        if self.process.poll() is not None:
-            pytest.fail(f"{self.host.command} ended: {self.output()}")
-        try:
-            return self.request("GET", "/healthz").status == 200
-        except OSError:
-            return False
-
-    def stop(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(10)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def output(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.port}{path}"
-
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=SECONDS)
-
-    def request(
-        self, method: str, path: str, body: Any = None, headers: Any = None, **options: Any
-    ) -> Answer:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
-        with contextlib.closing(connection):
-            connection.request(method, path, body, headers or {}, **options)
-            response = connection.getresponse()
-            return Answer(response.status, response.headers, response.read())
-
-    def raw(self, *parts: bytes, end: bool = True) -> bytes:
-        """Send bytes, end the sending side, return all that comes back until the host closes."""
-        with self.connect() as connection:
-            with contextlib.suppress(OSError):  # it may have closed already
-                for part in parts:
-                    connection.sendall(part)
-                if end:
-                    connection.shutdown(socket.SHUT_WR)
-            return receive(connection)
-
-    def pids(self) -> list[int]:
-        """Of all its processes."""
-        group = subprocess.run(
-            ["ps", "-o", "pid=", "-s", str(self.process.pid)], capture_output=True, check=True
-        )
-        return [int(pid) for pid in group.stdout.split()]
-
-    def peak(self) -> int:
-        """The most memory in bytes that any one of its processes had so far."""
-        peaks = []
-        for pid in self.pids():
-            with contextlib.suppress(FileNotFoundError):
-                status = pathlib.Path(f"/proc/{pid}/status").read_text()
-                peaks += [int(kib) * 1024 for kib in re.findall(r"VmHWM:\s+(\d+)", status)]
-        return max(peaks)
-
-
-@dataclasses.dataclass
-class Answer:
-    status: int
-    headers: Any
-    data: bytes
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.data)
-
-
-def receive(connection: socket.socket) -> bytes:
-    """All that comes until the other side closes. A time-out, which is a hang, fails the test."""
-    received = b""
-    with contextlib.suppress(ConnectionResetError):
-        while piece := connection.recv(65536):
-            received += piece
-    return received
-
-
-@contextlib.contextmanager
-def running(
-    host: Host, cache: Memcached, folder: pathlib.Path, **environ: str
-) -> Iterator[Server]:
-    """A server with its log in a folder, for as long as the `with` block runs."""
-    server = Server(host, folder / "log", MEMCHUNK_SERVERS=cache.server, **environ)
-    try:
-        yield server.wait()
-    finally:
-        server.stop()
-    assert "unexpected error" not in server.output(), server.output()
+from tests.support import (
+    HOSTS,
+    MIB,
+    SECONDS,
+    Memcached,
+    Server,
+    form,
+    receive,
+    running,
+)
 
 
 @pytest.fixture(scope="module", params=HOSTS)
@@ -203,12 +44,6 @@ def server(
 @pytest.fixture(scope="module")
 def big() -> bytes:
     return os.urandom(50 * MIB)
-
-
-def form(data: bytes, name: str = "a b.bin") -> tuple[bytes, dict[str, str]]:
-    """A multipart/form-data body, and the header that goes with it."""
-    request = requests.Request("POST", "http://x", files={"file": (name, data)}).prepare()
-    return request.body, {"Content-Type": request.headers["Content-Type"]}  # type: ignore
 
 
 # Uploads and downloads

@@ -22,9 +22,7 @@ from tusclient.exceptions import TusCommunicationError, TusUploadFailed
 
 import memchunk
 import wsgi
-from tests.support import Memcached, wait_for
-from tests.test_browser import Proxy
-from tests.test_hosts import HOSTS, MIB, SECONDS, Server, running
+from tests.support import HOSTS, MIB, SECONDS, Memcached, Proxy, Server, running, wait_for
 from tests.test_lambda import (
     LIMIT,
     Client,

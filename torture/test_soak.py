@@ -27,8 +27,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.support import Memcached, Start, wait_for
-from tests.test_hosts import MIB, RULE_BREAKERS, Answer, Host, Server, form, running
+from tests.support import MIB, Answer, Host, Memcached, Server, Start, form, running, wait_for
+from tests.test_hosts import RULE_BREAKERS
 from torture.tools import LONG, counts
 
 CLIENTS = 16
