@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import http.client
-import io
 import json
 import os
 import pathlib
@@ -23,14 +22,13 @@ from typing import Any, Callable
 from urllib.parse import unquote
 
 import pytest
-from werkzeug.datastructures import FileStorage
-from werkzeug.test import encode_multipart
 
 import memchunk
 
 MIB = 1024 * 1024
 FOLDER = pathlib.Path(memchunk.__file__).parent
 SECONDS = 240  # that any answer may take; only a hang takes as long
+BOUNDARY = "no-file-of-the-tests-has-this-in-it"
 WAIT = 120  # seconds for what takes a moment on any machine that is not stuck
 INSTALL = "'apt-get install memcached', 'dnf install memcached' or 'brew install memcached'"
 
@@ -362,8 +360,12 @@ def running(
 
 def form(data: bytes, name: str = "a b.bin") -> tuple[bytes, dict[str, str]]:
     """A multipart/form-data body, and the header that goes with it."""
-    boundary, body = encode_multipart({"file": FileStorage(io.BytesIO(data), name)})
-    return body, {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    head = (
+        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="{name}"\r\n\r\n'
+    )
+    tail = f"\r\n--{BOUNDARY}--\r\n"
+    headers = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
+    return head.encode() + data + tail.encode(), headers
 
 
 class Proxy:
