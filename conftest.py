@@ -22,9 +22,7 @@ def start_memcached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]
     """Start any number of memcached processes: `start_memcached("-m", "64", unix=False)`."""
     started: list[Memcached] = []
 
-    def start(
-        *options: str, unix: bool = False, tls: ssl.SSLContext | None = None
-    ) -> Memcached:
+    def start(*options: str, unix: bool = False, tls: ssl.SSLContext | None = None) -> Memcached:
         # Unix socket paths end at 108 bytes: pytest's own folders may be longer, these are not.
         folder = tmp_path_factory.mktemp("m")
         started.append(Memcached(folder, *options, unix=unix, tls=tls))

@@ -2545,8 +2545,13 @@ def test_a_retrying_client_is_a_client_like_any(memcached: Memcached) -> None:
 
 @pytest.mark.parametrize(
     ("options", "word"),
-    [({"lease": 0}, "lease"), ({"lease": -1}, "lease"), ({"lease": 31 * DAY}, "lease"),
-     ({"chunk_size": 2**31}, "chunk_size"), ({"max_size": -1}, "max_size")],
+    [
+        ({"lease": 0}, "lease"),
+        ({"lease": -1}, "lease"),
+        ({"lease": 31 * DAY}, "lease"),
+        ({"chunk_size": 2**31}, "chunk_size"),
+        ({"max_size": -1}, "max_size"),
+    ],
 )
 def test_more_options_that_make_no_sense_are_refused(
     tcp: Site, options: dict[str, int], word: str
@@ -2674,9 +2679,7 @@ def authority() -> trustme.CA:
 
 
 @pytest.fixture
-def tls_server(
-    start_memcached: Start, authority: trustme.CA, tmp_path: pathlib.Path
-) -> Memcached:
+def tls_server(start_memcached: Start, authority: trustme.CA, tmp_path: pathlib.Path) -> Memcached:
     certificate = authority.issue_cert("localhost")
     certificate.private_key_pem.write_to_path(str(tmp_path / "key"))
     certificate.cert_chain_pems[0].write_to_path(str(tmp_path / "chain"))
@@ -2695,9 +2698,7 @@ def by_name(server: Memcached) -> str:
 
 
 @pytest.mark.parametrize("prefix", ["", "tls://"])
-def test_files_travel_over_tls(
-    tls_server: Memcached, authority: trustme.CA, prefix: str
-) -> None:
+def test_files_travel_over_tls(tls_server: Memcached, authority: trustme.CA, prefix: str) -> None:
     server = prefix + by_name(tls_server)
     with memchunk.connect(server, tls=trusting(authority)) as cache:
         data = os.urandom(10 * MIB + 1)
@@ -2717,7 +2718,8 @@ def test_a_certificate_that_is_not_trusted_is_a_clear_error(
 ) -> None:
     server = f"tls://{by_name(tls_server)}"
     for address, context in (
-        (server, None), (server, trusting(trustme.CA())),
+        (server, None),
+        (server, trusting(trustme.CA())),
         (f"tls://{tls_server.server}", trusting(authority)),  # a certificate for another name
     ):
         cache = memchunk.connect(address, tls=context)
@@ -3024,7 +3026,9 @@ def test_another_process_takes_an_upload_up(tcp: Site, server: Memcached) -> Non
         "        writer.write(b'the end')\n"
     )
     subprocess.run(
-        [sys.executable, "-c", script, server.server], input=writer.suspend(), check=True,
+        [sys.executable, "-c", script, server.server],
+        input=writer.suspend(),
+        check=True,
         env={**os.environ, "PYTHONPATH": os.path.dirname(memchunk.__file__)},
     )
     assert tcp.holds_only(file=LONG + b"the end")

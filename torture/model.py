@@ -119,7 +119,9 @@ class Process:
     the commands before, each with its key."""
 
     def __init__(
-        self, operation: Any, replies: tuple[Any, ...] = (),
+        self,
+        operation: Any,
+        replies: tuple[Any, ...] = (),
         sent: frozenset[Step] = frozenset(),
     ) -> None:
         self.operation, self._replies, self.sent = operation, replies, sent

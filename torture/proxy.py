@@ -19,9 +19,13 @@ from tests.support import Memcached
 
 FAULTS = [
     "gone",  # connection refused, from this command on
-    "reset before", "reset after",  # the command was not done, or its reply is lost
-    "timeout before", "timeout after",
-    "out of memory", "server error", "garbage",  # SERVER_ERROR, or no reply of memcached at all
+    "reset before",
+    "reset after",  # the command was not done, or its reply is lost
+    "timeout before",
+    "timeout after",
+    "out of memory",
+    "server error",
+    "garbage",  # SERVER_ERROR, or no reply of memcached at all
     "no",  # NOT_STORED, EXISTS, NOT_FOUND, a miss: falsely, but that what is to be deleted is gone
     "evicted",  # done, and the items evicted at once
 ]
@@ -30,8 +34,14 @@ ON_THE_WIRE = [*FAULTS, "cut"]  # half a reply
 DONE = {"", "act", "reset after", "timeout after", "evicted", "cut"}
 HANGS_UP = {"gone", "reset before", "reset after", "timeout before", "timeout after", "cut"}
 NO = {  # how memcached says no
-    "set": b"NOT_STORED", "add": b"NOT_STORED", "cas": b"EXISTS", "touch": b"NOT_FOUND",
-    "delete": b"NOT_FOUND", "get": b"END", "gets": b"END", "stats": b"END",
+    "set": b"NOT_STORED",
+    "add": b"NOT_STORED",
+    "cas": b"EXISTS",
+    "touch": b"NOT_FOUND",
+    "delete": b"NOT_FOUND",
+    "get": b"END",
+    "gets": b"END",
+    "stats": b"END",
 }
 OUT_OF_MEMORY = {
     **dict.fromkeys(["get", "gets"], b"out of memory writing get response"),
@@ -156,8 +166,12 @@ class Proxy(Trigger):
                 command = read_command(requests)
 
     def _answer(
-        self, command: Command, client: socket.socket, requests: io.BufferedReader,
-        server: socket.socket, replies: IO[bytes],
+        self,
+        command: Command,
+        client: socket.socket,
+        requests: io.BufferedReader,
+        server: socket.socket,
+        replies: IO[bytes],
     ) -> bytes:
         fault, reply = self._next(command.verb), b""
         if fault == "act":
@@ -187,8 +201,12 @@ class Late(Proxy):
     """Does a command only some time after its sender hung up."""
 
     def _answer(
-        self, command: Command, client: socket.socket, requests: io.BufferedReader,
-        server: socket.socket, replies: IO[bytes],
+        self,
+        command: Command,
+        client: socket.socket,
+        requests: io.BufferedReader,
+        server: socket.socket,
+        replies: IO[bytes],
     ) -> bytes:
         late = self._next(command.verb)
         if late:
@@ -213,14 +231,22 @@ def false_answer(fault: str, verb: str) -> bytes:
 
 ERRORS: dict[str, Callable[[bytes], Exception]] = {
     "gone": ConnectionRefusedError,
-    "reset before": ConnectionResetError, "reset after": ConnectionResetError,
-    "timeout before": TimeoutError, "timeout after": TimeoutError,
-    "server error": MemcacheServerError, "garbage": MemcacheUnknownError,
+    "reset before": ConnectionResetError,
+    "reset after": ConnectionResetError,
+    "timeout before": TimeoutError,
+    "timeout after": TimeoutError,
+    "server error": MemcacheServerError,
+    "garbage": MemcacheUnknownError,
 }
 CLIENT_NO: dict[str, Callable[[Any], object]] = {  # what pymemcache makes of a no
-    "gets": lambda key: (None, None), "get_many": lambda keys: {}, "set_many": list,
-    "add": lambda key: False, "cas": lambda key: False, "touch": lambda key: False,
-    "delete_many": lambda keys: True, "stats": lambda what: {},
+    "gets": lambda key: (None, None),
+    "get_many": lambda keys: {},
+    "set_many": list,
+    "add": lambda key: False,
+    "cas": lambda key: False,
+    "touch": lambda key: False,
+    "delete_many": lambda keys: True,
+    "stats": lambda what: {},
 }
 
 

@@ -186,9 +186,7 @@ def moments(stride: int, *what: str) -> Iterator[int]:
 
 
 @pytest.mark.parametrize(("operation", "present"), CASES)
-def test_two_commands_fail(
-    site: Site, direct: FileCache, operation: str, present: bool
-) -> None:
+def test_two_commands_fail(site: Site, direct: FileCache, operation: str, present: bool) -> None:
     """A sample. The second fault often strikes what was to mend the first."""
     dice = random.Random(operation)
     faults = ["reset before", "reset after", "out of memory", "server error"]

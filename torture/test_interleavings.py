@@ -288,8 +288,10 @@ def late_cas_was_replaced(state: State) -> bool:
 
 
 def explains(
-    order: tuple[int, ...], file: Optional[File],
-    events: list[tuple[Operation, object, Before]], final: tuple[object, object],
+    order: tuple[int, ...],
+    file: Optional[File],
+    events: list[tuple[Operation, object, Before]],
+    final: tuple[object, object],
     struck: int,
 ) -> bool:
     for position, number in enumerate(order):

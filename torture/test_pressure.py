@@ -55,9 +55,7 @@ def busy(server: Memcached, data: bytes, churn: int, dice: random.Random) -> Ite
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-def test_what_a_write_returned_for_is_there(
-    start_memcached: Start, big: bytes, kind: str
-) -> None:
+def test_what_a_write_returned_for_is_there(start_memcached: Start, big: bytes, kind: str) -> None:
     options, largest, churn = SERVERS[kind]
     server, dice, returned = start_memcached(*options), random.Random(kind), 0
     if "held" in kind:
@@ -121,9 +119,12 @@ OUTCOMES = {
     ("stop", "get"): ("CacheUnavailable",),
 }
 LEFT = {
-    ("stop", "set"): (OLD, NEW), ("restart", "set"): (NEW, "FileNotFound"),
-    ("stop", "delete"): (OLD, "FileNotFound"), ("restart", "delete"): ("FileNotFound",),
-    ("stop", "get"): (OLD,), ("restart", "get"): ("FileNotFound",),
+    ("stop", "set"): (OLD, NEW),
+    ("restart", "set"): (NEW, "FileNotFound"),
+    ("stop", "delete"): (OLD, "FileNotFound"),
+    ("restart", "delete"): ("FileNotFound",),
+    ("stop", "get"): (OLD,),
+    ("restart", "get"): ("FileNotFound",),
 }
 STEP = 1 if LONG else 4
 

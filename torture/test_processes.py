@@ -233,9 +233,7 @@ def test_an_interrupt_of_a_command_that_is_done_late(server: Memcached, kind: st
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_interrupt_while_the_server_is_stopped(
-    start_memcached: Any, kind: str
-) -> None:
+def test_an_interrupt_while_the_server_is_stopped(start_memcached: Any, kind: str) -> None:
     """The signal comes while a call waits for a reply; the reply comes when it has gone."""
     server = start_memcached()
     with closing(KINDS[kind](server)) as cache:

@@ -132,8 +132,13 @@ class Client:
     # One request
 
     def ask(
-        self, method: str, path: str, body: bytes = b"",
-        headers: Optional[Mapping[str, str]] = None, chunked: bool = False, pauses: int = 0,
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        headers: Optional[Mapping[str, str]] = None,
+        chunked: bool = False,
+        pauses: int = 0,
         most: Optional[int] = None,
     ) -> Answer:
         """Send a request, with `pauses` in the body that take SLOW seconds together; hang up after
@@ -317,11 +322,26 @@ class Client:
 
 
 ACTIONS: list[Callable[[Client], None]] = [
-    Client.store, Client.store, Client.store_a_form, Client.store_chunked, Client.store_slowly,
-    Client.stall_and_go_on, Client.hang_up_in_an_upload, Client.read, Client.read, Client.read,
-    Client.read_a_part, Client.read_the_headers, Client.hang_up_in_a_download, Client.delete,
-    Client.resume, Client.replace_a_shared_file, Client.add_a_shared_file,
-    Client.read_a_shared_file, Client.read_a_shared_file, Client.delete_a_shared_file,
+    Client.store,
+    Client.store,
+    Client.store_a_form,
+    Client.store_chunked,
+    Client.store_slowly,
+    Client.stall_and_go_on,
+    Client.hang_up_in_an_upload,
+    Client.read,
+    Client.read,
+    Client.read,
+    Client.read_a_part,
+    Client.read_the_headers,
+    Client.hang_up_in_a_download,
+    Client.delete,
+    Client.resume,
+    Client.replace_a_shared_file,
+    Client.add_a_shared_file,
+    Client.read_a_shared_file,
+    Client.read_a_shared_file,
+    Client.delete_a_shared_file,
     Client.send_garbage,
 ]
 
@@ -378,7 +398,10 @@ SOAKS = {
 
 @pytest.mark.parametrize(("host", "megabytes"), SOAKS.values(), ids=SOAKS.keys())
 def test_soak(
-    request: pytest.FixtureRequest, start_memcached: Start, tmp_path: pathlib.Path, host: Host,
+    request: pytest.FixtureRequest,
+    start_memcached: Start,
+    tmp_path: pathlib.Path,
+    host: Host,
     megabytes: int,
 ) -> None:
     memcached, what = start_memcached("-m", str(megabytes)), request.node.callspec.id

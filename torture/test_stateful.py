@@ -210,7 +210,10 @@ def test_any_sequence_of_operations_does_what_a_dictionary_does(server: Memcache
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=1000 if LONG else 60, stateful_step_count=100 if LONG else 50,
-            deadline=None, database=None, suppress_health_check=list(HealthCheck),
+            max_examples=1000 if LONG else 60,
+            stateful_step_count=100 if LONG else 50,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
         ),
     )

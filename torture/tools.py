@@ -54,7 +54,10 @@ def manifest(cache: FileCache, name: str = "file") -> str:
 
 
 def audit(
-    server: Memcached, *infos: FileInfo, spare: str = "-", leased: bool = False,
+    server: Memcached,
+    *infos: FileInfo,
+    spare: str = "-",
+    leased: bool = False,
     exact: bool = False,
 ) -> None:
     """Nothing is in the cache but these files, what is on a lease, and keys with `spare` in them;
