@@ -1028,13 +1028,26 @@ def test_words_for_browsers(client: Any) -> None:
 
 
 def test_the_page(memcached: Memcached) -> None:
-    page = make(memcached, max_size=12345, token="t", expire=7 * 86400).get("/")
-    assert "for 7 days<" in page.text
+    client = make(memcached, max_size=12345, token="t", expire=7 * 86400)
+    page = client.get("/")
+    assert '<option value="604800" selected>for 7 days<' in page.text
     assert (page.status_code, page.mimetype) == (200, "text/html")
     assert "12345" in page.text
     assert "{{" not in page.text
-    assert 'action="http://localhost/files"' in page.text
-    assert "default-src 'none'" in page.headers["Content-Security-Policy"]
+    assert 'action="files"' in page.text
+    again = client.get("/", headers={"If-None-Match": page.headers["ETag"]})
+    assert (again.status_code, again.data) == (304, b"")
+
+
+@pytest.mark.parametrize("path", ["/", "/nowhere"])
+def test_pages_run_what_stands_in_them_and_no_more(client: Any, path: str) -> None:
+    page = client.get(path, headers=BROWSER)
+    policy = page.headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; ")
+    assert "unsafe" not in policy
+    for block in re.findall(r"<(?:style|script)>(.*?)</", page.text, re.DOTALL):
+        digest = base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in policy
 
 
 def test_mounted_under_a_prefix(client: Any) -> None:

@@ -20,7 +20,6 @@ import argparse
 import base64
 import contextlib
 import dataclasses
-import datetime
 import functools
 import hashlib
 import hmac
@@ -114,12 +113,8 @@ TEXT_DECODERS = ("apig_wsgi.full_event", "serverless.event")
 
 # What a browser may do with a stored file: keep it. Whatever runs in it, runs without this origin.
 STORED_FILE_POLICY = "sandbox; default-src 'none'"
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
-    "script-src 'unsafe-inline'; connect-src 'self'; form-action 'self'; base-uri 'none'; "
-    "frame-ancestors 'none'",
-    "Cache-Control": "no-cache",
-}
+
+EXPIRES = (3600, 86400, 7 * 86400, 30 * 86400)  # seconds that the page offers to keep a file
 
 # Status and advice for each error of the library. What it says of servers stays in the log.
 ERRORS: dict[type[memchunk.MemchunkError], tuple[int, str]] = {
@@ -140,17 +135,22 @@ TITLES = {**HTTP_STATUS_CODES, 460: "Checksum Mismatch"}  # 460 is tus's own
 # What it means for an upload that one of its pieces can't be read.
 LOST = (memchunk.FileNotFound, memchunk.FileEvicted, memchunk.FileCorrupt)
 
+# A page in words. Values stand for {{keys}}, as in upload.html: see `_fill`.
 HTML = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
 <meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>body {{ font: 1rem/1.5 system-ui, sans-serif; max-width: 40rem; margin: 3rem auto;
-padding: 0 1rem; overflow-wrap: anywhere }}</style>
-<h1>{title}</h1>
-<p>{text}</p>
-<p><a href="{home}">Upload a file</a></p>
+<title>{{title}}</title>
+<style>
+body { font: 1rem/1.5 system-ui, sans-serif; max-width: 40rem; margin: 3rem auto; padding: 0 1rem;
+  overflow-wrap: anywhere }
+</style>
+<main>
+<h1>{{title}}</h1>
+<p>{{text}}</p>
+<p><a href="{{home}}">Upload a file</a></p>
+</main>
 """
 
 log = logging.getLogger("memchunk.wsgi")
@@ -595,7 +595,6 @@ class Application:
         self.cache = cache
         self.settings = settings or Settings()
         self.uploads = Uploads(cache)
-        self.page = pathlib.Path(__file__).with_name("upload.html").read_text("utf-8")
         self.url_map = Map(
             [
                 Rule("/", endpoint="page", methods=["GET"]),
@@ -615,6 +614,7 @@ class Application:
             strict_slashes=False,
             merge_slashes=False,
         )
+        self.page = self.upload_page()
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         return self.wsgi_app(environ, start_response)
@@ -682,21 +682,21 @@ class Application:
         return _empty(headers)
 
     def on_page(self, request: Request) -> Response:
-        expire = self.settings.expire
-        kept = "as long as there is room"
-        if expire:
-            kept = f"for {datetime.timedelta(seconds=expire)}".replace(", 0:00:00", "")
-        values = {
-            "files": self.url(request, "new"),
-            "uploads": self.url(request, "start"),
-            "seconds": str(expire),
-            "max_size": str(self.cache.max_size),
-            "limit": _words(self.cache.max_size),
-            "expire": kept,
-            "token": "" if self.settings.token else "hidden",
-        }
-        page = re.sub(r"\{\{(\w+)\}\}", lambda key: html.escape(values[key[1]]), self.page)
-        return Response(page, headers=PAGE_HEADERS, mimetype="text/html")
+        response = Response(self.page, headers=_page_headers(self.page), mimetype="text/html")
+        response.add_etag()
+        return response.make_conditional(request)
+
+    def upload_page(self) -> str:
+        """The same for every request: its addresses are relative to its own."""
+        resumes = self.url_map.bind("").test("/uploads", "POST")
+        return _fill(
+            pathlib.Path(__file__).with_name("upload.html").read_text("utf-8"),
+            uploads="uploads" if resumes else "",
+            max_size=str(self.cache.max_size),
+            limit=_words(self.cache.max_size),
+            expiries=_expiry_options(self.settings),
+            token="" if self.settings.token else "hidden",
+        )
 
     def on_health(self, request: Request) -> Response:
         return _json({"status": "ok"}, headers={"Cache-Control": "no-store"})
@@ -789,9 +789,9 @@ class Application:
     def words(
         self, request: Request, title: str, text: str, status: int, headers: Mapping[str, str]
     ) -> Response:
-        page = HTML.format(title=title, text=text, home=html.escape(f"{request.root_path}/"))
+        page = _fill(HTML, title=title, text=text, home=html.escape(f"{request.root_path}/"))
         more = {"Vary": "Accept", "Content-Type": "text/html; charset=utf-8"}
-        return Response(page, status, {**headers, **PAGE_HEADERS, **more})
+        return Response(page, status, {**headers, **_page_headers(HTML), **more})
 
     def on_read(self, request: Request, name: str) -> Response:
         for _ in range(READ_ATTEMPTS):
@@ -950,6 +950,50 @@ def _too_large(limit: int) -> Problem:
 
 def _words(size: int) -> str:
     return f"{size / 2**20:.4g} MiB" if size >= 2**20 else f"{size:,} bytes"
+
+
+def _duration(seconds: int) -> str:
+    """In words: 5400 is "90 minutes"."""
+    units = {"day": 86400, "hour": 3600, "minute": 60, "second": 1}
+    unit = next(unit for unit, length in units.items() if seconds % length == 0)
+    count = seconds // units[unit]
+    return f"{count} {unit}{'' if count == 1 else 's'}"
+
+
+def _expiry_options(settings: Settings) -> str:
+    """What the page offers as time to keep a file, as HTML: no longer than the settings allow."""
+    most = getattr(settings, "max_expire", 0) or MAX_EXPIRE
+    default = settings.expire or (0 if most == MAX_EXPIRE else most)
+    offers = sorted({default, *(seconds for seconds in EXPIRES if seconds <= most)})
+    return "\n".join(
+        f'<option value="{seconds}"{" selected" if seconds == default else ""}>'
+        f"{'for ' + _duration(seconds) if seconds else 'as long as there is room'}</option>"
+        for seconds in offers
+    )
+
+
+def _fill(template: str, **values: str) -> str:
+    """The template with each {{key}} replaced by its value, which is HTML."""
+    return re.sub(r"\{\{(\w+)\}\}", lambda key: values[key[1]], template)
+
+
+@functools.lru_cache(maxsize=2)
+def _page_headers(page: str) -> dict[str, str]:
+    """What a browser may do with a page of ours: run the style and the script that stand in it,
+    which it knows by their hashes, and send what the script or a form does to this server."""
+
+    def hashes(tag: str) -> str:
+        blocks = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digests = [hashlib.sha256(block.encode()).digest() for block in blocks]
+        sources = [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests]
+        return " ".join(sources) or "'none'"
+
+    policy = (
+        f"default-src 'none'; style-src {hashes('style')}; script-src {hashes('script')}; "
+        "img-src data:; connect-src 'self'; form-action 'self'; base-uri 'none'; "
+        "frame-ancestors 'none'"
+    )
+    return {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
 
 
 def _is_tus(request: Request) -> bool:
