@@ -15,14 +15,14 @@ import itertools
 import random
 import time
 from collections.abc import Iterator
-from typing import Any, Callable, Union
+from typing import Callable, Union
 
 import pytest
 
 import memchunk
 from memchunk import FileCache
+from tests.faults import ON_THE_WIRE, Faulty, Proxy
 from tests.support import Memcached
-from torture.proxy import ON_THE_WIRE, Faulty, Proxy
 from torture.tools import (
     CHUNK,
     GONE,
@@ -111,6 +111,9 @@ class Case:
     def run(self, cache: FileCache) -> object:
         return result(lambda: OPERATIONS[self.operation](cache, self.version, self.new))
 
+    def cache(self, timeout: float) -> FileCache:
+        return self.site.cache(timeout, chunk_size=CHUNK, lease=LEASE)
+
     def attempt(self, *faults: tuple[int, str], action: Callable[[], object] = bool) -> object:
         """The operation's result, with these faults. Whatever it is, the cache works on."""
         self.prepare()
@@ -125,7 +128,7 @@ class Case:
             action()
 
         waits = any(fault.startswith("timeout") for _, fault in faults)
-        with contextlib.closing(connected(self.site, TIMEOUT if waits else 10)) as cache:
+        with contextlib.closing(self.cache(TIMEOUT if waits else 10)) as cache:
             self.site.arm(*faults, action=strike)
             outcome = self.run(cache)
             self.fired, self.evicted = self.site.fired, self.site.evicted
@@ -153,13 +156,6 @@ class Case:
         # Chunks whose touch says no, falsely, keep the later of two ends.
         exact = outcome == self.wanted and fault != "no"
         audit(self.site.upstream, *infos, spare="" if helpless else "-", exact=exact)
-
-
-def connected(site: Site, timeout: float) -> FileCache:
-    options: Any = {"chunk_size": CHUNK, "lease": LEASE}
-    if isinstance(site, Faulty):
-        return FileCache(site, **options)
-    return memchunk.connect(site.server, timeout=timeout, **options)
 
 
 @pytest.mark.parametrize("fault", ON_THE_WIRE)

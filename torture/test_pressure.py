@@ -17,8 +17,8 @@ import pytest
 
 import memchunk
 from memchunk import CacheFull, FileCache, FileExists
+from tests.faults import Proxy
 from tests.support import Memcached, Start, wait_for
-from torture.proxy import Proxy
 from torture.tools import CHUNK, LEASE, LONG, audit, counts, result
 
 MIB = 1024 * 1024

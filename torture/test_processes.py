@@ -29,8 +29,8 @@ from pymemcache.client.base import Client, PooledClient
 
 import memchunk
 from memchunk import FileCache
+from tests.faults import Late
 from tests.support import Memcached, wait_for
-from torture.proxy import Late
 from torture.tools import CHUNK, LEASE, LONG, audit, counts, result
 
 TURNS = 100 if LONG else 10

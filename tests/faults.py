@@ -1,4 +1,5 @@
-"""Two ways to make the n-th memcached command fail: on the wire, and in a user's client."""
+"""Two ways to make the n-th memcached command fail: in a client that a user brings (`Faulty`), and
+on the wire, behind the sockets of `memchunk.connect` (`Proxy`)."""
 
 from __future__ import annotations
 
@@ -15,6 +16,8 @@ from typing import IO, Any, Callable, NamedTuple, Optional
 from pymemcache.client.base import Client
 from pymemcache.exceptions import MemcacheServerError, MemcacheUnknownError
 
+import memchunk
+from memchunk import FileCache
 from tests.support import Memcached
 
 FAULTS = [
@@ -50,7 +53,7 @@ OUT_OF_MEMORY = {
 
 
 class Trigger:
-    """Tells the command that is to fail from the others. `fired`: how many did."""
+    """Tells the command that is to fail from the others. `struck`: the verbs of those that did."""
 
     def __init__(self, upstream: Memcached) -> None:
         self.upstream, self._lock = upstream, threading.Lock()
@@ -65,19 +68,24 @@ class Trigger:
         """Each fault strikes at the command of that number, 0 the next; and then `action`. The
         fault "act" is the action alone, before the command. `verbs`: what was seen."""
         with self._lock:
-            self._faults, self._action, self.fired = dict(faults), action, 0
+            self._faults, self._action = dict(faults), action
+            self.struck: list[str] = []
             self.evicted: list[str] = []  # keys
             self.verbs: list[str] = []
 
     def disarm(self) -> None:
         self.arm()
 
+    @property
+    def fired(self) -> int:
+        return len(self.struck)
+
     def _next(self, verb: str) -> str:
         """The fault of this command, or ""."""
         with self._lock:
             fault = self._faults.get(len(self.verbs), "")
             self.verbs.append(verb)
-            self.fired += bool(fault)
+            self.struck += [verb] * bool(fault)
             if fault == "gone":
                 self._faults = dict.fromkeys(range(len(self.verbs), 10**4), fault)
         return fault
@@ -136,6 +144,9 @@ class Proxy(Trigger):
                 session = threading.Thread(target=self._serve, args=[client], daemon=True)
                 self._sessions.append(session)
                 session.start()
+
+    def cache(self, timeout: float = 10, **options: Any) -> FileCache:
+        return memchunk.connect(self.server, timeout=timeout, **options)
 
     def drain(self) -> None:
         """Wait until all commands were carried out, after their senders have gone."""
@@ -256,6 +267,12 @@ class Faulty(Trigger):
     def __init__(self, upstream: Memcached) -> None:
         super().__init__(upstream)
         self._client = Client(upstream.address, timeout=5)
+
+    def cache(self, timeout: float = 10, **options: Any) -> FileCache:
+        return FileCache(self, **options)
+
+    def drain(self) -> None:
+        """All commands were carried out when they returned."""
 
     def close(self) -> None:
         self._client.close()
