@@ -641,7 +641,7 @@ class _Order:
         elif self.verb == "add" and found.info and not slot.missing(found.info):
             raise FileExists(name=self.name, info=found.info)
 
-    def pack(self, info: FileInfo, tail: memoryview) -> bytes:
+    def pack(self, info: FileInfo, tail: bytearray) -> bytes:
         """A writer's state: a line of JSON, and the bytes that don't fill a chunk yet."""
         head = dataclasses.asdict(self), dataclasses.asdict(info)
         return json.dumps(head, default=lambda metadata: metadata.hex()).encode() + b"\n" + tail
@@ -679,17 +679,15 @@ class FileWriter(io.RawIOBase):
         old: FileInfo | None = None,
     ) -> None:
         super().__init__()
-        self._sealed, self._resumed = False, draft is not None
         self._order, self._slot, self._old = order, cache._slot(order.name), old
+        self._resumed, self._sealed = draft is not None, False
         self._max_size, self._lease = cache.max_size, cache.lease
         self._capacity, self._memory = cache._limits(self._slot)
         self._started = time.monotonic()
-        # `size` and `chunks` count what may be stored, from before it is sent.
+        # Its `size` and `chunks` count what may be stored, from before it is sent.
         self._draft = draft or self._plan(order.size)
+        self._rest = bytearray(tail)  # what does not make a batch yet
         self.batch_size = self._draft._chunk_size * self._draft._per_batch(_WRITE_BATCH)
-        self._buffer = memoryview(b"")
-        self._filled = 0
-        self._take(memoryview(tail))
 
     def _plan(self, size: int | None) -> FileInfo:
         return FileInfo._plan(self._order.name, size, self._capacity, self._order.metadata)
@@ -701,7 +699,7 @@ class FileWriter(io.RawIOBase):
     def tell(self) -> int:
         """Bytes written so far."""
         self._checkClosed()
-        return self._draft.size + self._filled
+        return self._draft.size + len(self._rest)
 
     def write(self, data: Any) -> int:
         """Write all of a bytes-like object; return its length in bytes.
@@ -725,7 +723,7 @@ class FileWriter(io.RawIOBase):
         if self.closed:
             return
         try:
-            self._flush_rest()
+            self._finish()
             self._publish()
         except BaseException:
             self._fail()
@@ -740,9 +738,9 @@ class FileWriter(io.RawIOBase):
         """
         self._checkClosed()
         try:
-            full = self._filled - self._filled % self._draft._chunk_size
-            self._send(self._buffer[:full])
-            state = self._order.pack(self._draft, self._buffer[full : self._filled])
+            full = len(self._rest) - len(self._rest) % self._draft._chunk_size
+            self._send(memoryview(self._rest)[:full])
+            state = self._order.pack(self._draft, self._rest[full:])
         except BaseException:
             self._fail()
             raise
@@ -754,21 +752,12 @@ class FileWriter(io.RawIOBase):
         if self.closed:
             return
         super().close()
-        if self._slot.server.silent:
-            return  # what is stored ends with its lease
-        try:
-            # Is it published all the same? The reply to that can be lost, and Ctrl-C can strike
-            # behind it.
-            published = self._sealed and self._slot.lookup().version == self._draft.version
-        except BaseException as error:
-            # Where nobody tells, put the chunks on a lease again.
-            with contextlib.suppress(CacheUnavailable):
-                self._slot.touch(self._draft, self._lease)
-            if not isinstance(error, CacheUnavailable):
-                raise
-        else:
-            if not published:
-                self._slot.discard(self._draft)
+        self._slot.tidy(self._delete)
+
+    def _delete(self) -> None:
+        # Is it published all the same? The reply to that can be lost, and Ctrl-C strike behind it.
+        if not (self._sealed and self._slot.lookup().version == self._draft.version):
+            self._slot.discard(self._draft)
 
     def _fail(self) -> None:
         """Abandon; but others may have resumed the same upload, and their chunks are these."""
@@ -812,25 +801,21 @@ class FileWriter(io.RawIOBase):
     def _take(self, view: memoryview) -> None:
         """Send what makes a batch; keep the rest. What need not be joined is not copied."""
         while view:
-            room = self.batch_size - self._filled
-            ends = self.tell() + len(view) == self._order.size
-            if not self._filled and (len(view) >= room or ends):
-                self._send(view[:room])
-            else:
-                self._keep(view[:room])
-            view = view[room:]
+            room = self.batch_size - len(self._rest)
+            piece, view = view[:room], view[room:]
+            is_last = self.tell() + len(piece) == self._order.size
+            if not self._rest and (len(piece) == room or is_last):
+                self._send(piece)
+                continue
+            self._rest += piece
+            if len(self._rest) == self.batch_size:
+                self._flush()
 
-    def _keep(self, view: memoryview) -> None:
-        if not self._buffer:
-            size = min(self.batch_size, self._order.size or self.batch_size)
-            self._buffer = memoryview(bytearray(size))
-        self._buffer[self._filled : self._filled + len(view)] = view
-        self._filled += len(view)
-        if self._filled == self.batch_size:
-            batch, self._filled = self._buffer, 0
-            self._send(batch)
+    def _flush(self) -> None:
+        batch, self._rest = self._rest, bytearray()
+        self._send(memoryview(batch))
 
-    def _flush_rest(self) -> None:
+    def _finish(self) -> None:
         """Send what is left. Raises SizeMismatch."""
         length = self.tell()
         if self._order.size not in (None, length):
@@ -838,8 +823,7 @@ class FileWriter(io.RawIOBase):
         if not self._draft.chunks:  # the whole file is at hand: its size is known now
             version = self._draft.version
             self._draft = dataclasses.replace(self._plan(length), version=version)
-        batch, self._filled = self._buffer[: self._filled], 0
-        self._send(batch)
+        self._flush()
 
     def _send(self, batch: memoryview) -> None:
         """2. Store chunks, on a lease. Where both files don't fit, the old one goes first:
@@ -885,20 +869,20 @@ class FileWriter(io.RawIOBase):
         order, slot = self._order, self._slot
         now = int(time.time())
         info = dataclasses.replace(self._draft, created=now, expires=_end(order.expire))
-        self._sealed = True
         for _ in range(_ATTEMPTS):
+            # Asked now, not before the upload: a server that restarts counts its tokens anew.
+            found = slot.lookup()
+            if found.info and found.version == info.version:
+                self.info = found.info  # by another, who resumed the same upload; or reply lost
+                return
+            order.check(slot, found)
             # 3. A server that is short of memory says STORED, and evicts the first chunks while
             # the last arrive.
+            self._sealed = True
             missing = slot.touch(info, slot.exptime(order.expire, _SLACK))
             if missing:
                 raise self._full(missing)
-            # 4. Asked now, not before the upload: a server that restarts counts its tokens anew.
-            found = slot.lookup()
-            if found.info and found.version == info.version:
-                self.info = found.info  # by another, who resumed the same upload
-                return
-            order.check(slot, found)
-            if slot.swap(found, info, slot.exptime(order.expire)):  # and 5.
+            if slot.swap(found, info, slot.exptime(order.expire)):  # 4. and 5.
                 if self._resumed:  # another, who did so too, may have put them on a lease
                     slot.touch(info, slot.exptime(order.expire, _SLACK))
                 self.info = info
@@ -1078,45 +1062,47 @@ class _Slot:
 
     def swap(self, found: _Found, info: FileInfo | None, exptime: int) -> bool:
         """Put `info`, or nothing, in the place of what was found: the one atomic step; then delete
-        the chunks that nothing leads to any more. False where nothing was done and it may be tried
-        again. Raises CacheFull, and CacheUnavailable where nobody can tell whether it was done."""
-        value = info._pack() if info else b""
+        the chunks that nothing leads to any more. False: another was quicker, and nothing is done.
+        Raises CacheFull, and CacheUnavailable where nobody can tell whether it was done."""
         try:
-            try:
-                done = self._put(found, value, exptime)
-            except CacheUnavailable as lost:
-                done = self._recovered(lost, found, value, exptime)
+            done = self._replace(found, info, exptime)
         except BaseException:
             # It may have been done all the same, and then nobody else would delete the chunks.
-            with contextlib.suppress(CacheUnavailable):
-                if not self.server.silent and self.lookup().version != found.version:
-                    self.discard(found.info)
+            self.tidy(lambda: self._discard_replaced(found, self.lookup().version))
             raise
-        if done and found.version != (info.version if info else None):
-            self.discard(found.info)
+        if done:
+            self._discard_replaced(found, info.version if info else None)
         return done
 
-    def _put(self, found: _Found, value: bytes, exptime: int) -> bool:
+    def _replace(self, found: _Found, info: FileInfo | None, exptime: int) -> bool:
         verb = "add" if found.value is None else "cas"
-        [reply] = self._ask("store", verb, {self._key: (value,)}, exptime, found.token)
+        value = info._pack() if info else b""
+        for again in (True, False):
+            try:
+                [reply] = self._ask("store", verb, {self._key: (value,)}, exptime, found.token)
+                break
+            except CacheUnavailable:
+                now = self.lookup()
+                if now.value == (value or None):
+                    return True  # only the reply was lost
+                # Where nothing is done, it is tried once more: should memcached do the first try
+                # late, it won't do both.
+                if not again or now.token != found.token:
+                    raise
         if reply != _STORED and reply not in _NO:
             raise self.full(0, [], "", reply)
         return bool(reply == _STORED)
 
-    def _recovered(
-        self, lost: CacheUnavailable, found: _Found, value: bytes, exptime: int
-    ) -> bool:
-        """Whether a `_put` whose reply was lost was done. Raises it where nobody can tell."""
-        now = self.lookup()
-        if now.token is not None and now.token == found.token:
-            # It was not done, or the token would be another. Once more: should memcached do the
-            # first one late, it does not do both.
-            if self._put(found, value, exptime):
-                return True
-            now = self.lookup()
-        if now.value != (value or None):
-            raise lost  # perhaps done, and undone by a writer who deleted our chunks
-        return True
+    def _discard_replaced(self, found: _Found, version: str | None) -> None:
+        """Delete what was found, unless `version`, which is there now, is the same."""
+        if found.info and found.version != version:
+            self.discard(found.info)
+
+    def tidy(self, action: Callable[[], None]) -> None:
+        """Clean up after an error, as far as the server answers: what is left has no reader."""
+        if not self.server.silent:
+            with contextlib.suppress(CacheUnavailable):
+                action()
 
     def store(
         self, verb: str, info: FileInfo, values: Mapping[int, tuple[Any, ...]], lease: int
@@ -1166,18 +1152,14 @@ class _Slot:
             raise self.full(0, [], "", reply)
         return [index for index, reply in enumerate(replies) if reply == _NOT_FOUND]
 
-    def discard(self, info: FileInfo | None) -> None:
+    def discard(self, info: FileInfo) -> None:
         """Delete the chunks of a version that no manifest names. Failure is no error, as nothing
         depends on it; but nobody else will ever do it, so it is tried again, after Ctrl-C too."""
-        if info is None:
-            return
         keys = [self.chunk_key(info.version, index) for index in range(info.chunks)]
         try:
             self._ask("delete", keys)
         except BaseException as error:
-            with contextlib.suppress(CacheUnavailable):
-                if not self.server.silent:
-                    self._ask("delete", keys)
+            self.tidy(lambda: self._ask("delete", keys))
             if not isinstance(error, CacheUnavailable):
                 raise
 
