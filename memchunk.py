@@ -480,6 +480,14 @@ class FileCache:
         writer._renew()
         return writer
 
+    def abandon(self, state: bytes) -> None:
+        """Delete what is stored of an upload that `FileWriter.suspend` put down, here or by others
+        who resumed it, unless it is published. Raises ValueError where `state` is none."""
+        order, info, _ = _Order.unpack(state)
+        slot = self._slot(order.name)
+        if slot.lookup().version != info.version:
+            slot.discard(dataclasses.replace(info, chunks=max(info.chunks, info._total)))
+
     def get(self, name: str) -> bytes:
         """The whole file, verified. Raises FileNotFound, FileEvicted, FileCorrupt, and
         FileTooLarge for one that a cache with another `max_size` wrote: `open` takes less memory.
@@ -729,6 +737,14 @@ class FileWriter(io.RawIOBase):
             self._fail()
             raise
         super().close()
+
+    def chunks(self) -> Iterator[memoryview]:
+        """What was written so far, in verified buffers, read back from where it is stored. Raises
+        FileEvicted, FileCorrupt."""
+        self._checkClosed()
+        self._renew()
+        yield from CachedFile(self._slot, self._draft).chunks()
+        yield memoryview(bytes(self._rest))
 
     def suspend(self) -> bytes:
         """Put the upload down: return its state, for `FileCache.resume`, and close this stream.

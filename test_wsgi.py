@@ -31,6 +31,7 @@ from werkzeug.http import http_date, parse_options_header
 from werkzeug.test import Client, TestResponse
 
 import memchunk
+import tus
 import wsgi
 from tests.support import Memcached, opened, wait_for
 
@@ -1259,9 +1260,11 @@ def anything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[wsgi.Applicat
     memcached = Memcached(tmp_path_factory.mktemp("m"))
     application = make(memcached, max_size=100_000).application
     application.cache.set("a", content(5000))
-    for name, done in (("u", ""), ("d", "0" * 16)):
-        upload = wsgi.Resumable(name, name, 300, 0, int(time.time()) + 999, "", "", {}, done)
-        application.uploads.save(upload)
+    for name, done in (("u", False), ("d", True)):
+        assert application.uploads
+        upload = application.uploads.begin(tus.Upload(name, name, 300, 0, "", ""))
+        if done:
+            application.uploads.append(upload, [content(300)])
     yield application
     memcached.kill()
 
@@ -1277,7 +1280,7 @@ def anything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[wsgi.Applicat
     ),
     path=path | uploads,
     query=strategies.text(strategies.characters(max_codepoint=255), max_size=20)
-    | strategies.sampled_from(["expire=1", "expire=-1", "expire=%FF", "expire="]),
+    | strategies.sampled_from(["expire=1", "expire=-1", "expire=%FF", "expire=", "name=%FF", "name=a"]),
     headers=strategies.dictionaries(strategies.just(""), strategies.just("")).flatmap(
         lambda _: strategies.lists(one_header, max_size=4)
     ),

@@ -7,7 +7,7 @@
     POST    /files/<name>    create only                DELETE  /files/<name>   delete
     GET     /files/<name>    the bytes                  GET     /               page to upload from
     GET     /healthz         this process is alive      GET     /readyz         memcached answers
-    POST, HEAD, PATCH, DELETE  /uploads    in pieces that resume: tus 1.0.0, https://tus.io
+    POST, HEAD, PATCH, DELETE  /uploads    in pieces that resume, with tus.py beside this file
 
 The promise: no byte of a file is sent before all that were asked for are verified, so that a file
 that memcached evicted or damaged is an error status, never a short or wrong 200; and a refused
@@ -24,6 +24,7 @@ import functools
 import hashlib
 import hmac
 import html
+import importlib.util
 import itertools
 import json
 import logging
@@ -53,6 +54,8 @@ import memchunk
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
+    import tus
+
 __all__ = ["Application", "SettingError", "Settings"]
 
 PIECE = 256 * 1024
@@ -60,23 +63,6 @@ PIECE = 256 * 1024
 
 DRAIN = 256 * 1024 * 1024
 """Bytes of a refused upload that are read, and dropped, so that its sender sees the answer."""
-
-CHUNK = 524_000
-"""Bytes that fit in a chunk of memcached's largest class: pieces of whole chunks waste none."""
-
-BLOCK = 8 * CHUNK
-"""Bytes of a resumable upload that are stored at a time: what is lost with a worker that dies."""
-
-# Seconds a byte: memcached's LRU thread keeps what was read allocated, though it is deleted, until
-# its next round; other pieces would be evicted for want of that memory. It makes 0.6 s for 50 MiB.
-FREEING = 0.05 / BLOCK
-
-MAX_PIECES = 1000  # of a resumable upload; the record that lists them ends at 64 KiB
-MAX_RECORD = 32 * 1024  # bytes of it that are not that list
-UPLOAD_EXPIRE = 24 * 3600  # seconds that a resumable upload may take
-
-# Begins the names of what belongs to resumable uploads. No address can spell it: see `dispatch`.
-RESERVED = "\ufffd"
 
 READ_ATTEMPTS = 5  # how often a download that a writer overtakes starts over on the new version
 RETRY_AFTER = "5"  # seconds: about what memcached takes to come back
@@ -93,19 +79,10 @@ CONTENT_TYPE_PATTERN = re.compile(r"[\w!#$&^.+-]+/[\w!#$&^.+-]+(;[ -~]*)?", re.A
 # Characters that make a file name look like another: https://www.unicode.org/reports/tr36
 BIDI_CONTROLS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
-TAKES_BODY = ("new", "create", "put", "start", "append")  # endpoints
+TAKES_BODY = ("new", "create", "put")  # endpoints
 READS = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
 PRECONDITIONS = ("If-Match", "If-Unmodified-Since", "If-None-Match")  # of methods that do
 DIGESTS = {"sha-256": hashlib.sha256, "sha-512": hashlib.sha512}  # RFC 9530's active ones
-
-TUS_VERSION = "1.0.0"
-TUS_EXTENSIONS = "creation,creation-with-upload,checksum,expiration,termination"
-TUS_TYPE = "application/offset+octet-stream"
-CHECKSUMS: dict[str, Callable[[], Any]] = {
-    "sha1": functools.partial(hashlib.sha1, usedforsecurity=False),
-    "sha256": hashlib.sha256,
-    "sha512": hashlib.sha512,
-}
 
 # These Lambda adapters send a text/* body as text, so that bytes that are not UTF-8 break them,
 # unless it has a Content-Encoding.
@@ -123,6 +100,7 @@ ERRORS: dict[type[memchunk.MemchunkError], tuple[int, str]] = {
     memchunk.FileNotFound: (404, "No such file is stored. It may have expired or been evicted."),
     memchunk.FileExists: (409, "A file of this name exists. PUT replaces it; DELETE removes it."),
     memchunk.FileEvicted: (410, "The cache dropped parts of this file. Upload it again."),
+    memchunk.UploadConflict: (409, "Another request sent other bytes. Start the upload again."),
     memchunk.FileChanged: (412, "The file has changed. Get its new ETag and decide again."),
     memchunk.FileTooLarge: (413, "The file is larger than this server takes."),
     memchunk.FileCorrupt: (502, "The cache damaged this file. Upload it again."),
@@ -132,10 +110,6 @@ ERRORS: dict[type[memchunk.MemchunkError], tuple[int, str]] = {
 
 TITLES = {**HTTP_STATUS_CODES, 460: "Checksum Mismatch"}  # 460 is tus's own
 
-# What it means for an upload that one of its pieces can't be read.
-LOST = (memchunk.FileNotFound, memchunk.FileEvicted, memchunk.FileCorrupt)
-
-# A page in words. Values stand for {{keys}}, as in upload.html: see `_fill`.
 HTML = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -290,21 +264,6 @@ class Body:
             raise CutOff(400, "The body broke off. Send it again.") from error
         return piece
 
-    def blocks(self) -> Iterator[bytearray]:
-        """The body in blocks of BLOCK bytes, and at its end of as many whole chunks as there are,
-        and the rest; of a body that is cut off, all that came."""
-        block = bytearray()
-        with contextlib.suppress(CutOff):
-            for piece in self:
-                block += piece
-                while len(block) >= BLOCK:
-                    block, full = block[BLOCK:], block
-                    del full[BLOCK:]
-                    yield full
-        rest = block[len(block) - len(block) % CHUNK :]
-        del block[len(block) - len(rest) :]
-        yield from filter(None, (block, rest))
-
     def drain(self) -> None:
         """Read what a refused upload still sends. To close on it would reset the connection, and
         its sender would see that instead of the answer."""
@@ -396,195 +355,6 @@ class Form:
             yield rest
 
 
-@dataclasses.dataclass(frozen=True)
-class Resumable:
-    """An upload that comes in pieces, as its record in the cache has it.
-
-    name: of the file that it becomes. length: bytes of that. expire: seconds to keep that.
-    expires: Unix time at which the upload ends. metadata, digest: the Upload-Metadata and the
-    Repr-Digest of its start. pieces: bytes of each, by id, in order. done: version of the file,
-    once that is stored.
-    """
-
-    id: str
-    name: str
-    length: int
-    expire: int
-    expires: int
-    metadata: str
-    digest: str
-    pieces: dict[str, int]
-    done: str = ""
-    version: str = ""  # of the record
-
-    @property
-    def offset(self) -> int:
-        return self.length if self.done else sum(self.pieces.values())
-
-    @property
-    def left(self) -> int:
-        """Seconds, at least one, until the upload expires."""
-        return max(self.expires - int(time.time()), 1)
-
-    def key(self, piece: str = "") -> str:
-        """Name of the file that holds the record, or a piece."""
-        return f"{RESERVED}{self.id}/{piece}"
-
-
-class Uploads:
-    """Resumable uploads. All that there is to know of them is in the cache, so that any worker can
-    take the next piece.
-
-    A piece is a file of its own. It counts once the record lists it, which is written by `cas`: of
-    two that continue at one offset, one wins, and a worker that dies leaves the upload as it was
-    before its last block. When all bytes are there, `add` joins the pieces to a file in one step;
-    who comes after a worker that died at it does it again.
-    """
-
-    def __init__(self, cache: memchunk.FileCache) -> None:
-        self.cache = cache
-
-    def find(self, upload_id: str) -> Resumable:
-        """Raises Problem 404."""
-        try:
-            info = self.cache.stat(f"{RESERVED}{upload_id}/")
-        except memchunk.FileNotFound as error:
-            detail = "There is no such upload. It may have expired: start a new one."
-            raise Problem(404, detail) from error
-        return Resumable(**{**json.loads(info.metadata), "version": info.version})
-
-    def save(self, upload: Resumable, **changes: Any) -> Resumable:
-        """Change the record. Raises Problem 409 where another request has, since it was read."""
-        upload = dataclasses.replace(upload, **changes)
-        record = json.dumps(dataclasses.asdict(upload)).encode()
-        if len(record) > MAX_RECORD and not upload.pieces:
-            raise Problem(431, "The upload's headers and name are too long.")
-        write: Callable[..., memchunk.FileInfo] = self.cache.add
-        if upload.version:
-            write = functools.partial(self.cache.cas, version=upload.version)
-        try:
-            info = write(upload.key(), b"", expire=upload.left, metadata=record)
-        except memchunk.FileNotFound as error:
-            raise Problem(404, "The upload was deleted, or has expired.") from error
-        except memchunk.FileChanged as error:
-            raise Problem(409, "Another request continued this upload.") from error
-        return dataclasses.replace(upload, version=info.version)
-
-    def append(self, upload: Resumable, body: Body, checksum: str) -> Resumable:
-        """Store the body behind what is there. Each block counts as soon as it is stored; with a
-        checksum, all do in the end or none. Raises Problem."""
-        digest, expected = _checksum(checksum)
-        pieces, room = dict(upload.pieces), upload.length - upload.offset
-        beyond = Problem(413, f"The upload was announced with {upload.length} bytes, not more.")
-        if (body.size or 0) > room:
-            raise beyond
-        try:
-            for block in body.blocks():
-                room -= len(block)
-                if room < 0:
-                    raise beyond
-                if len(pieces) == MAX_PIECES:
-                    detail = f"An upload takes {MAX_PIECES} pieces. Start again, with larger ones."
-                    raise Problem(400, detail)
-                pieces[self.keep(upload, block)] = len(block)
-                if digest is None:
-                    upload = self.save(upload, pieces=dict(pieces))
-                else:
-                    digest.update(block)
-            if digest is not None and digest.digest() != expected:
-                raise Problem(460, "The body has another checksum. Send it again.")
-            return upload if digest is None else self.save(upload, pieces=pieces)
-        except (Problem, memchunk.MemchunkError) as error:
-            if not isinstance(error, memchunk.CacheUnavailable):  # then the record may list them
-                self.drop(upload, pieces.keys() - upload.pieces.keys())
-            raise
-
-    def keep(self, upload: Resumable, block: bytearray) -> str:
-        piece = secrets.token_hex(8)
-        self.cache.add(upload.key(piece), block, expire=upload.left)
-        if self.is_tight(upload):
-            # What was touched is active in the eyes of memcached's LRU, and not evicted first.
-            self.cache.touch(upload.key(piece), upload.left)
-        return piece
-
-    def drop(self, upload: Resumable, pieces: Iterable[str]) -> None:
-        for piece in pieces:
-            with contextlib.suppress(memchunk.MemchunkError):  # they will expire
-                self.cache.delete(upload.key(piece))
-
-    def is_tight(self, upload: Resumable) -> bool:
-        """Whether the file's server can't be trusted to hold all bytes twice for a moment."""
-        _, memory = self.cache._limits(self.cache._slot(upload.name))
-        return 4 * upload.length > memory
-
-    def check(self, upload: Resumable) -> Resumable:
-        """The upload as it is; raises Problem 410 where the cache dropped a part of it."""
-        try:
-            for piece in upload.pieces:
-                self.cache.touch(upload.key(piece), upload.left)  # asks for all that holds it
-            if upload.done:
-                self.cache.stat(upload.name)
-        except LOST as error:
-            return self.lost(upload, error)
-        return upload
-
-    def lost(self, upload: Resumable, error: Exception) -> Resumable:
-        """Raise Problem 410, unless another request has finished, and deleted the pieces."""
-        current = self.find(upload.id)
-        if upload.done or not current.done:
-            log.warning("upload %s: %s", upload.id, error)
-            raise Problem(410, "The cache dropped parts of this upload. Start again.") from error
-        return current
-
-    def finish(self, upload: Resumable) -> Resumable:
-        """Make the file, where all bytes are there. May be done again, and by several at once."""
-        if upload.done or upload.offset < upload.length:
-            return upload
-        given = _upload_metadata(upload.metadata)
-        metadata = _pack(given.get("filetype", ""), given.get("filename", ""), upload=upload.id)
-        content = _verified(self.joined(upload), upload.digest)
-        try:
-            info = self.cache.add(upload.name, content, upload.length, upload.expire, metadata)
-        except memchunk.FileExists as error:
-            if error.info.metadata != metadata:
-                raise
-            info = error.info  # made from this upload, by a worker that died, or is quicker
-        except LOST as error:
-            return self.lost(upload, error)
-        try:
-            finished = self.save(upload, pieces={}, done=info.version)
-        except Problem as problem:
-            if problem.status == 404:  # deleted meanwhile
-                self.cache.delete(upload.name, info.version)
-                raise
-            return self.find(upload.id)
-        self.drop(upload, upload.pieces)
-        return finished
-
-    def joined(self, upload: Resumable) -> Iterator[bytes]:
-        """All bytes. In a cache that may not hold them twice each piece is deleted before it is
-        handed out; a worker that dies between that and the end takes the upload with it."""
-        tight = self.is_tight(upload)
-        for piece in upload.pieces:
-            block = self.cache.get(upload.key(piece))
-            if tight:
-                self.drop(upload, [piece])
-                time.sleep(FREEING * len(block))
-            yield block
-
-    def delete(self, upload_id: str) -> None:
-        """Delete the upload, and the file where it has become one."""
-        while True:
-            upload = self.find(upload_id)
-            with contextlib.suppress(memchunk.FileChanged):  # by a piece that came at this moment
-                self.cache.delete(upload.key(), upload.version)
-                break
-        self.drop(upload, upload.pieces)
-        if upload.done:
-            with contextlib.suppress(memchunk.FileNotFound, memchunk.FileChanged):
-                self.cache.delete(upload.name, upload.done)
-
-
 class Application:
     """The WSGI application.
 
@@ -594,9 +364,10 @@ class Application:
     def __init__(self, cache: memchunk.FileCache, settings: Settings | None = None) -> None:
         self.cache = cache
         self.settings = settings or Settings()
-        self.uploads = Uploads(cache)
+        self.uploads = _uploads(self)
         self.url_map = Map(
             [
+                *(self.uploads.rules() if self.uploads else ()),
                 Rule("/", endpoint="page", methods=["GET"]),
                 Rule("/healthz", endpoint="health", methods=["GET"]),
                 Rule("/readyz", endpoint="ready", methods=["GET"]),
@@ -605,10 +376,6 @@ class Application:
                 Rule("/files/<name:name>", endpoint="create", methods=["POST"]),
                 Rule("/files/<name:name>", endpoint="put", methods=["PUT"]),
                 Rule("/files/<name:name>", endpoint="delete", methods=["DELETE"]),
-                Rule("/uploads", endpoint="start", methods=["POST"]),
-                Rule("/uploads/<upload_id>", endpoint="progress", methods=["HEAD"]),
-                Rule("/uploads/<upload_id>", endpoint="append", methods=["PATCH"]),
-                Rule("/uploads/<upload_id>", endpoint="terminate", methods=["DELETE"]),
             ],
             converters={"name": NameConverter},
             strict_slashes=False,
@@ -626,8 +393,8 @@ class Application:
         except Exception as error:
             response = self.failed(request, _as_problem(error))
         response.headers.setdefault("X-Content-Type-Options", "nosniff")
-        if _is_tus(request):
-            response.headers["Tus-Resumable"] = TUS_VERSION
+        if self.uploads and _is_upload(request):
+            response.headers.update(self.uploads.headers)
         if environ["REQUEST_METHOD"] not in READS:
             # After the answer, not before it: a client may wait for it and send nothing more.
             response.call_on_close(body.drain)
@@ -639,14 +406,11 @@ class Application:
         if "\ufffd" in request.path:  # broken UTF-8, as Werkzeug shows it: many names would be one
             raise Problem(400, "The address is not percent-encoded UTF-8.")
         adapter = self.url_map.bind_to_environ(request.environ)
-        if _is_tus(request):
-            request.method = request.headers.get("X-HTTP-Method-Override", request.method).upper()
+        if self.uploads and _is_upload(request):
+            return self.uploads.dispatch(request, adapter, body)
         if request.method == "OPTIONS":
             return self.on_options(request, adapter)
         endpoint, arguments = adapter.match(method=request.method)
-        if _is_tus(request) and request.headers.get("Tus-Resumable") != TUS_VERSION:
-            detail = f"Send 'Tus-Resumable: {TUS_VERSION}', the version that is spoken here."
-            raise Problem(412, detail, {"Tus-Version": TUS_VERSION})
         if request.method not in READS:
             _refuse_foreign_site(request)
         handler: Callable[..., Response] = getattr(self, f"on_{endpoint}")
@@ -673,13 +437,7 @@ class Application:
             allowed = {"DELETE", "GET", "HEAD", "POST", "PUT"}
         if not allowed:
             raise NotFound()
-        headers = {"Allow": ", ".join(sorted({*allowed, "OPTIONS"}))}
-        if _is_tus(request):
-            headers["Tus-Version"] = TUS_VERSION
-            headers["Tus-Extension"] = TUS_EXTENSIONS
-            headers["Tus-Checksum-Algorithm"] = ",".join(CHECKSUMS)
-            headers["Tus-Max-Size"] = str(self.cache.max_size)
-        return _empty(headers)
+        return _empty({"Allow": ", ".join(sorted({*allowed, "OPTIONS"}))})
 
     def on_page(self, request: Request) -> Response:
         response = Response(self.page, headers=_page_headers(self.page), mimetype="text/html")
@@ -844,79 +602,6 @@ class Application:
         self.cache.delete(name, version)
         return _empty({})
 
-    def on_start(self, request: Request, body: Body) -> Response:
-        _refuse_coding(request)
-        length = request.headers.get("Upload-Length", "")
-        if not re.fullmatch("[0-9]{1,18}", length) or "Upload-Concat" in request.headers:
-            raise Problem(400, "Send an Upload-Length: it can't come later, nor in other uploads.")
-        if int(length) > self.cache.max_size:
-            limit = {"Tus-Max-Size": str(self.cache.max_size)}
-            raise Problem(413, _too_large(self.cache.max_size).detail, limit)
-        upload_id, metadata = secrets.token_hex(16), request.headers.get("Upload-Metadata", "")
-        name = _upload_metadata(metadata).get("name", upload_id)
-        if RESERVED in name:
-            raise Problem(400, "The name in Upload-Metadata is not UTF-8.")
-        with contextlib.suppress(*LOST, memchunk.FileChanged):
-            file = self.cache.open(name)
-            for _ in file.chunks():  # a dead file must not keep its name
-                pass
-            raise memchunk.FileExists(name=name, info=file.info)
-        upload = self.uploads.save(
-            Resumable(
-                id=upload_id,
-                name=name,
-                length=int(length),
-                expire=_expire(_query(request, "expire"), self.settings.expire),
-                expires=int(time.time()) + UPLOAD_EXPIRE,
-                metadata=metadata,
-                digest=request.headers.get("Repr-Digest", ""),
-                pieces={},
-            )
-        )
-        if request.mimetype == TUS_TYPE:
-            upload = self.uploads.append(upload, body, request.headers.get("Upload-Checksum", ""))
-        location = {"Location": self.url(request, "progress", upload_id=upload_id)}
-        return self.progress(request, self.uploads.finish(upload), 201, location)
-
-    def on_progress(self, request: Request, upload_id: str) -> Response:
-        upload = self.uploads.check(self.uploads.finish(self.uploads.find(upload_id)))
-        headers = {"Upload-Length": str(upload.length)}
-        if upload.metadata:
-            headers["Upload-Metadata"] = upload.metadata
-        return self.progress(request, upload, 200, headers)
-
-    def on_append(self, request: Request, upload_id: str, body: Body) -> Response:
-        _refuse_coding(request)
-        if request.mimetype != TUS_TYPE:
-            raise Problem(415, f"Send it as 'Content-Type: {TUS_TYPE}'.")
-        offset = request.headers.get("Upload-Offset", "")
-        if not re.fullmatch("[0-9]{1,18}", offset):
-            raise Problem(400, "The Upload-Offset is not a number.")
-        upload = self.uploads.find(upload_id)
-        if int(offset) != upload.offset:
-            raise Problem(409, f"The upload has {upload.offset} bytes. Continue there.")
-        upload = self.uploads.append(upload, body, request.headers.get("Upload-Checksum", ""))
-        return self.progress(request, self.uploads.finish(upload), 204)
-
-    def on_terminate(self, request: Request, upload_id: str) -> Response:
-        self.uploads.delete(upload_id)
-        return _empty({})
-
-    def progress(
-        self,
-        request: Request,
-        upload: Resumable,
-        status: int,
-        more: Mapping[str, str] | None = None,
-    ) -> Response:
-        headers = {"Upload-Offset": str(upload.offset), "Cache-Control": "no-store"}
-        headers.update(more or {})
-        if upload.done:
-            headers["Content-Location"] = self.url(request, "read", name=upload.name)
-        else:
-            headers["Upload-Expires"] = http_date(upload.expires)
-        return _empty(headers, status)
-
     def url(self, request: Request, endpoint: str, **arguments: str) -> str:
         """Absolute where the request says by which host it came; else a path."""
         adapter = self.url_map.bind_to_environ(request.environ)
@@ -996,7 +681,18 @@ def _page_headers(page: str) -> dict[str, str]:
     return {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
 
 
-def _is_tus(request: Request) -> bool:
+def _uploads(application: Application) -> tus.Uploads | None:
+    """Resumable uploads, where tus.py lies beside this file."""
+    if importlib.util.find_spec("tus") is None:
+        return None
+    # It imports this module, which `python wsgi.py` calls by another name.
+    sys.modules.setdefault("wsgi", sys.modules[__name__])
+    import tus  # noqa: PLC0415
+
+    return tus.Uploads(application)
+
+
+def _is_upload(request: Request) -> bool:
     return re.match(r"/uploads(/|\Z)", request.path) is not None
 
 
@@ -1156,9 +852,9 @@ def _expire(text: str | None, default: int) -> int:
     return int(text)
 
 
-def _verified(pieces: Iterable[bytes], header: str) -> Iterator[bytes]:
-    """Yield the pieces; raise Problem after the last where they haven't the digests in `header`
-    (Repr-Digest, RFC 9530). Algorithms that aren't known are no reason to refuse a file."""
+def _expected_digests(header: str) -> dict[str, bytes]:
+    """What a Repr-Digest (RFC 9530) says, by algorithm. Raises Problem. Those that aren't known
+    are no reason to refuse a file."""
     expected = {}
     for member in filter(None, map(str.strip, header.split(","))):
         algorithm, _, value = member.partition("=")
@@ -1167,6 +863,13 @@ def _verified(pieces: Iterable[bytes], header: str) -> Iterator[bytes]:
                 expected[algorithm.lower()] = base64.b64decode(value.strip(":"), validate=True)
             except ValueError:
                 raise Problem(400, "The Repr-Digest has not the form sha-256=:BASE64:.") from None
+    return expected
+
+
+def _verified(pieces: Iterable[Any], header: str) -> Iterator[Any]:
+    """Yield the pieces; raise Problem after the last where they haven't the digests in `header`,
+    a Repr-Digest."""
+    expected = _expected_digests(header)
     digests = {algorithm: DIGESTS[algorithm]() for algorithm in expected}
     for piece in pieces:
         for digest in digests.values():
@@ -1175,32 +878,6 @@ def _verified(pieces: Iterable[bytes], header: str) -> Iterator[bytes]:
     for algorithm, digest in digests.items():
         if digest.digest() != expected[algorithm]:
             raise Problem(400, f"The file's {algorithm} is not its Repr-Digest's. Send it again.")
-
-
-def _upload_metadata(header: str) -> dict[str, str]:
-    """Keys and values of Upload-Metadata. What is not UTF-8 in a value becomes RESERVED."""
-    values: dict[str, str] = {}
-    for pair in filter(None, map(str.strip, header.split(","))):
-        key, _, value = pair.partition(" ")
-        try:
-            text = base64.b64decode(value, validate=True).decode("utf-8", "replace")
-        except ValueError:
-            text = None
-        if text is None or key in values or not re.fullmatch("[!-~]+", key):
-            raise Problem(400, "Upload-Metadata has not the form KEY BASE64,KEY BASE64,....")
-        values[key] = text
-    return values
-
-
-def _checksum(header: str) -> tuple[Any, bytes]:
-    """A digest to feed, and what it must come to; None where no Upload-Checksum is sent."""
-    algorithm, _, value = header.partition(" ")
-    if not header:
-        return None, b""
-    with contextlib.suppress(ValueError):
-        if algorithm in CHECKSUMS and value:
-            return CHECKSUMS[algorithm](), base64.b64decode(value, validate=True)
-    raise Problem(400, f"Upload-Checksum is 'ALGORITHM BASE64', by one of {', '.join(CHECKSUMS)}.")
 
 
 def _wanted_digest(header: str) -> str | None:
