@@ -133,7 +133,7 @@ class Uploads:
             detail = f"Send 'Tus-Resumable: {VERSION}', the version that is spoken here."
             raise wsgi.Problem(412, detail, {"Tus-Version": VERSION})
         if request.method != "HEAD":
-            wsgi._refuse_foreign_site(request)
+            self.application.refuse_foreign_site(request)
         handler: Callable[..., Response] = getattr(self, f"on_{endpoint}")
         try:
             return handler(request, body, **arguments)
@@ -174,7 +174,7 @@ class Uploads:
         name = wsgi._query(request, "name") or secrets.token_hex(16)
         if RESERVED in name:
             raise wsgi.Problem(400, "The name is not UTF-8.")
-        expire = wsgi._expire(wsgi._query(request, "expire"), self.application.settings.expire)
+        expire = self.application.expire(wsgi._query(request, "expire"))
         return Upload(secrets.token_hex(16), name, int(text), expire, metadata, digest)
 
     def on_progress(self, request: Request, body: wsgi.Body, upload_id: str) -> Response:
@@ -219,7 +219,7 @@ class Uploads:
         if not upload.file:
             headers["Upload-Expires"] = http_date(upload.expires or 0)
         else:
-            headers["Content-Location"] = self.application.url(request, "read", name=upload.name)
+            headers["Content-Location"] = self.application.path(request, "read", name=upload.name)
         return wsgi._empty(headers, status)
 
     def content(self, request: Request, body: wsgi.Body) -> Iterator[bytes]:

@@ -28,23 +28,27 @@ import importlib.util
 import itertools
 import json
 import logging
+import mimetypes
 import os
 import pathlib
 import re
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs, quote
+from urllib.parse import parse_qs, quote, urlsplit
 
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 from werkzeug.http import HTTP_STATUS_CODES, http_date, parse_options_header
+from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.routing import BaseConverter, Map, MapAdapter, Rule
 from werkzeug.serving import make_server
 from werkzeug.wrappers import Request, Response
@@ -61,17 +65,22 @@ __all__ = ["Application", "SettingError", "Settings"]
 PIECE = 256 * 1024
 """Bytes of an upload that are held at a time, besides the library's own batch."""
 
-DRAIN = 256 * 1024 * 1024
+DRAIN = 64 * 1024 * 1024
 """Bytes of a refused upload that are read, and dropped, so that its sender sees the answer."""
+
+DRAIN_SECONDS = 2
+"""Seconds that this may take, and a thread with it: a client can send a byte a second for ever."""
+
+DRAINING = threading.BoundedSemaphore(2)
+"""The threads of a process that do so at a time; where they do, the others just close."""
 
 READ_ATTEMPTS = 5  # how often a download that a writer overtakes starts over on the new version
 RETRY_AFTER = "5"  # seconds: about what memcached takes to come back
-MAX_PART_HEADER = 16 * 1024  # bytes of headers of one part of a form
-MAX_FORM_OVERHEAD = 64 * 1024  # bytes of a form that are not the file: those that fit are plenty
-MAX_FIELD = 1024  # bytes of a form field that is not the file
+MAX_FORM_OVERHEAD = 64 * 1024  # bytes of a form that are not the file, all of them together
 MAX_EXPIRE = 2**31 - 1  # seconds, 68 years
 
-CONTENT_TYPE = "application/octet-stream"  # of a file whose sender names none
+CONTENT_TYPE = "application/octet-stream"  # of a file whose sender and name tell none
+TYPES = mimetypes.MimeTypes()  # Python's own table, not that of the machine
 # curl says this of any body; a file is hardly ever a urlencoded form.
 NO_CONTENT_TYPES = ("", "application/x-www-form-urlencoded")
 CONTENT_TYPE_PATTERN = re.compile(r"[\w!#$&^.+-]+/[\w!#$&^.+-]+(;[ -~]*)?", re.ASCII)
@@ -84,12 +93,34 @@ READS = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
 PRECONDITIONS = ("If-Match", "If-Unmodified-Since", "If-None-Match")  # of methods that do
 DIGESTS = {"sha-256": hashlib.sha256, "sha-512": hashlib.sha512}  # RFC 9530's active ones
 
+# An item of a structured field, its parameters, and a member of a dictionary: RFC 9651, section 3.
+KEY = r"[a-z*][a-z0-9_.*-]*"
+ITEM = (
+    r'(?:"(?:[ !#-\[\]-~]|\\["\\])*"|:[A-Za-z0-9+/=]*:|\?[01]|@?-?[0-9]{1,15}(?:\.[0-9]{1,3})?'
+    r"""|[A-Za-z*][!#$%&'*+.^_`|~0-9A-Za-z:/-]*|%"[ !#-~]*")"""
+)
+PARAMETERS = rf"(?:; *{KEY}(?:={ITEM})?)*"
+INNER_LIST = rf"\( *(?:{ITEM}{PARAMETERS}(?: +{ITEM}{PARAMETERS})* *)?\)"
+MEMBER = re.compile(rf"({KEY})(?:=({ITEM}|{INNER_LIST}))?{PARAMETERS}(?:[ \t]*(,)[ \t]*|\Z)")
+
+# What a page elsewhere may read of an answer, besides what every page may.
+SHARED_HEADERS = (
+    "Accept-Ranges, Allow, Content-Disposition, Content-Length, Content-Location, Content-Range, "
+    "ETag, Location, Repr-Digest, Retry-After, Tus-Checksum-Algorithm, Tus-Extension, "
+    "Tus-Max-Size, Tus-Resumable, Tus-Version, Upload-Expires, Upload-Length, Upload-Metadata, "
+    "Upload-Offset"
+)
+# Of bodies that a page may POST to any site without asking that site first, in a form or a script.
+SIMPLE_TYPES = ("", "application/x-www-form-urlencoded", "multipart/form-data", "text/plain")
+PREFLIGHT_AGE = "3600"  # seconds that a browser may rely on our answer about other origins
+
 # These Lambda adapters send a text/* body as text, so that bytes that are not UTF-8 break them,
 # unless it has a Content-Encoding.
 TEXT_DECODERS = ("apig_wsgi.full_event", "serverless.event")
 
 # What a browser may do with a stored file: keep it. Whatever runs in it, runs without this origin.
 STORED_FILE_POLICY = "sandbox; default-src 'none'"
+NO_STORE = {"Cache-Control": "no-store"}
 
 EXPIRES = (3600, 86400, 7 * 86400, 30 * 86400)  # seconds that the page offers to keep a file
 
@@ -161,6 +192,12 @@ class Settings:
     timeout: seconds to wait for memcached, 5 by default.
     token: what clients must send as bearer token, or as password of HTTP Basic; none by default.
     max_response: most bytes of a file in one answer, for hosts with a limit, 0 (default) for none.
+    max_expire: most seconds that an upload may ask for, and most of `expire`, 0 (default) for any.
+    origins: other sites whose pages may use the API ("https://example.com"), separated by commas,
+        or "*" for all; none by default.
+    public_read: 1 asks for the token on uploads and changes only, 0 (default) on reads, too.
+    proxies: how many proxies in front set X-Forwarded-For, -Proto, -Host, -Port and -Prefix, 0 by
+        default. A client can set these itself where fewer do.
     """
 
     servers: str = "127.0.0.1:11211"
@@ -170,6 +207,10 @@ class Settings:
     timeout: float = memchunk.TIMEOUT
     token: str = ""
     max_response: int = 0
+    max_expire: int = 0
+    origins: str = ""
+    public_read: bool = False
+    proxies: int = 0
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Settings:
@@ -178,10 +219,24 @@ class Settings:
         for field in dataclasses.fields(cls):
             variable = f"MEMCHUNK_{field.name.upper()}"
             if variable in environ:
-                values[field.name] = _setting(variable, environ[variable], type(field.default))
+                values[field.name] = _setting(variable, environ[variable], field.default)
         if not re.fullmatch(r"[!-~]*", values.get("token", "")):
             raise SettingError("MEMCHUNK_TOKEN must be of printable ASCII characters, no spaces")
-        return cls(**values)
+        settings = cls(**values)
+        for origin in settings.allowed_origins - {"*", "null"}:
+            if not re.fullmatch(r"https?://[^/@\s]+", origin):
+                raise SettingError(f"MEMCHUNK_ORIGINS: {origin!r} is not like https://example.com")
+        return settings
+
+    @property
+    def default_expire(self) -> int:
+        """Seconds that a file is kept whose upload doesn't say."""
+        most = self.max_expire
+        return min(self.expire or most, most) if most else self.expire
+
+    @property
+    def allowed_origins(self) -> frozenset[str]:
+        return frozenset(filter(None, re.split(r"[\s,]+", self.origins.lower())))
 
     def connect(self) -> memchunk.FileCache:
         """The cache that the settings describe. Raises SettingError."""
@@ -196,16 +251,20 @@ class Settings:
             raise SettingError(f"MEMCHUNK_SERVERS or MEMCHUNK_NAMESPACE: {error}") from None
 
 
-def _setting(variable: str, text: str, kind: type) -> str | int | float:
+def _setting(variable: str, text: str, default: Any) -> str | int | float:
     if not text.strip():
         raise SettingError(f"{variable} is empty; give it a value or unset it")
-    if kind is str:
+    if isinstance(default, str):
         return text
+    if isinstance(default, bool):
+        if text not in ("0", "1"):
+            raise SettingError(f"{variable} must be 0 or 1, not {text!r}")
+        return text == "1"
     try:
-        number: int | float = kind(text)
+        number: int | float = type(default)(text)
     except ValueError:
         raise SettingError(f"{variable} must be a number, not {text!r}") from None
-    least = 0 if variable == "MEMCHUNK_EXPIRE" else 0.001
+    least = min(default, 0.001)  # 0 where that is the default, and means something
     if not least <= number <= MAX_EXPIRE:
         raise SettingError(f"{variable} is {text}, but must be {least} to {MAX_EXPIRE}")
     return number
@@ -226,7 +285,7 @@ class Body:
     """
 
     def __init__(self, environ: WSGIEnvironment) -> None:
-        self._stream = environ["wsgi.input"]
+        self._environ, self._stream = environ, environ["wsgi.input"]
         # a2wsgi's stream ends with the body too, but does not say so.
         ends = environ.get("wsgi.input_terminated") or "asgi.scope" in environ
         length = environ.get("CONTENT_LENGTH") or ""
@@ -264,15 +323,43 @@ class Body:
             raise CutOff(400, "The body broke off. Send it again.") from error
         return piece
 
-    def drain(self) -> None:
+    def drain(self, trusted: bool) -> None:
         """Read what a refused upload still sends. To close on it would reset the connection, and
-        its sender would see that instead of the answer."""
+        its sender would see that instead of the answer. But it may send slowly, to keep a thread
+        busy: who is not `trusted`, or one too many, only gets what the host does."""
+        announced = {"CONTENT_LENGTH", "HTTP_TRANSFER_ENCODING"} & self._environ.keys()
+        if self._left == 0 or not announced:
+            return
+        if not trusted or not DRAINING.acquire(blocking=False):
+            self._hang_up()
+            return
+        timer = threading.Timer(DRAIN_SECONDS, self._hang_up)  # ends a read that waits, too
+        timer.start()
+        try:
+            self._drop(time.monotonic() + DRAIN_SECONDS)
+        finally:
+            timer.cancel()
+            DRAINING.release()
+
+    def _drop(self, deadline: float) -> None:
         dropped = 0
         with contextlib.suppress(Problem):  # there is no one left to tell
             for piece in self:
                 dropped += len(piece)
-                if dropped > DRAIN:
+                if dropped > DRAIN or time.monotonic() > deadline:
+                    self._hang_up()
                     return
+
+    def _hang_up(self) -> None:
+        """Have the host read an end of the body, where it shows us the connection: some read all
+        that is left before they close, or before they take the connection's next request."""
+        environ = self._environ
+        connection = environ.get("gunicorn.socket") or environ.get("werkzeug.socket")
+        with contextlib.suppress(AttributeError, OSError):  # not a socket, or closed
+            if connection is None:  # uWSGI's stream is one
+                connection = socket.socket(fileno=os.dup(self._stream.fileno()))
+            if environ["SERVER_PROTOCOL"].startswith("HTTP/1"):  # else it has other requests, too
+                connection.shutdown(socket.SHUT_RD)
 
 
 @dataclasses.dataclass
@@ -287,7 +374,7 @@ class Upload:
 
 
 class Form:
-    """A multipart/form-data body, read as a stream.
+    """A multipart/form-data body (RFC 7578), read as a stream.
 
     Werkzeug's decoder (3.1.9) adds a byte to a file when a piece ends within the last "--".
     """
@@ -296,16 +383,17 @@ class Form:
         self._pieces = itertools.chain(pieces, [b"\r\n"])  # which some leave out at the very end
         self._delimiter = b"\r\n--" + boundary.encode()
         self._buffer = b"\r\n"  # the first delimiter has no line before it
+        self._at = 0  # where in that the next byte is
+        self._room = MAX_FORM_OVERHEAD
 
     def upload(self, expire: str | None) -> Upload:
-        """What the field "file" has. A field "expire" counts where it stands before that."""
-        for _ in self._until(self._delimiter):
-            pass
+        """What the field "file" has. A field "expire" counts, and must stand before that."""
+        self._text(self._delimiter)
         while (part := self._part()) is not None:
             name, filename, content_type = part
             if name == "file" and filename != "":  # "" is what a browser sends for no file
                 return Upload(self._file(), None, content_type, filename or "", expire)
-            text = self._text(self._delimiter, MAX_FIELD)
+            text = self._text(self._delimiter)
             expire = text if name == "expire" else expire
         raise Problem(400, "The form has no file in a field named 'file'. Choose one.")
 
@@ -315,44 +403,54 @@ class Form:
         while (part := self._part()) is not None:
             if part[0] == "file":
                 raise Problem(400, "The form has more than one file. Send one per request.")
-            self._text(self._delimiter, MAX_FIELD)
+            if part[0] == "expire":
+                raise Problem(400, "The form's field 'expire' must stand before the file.")
+            self._text(self._delimiter)
 
     def _part(self) -> tuple[str, str | None, str] | None:
         """Name, file name and content type of the part that starts here, None at the end."""
-        start = self._text(b"\r\n", MAX_FIELD).strip()
+        start = self._text(b"\r\n").strip()
         if start == "--":
-            for _ in self._pieces:  # means nothing, but must arrive: else the body was cut off
-                pass
+            # What follows means nothing, but must arrive: else the body was cut off.
+            for piece in itertools.chain([self._buffer[self._at :]], self._pieces):
+                self._count(piece)
             return None
         if start:
             raise Problem(400, "The form is broken: text follows a boundary.")
-        lines = self._text(b"\r\n\r\n", MAX_PART_HEADER).split("\r\n")
+        lines = self._text(b"\r\n\r\n").split("\r\n")
         fields = (line.partition(":") for line in lines)
         headers = {key.strip().lower(): value.strip() for key, _, value in fields}
         _, options = parse_options_header(headers.get("content-disposition"))
         return options.get("name", ""), options.get("filename"), headers.get("content-type", "")
 
-    def _text(self, end: bytes, limit: int) -> str:
-        data = b""
+    def _text(self, end: bytes) -> str:
+        pieces = []
         for piece in self._until(end):
-            data += piece
-            if len(data) > limit:
-                raise Problem(400, f"A header or field of the form has more than {limit} bytes.")
-        return data.decode("utf-8", "replace")
+            self._count(piece)
+            pieces.append(piece)
+        self._count(end)
+        return b"".join(pieces).decode("utf-8", "replace")
+
+    def _count(self, piece: bytes) -> None:
+        self._room -= len(piece)
+        if self._room < 0:
+            detail = f"The form has more than {MAX_FORM_OVERHEAD} bytes beside its file."
+            raise Problem(400, detail, limit=MAX_FORM_OVERHEAD)
 
     def _until(self, end: bytes) -> Iterator[bytes]:
         """Yield what comes before `end`, and step over it. Raises Problem where none comes."""
-        while (found := self._buffer.find(end)) < 0:
-            sure = max(0, len(self._buffer) - len(end) + 1)  # the rest may be the start of `end`
-            if sure:
-                yield self._buffer[:sure]
+        while (found := self._buffer.find(end, self._at)) < 0:
+            # What is at the end of the buffer may be the start of `end`.
+            start, self._at = self._at, max(self._at, len(self._buffer) - len(end) + 1)
+            if self._at > start:
+                yield self._buffer[start : self._at]
             piece = next(self._pieces, None)
             if piece is None:
                 raise Problem(400, "The form ended before its last boundary. Send it again.")
-            self._buffer = self._buffer[sure:] + piece
-        rest, self._buffer = self._buffer[:found], self._buffer[found + len(end) :]
-        if rest:
-            yield rest
+            self._buffer, self._at = self._buffer[self._at :] + piece, 0
+        start, self._at = self._at, found + len(end)
+        if found > start:
+            yield self._buffer[start:found]
 
 
 class Application:
@@ -365,6 +463,10 @@ class Application:
         self.cache = cache
         self.settings = settings or Settings()
         self.uploads = _uploads(self)
+        self.origins = self.settings.allowed_origins
+        count = self.settings.proxies
+        trusted = dict.fromkeys(("x_for", "x_proto", "x_host", "x_port", "x_prefix"), count)
+        self.entry = ProxyFix(self.wsgi_app, **trusted) if count else self.wsgi_app
         self.url_map = Map(
             [
                 *(self.uploads.rules() if self.uploads else ()),
@@ -375,6 +477,7 @@ class Application:
                 Rule("/files/<name:name>", endpoint="read", methods=["GET"]),
                 Rule("/files/<name:name>", endpoint="create", methods=["POST"]),
                 Rule("/files/<name:name>", endpoint="put", methods=["PUT"]),
+                Rule("/files/<name:name>", endpoint="touch", methods=["PATCH"]),
                 Rule("/files/<name:name>", endpoint="delete", methods=["DELETE"]),
             ],
             converters={"name": NameConverter},
@@ -384,52 +487,89 @@ class Application:
         self.page = self.upload_page()
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        return self.wsgi_app(environ, start_response)
+        return self.entry(environ, start_response)
 
     def wsgi_app(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        request, body = Request(environ), Body(environ)
+        request, body = Request({}), Body(environ)
         try:
+            request = _request(environ)
             response = self.dispatch(request, body)
         except Exception as error:
-            response = self.failed(request, _as_problem(error))
+            response = self.failed(request, _as_problem(error, request))
         response.headers.setdefault("X-Content-Type-Options", "nosniff")
         if self.uploads and _is_upload(request):
             response.headers.update(self.uploads.headers)
+        self.share(request, response)
         if environ["REQUEST_METHOD"] not in READS:
             # After the answer, not before it: a client may wait for it and send nothing more.
-            response.call_on_close(body.drain)
+            trusted = response.status_code not in (401, 403) and self.has_token(request)
+            response.call_on_close(functools.partial(body.drain, trusted))
         return response(environ, start_response)
 
     def dispatch(self, request: Request, body: Body) -> Response:
+        adapter = self.url_map.bind_to_environ(request.environ)
+        if self.is_preflight(request):
+            return self.on_options(request, adapter)
         if re.match(r"/(files|uploads)(/|\Z)", request.path):
             self.authorize(request)
         if "\ufffd" in request.path:  # broken UTF-8, as Werkzeug shows it: many names would be one
             raise Problem(400, "The address is not percent-encoded UTF-8.")
-        adapter = self.url_map.bind_to_environ(request.environ)
         if self.uploads and _is_upload(request):
             return self.uploads.dispatch(request, adapter, body)
         if request.method == "OPTIONS":
             return self.on_options(request, adapter)
         endpoint, arguments = adapter.match(method=request.method)
         if request.method not in READS:
-            _refuse_foreign_site(request)
+            self.refuse_foreign_site(request)
         handler: Callable[..., Response] = getattr(self, f"on_{endpoint}")
         uploads = {"body": body} if endpoint in TAKES_BODY else {}
         return handler(request, **arguments, **uploads)
 
+    def has_token(self, request: Request) -> bool:
+        """Whether the request carries the token, or none is set."""
+        expected = self.settings.token.encode()
+        return not expected or hmac.compare_digest(_sent_token(request).encode(), expected)
+
     def authorize(self, request: Request) -> None:
-        """Raise Problem unless the request carries the token, where one is set."""
-        sent = request.authorization
-        token = (sent.password if sent.type == "basic" else sent.token) if sent else None
-        expected = self.settings.token
-        if expected and not hmac.compare_digest((token or "").encode(), expected.encode()):
-            # A browser that follows a link asks its user; in a script's request it must not.
-            scheme = "Basic" if _wants_html(request) else "Bearer"
-            raise Problem(
-                401,
-                "Send the token: 'Authorization: Bearer TOKEN', or as password of any user.",
-                {"WWW-Authenticate": f'{scheme} realm="memchunk"'},
-            )
+        """Raise Problem unless the request may go on. An upload's address is no link to a file."""
+        is_read = request.method in READS and not _is_upload(request)
+        if self.has_token(request) or (is_read and self.settings.public_read):
+            return
+        # A browser that follows a link asks its user; in a script's request it must not.
+        scheme = "Basic" if _wants_html(request) else "Bearer"
+        raise Problem(
+            401,
+            "Send the token: 'Authorization: Bearer TOKEN', or as password of any user.",
+            {"WWW-Authenticate": f'{scheme} realm="memchunk"'},
+        )
+
+    def shared_origin(self, request: Request) -> str | None:
+        """What to call the origin of a page that may use the API from elsewhere; else None."""
+        origin = request.headers.get("Origin", "")
+        if origin and "*" in self.origins:
+            return "*"
+        return origin if origin.lower() in self.origins else None
+
+    def share(self, request: Request, response: Response) -> None:
+        """Let a page of MEMCHUNK_ORIGINS see the answer: https://fetch.spec.whatwg.org/#cors."""
+        origin = self.shared_origin(request)
+        if origin:
+            response.headers["Access-Control-Allow-Origin"] = origin
+            response.headers["Access-Control-Expose-Headers"] = SHARED_HEADERS
+        if self.origins and "*" not in self.origins:
+            response.vary.add("Origin")
+
+    def is_preflight(self, request: Request) -> bool:
+        """Whether a browser asks, without the token, if a page of MEMCHUNK_ORIGINS may go on."""
+        asks = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
+        return asks and self.shared_origin(request) is not None
+
+    def refuse_foreign_site(self, request: Request) -> None:
+        """Raise Problem where a page of another site made the browser send this: a form there may
+        post to any address, with the user's credentials."""
+        site = request.headers.get("Sec-Fetch-Site") or _site(request)
+        if site not in ("same-origin", "none") and not self.shared_origin(request):
+            raise Problem(403, "A page of another site may not change files here.")
 
     def on_options(self, request: Request, adapter: MapAdapter) -> Response:
         allowed = set(adapter.allowed_methods())
@@ -437,7 +577,13 @@ class Application:
             allowed = {"DELETE", "GET", "HEAD", "POST", "PUT"}
         if not allowed:
             raise NotFound()
-        return _empty({"Allow": ", ".join(sorted({*allowed, "OPTIONS"}))})
+        headers = {"Allow": ", ".join(sorted({*allowed, "OPTIONS"}))}
+        if self.is_preflight(request):
+            wanted = request.headers.get("Access-Control-Request-Headers", "")
+            headers["Access-Control-Allow-Methods"] = headers["Allow"]
+            headers["Access-Control-Allow-Headers"] = wanted if wanted.isascii() else ""
+            headers["Access-Control-Max-Age"] = PREFLIGHT_AGE
+        return _empty(headers)
 
     def on_page(self, request: Request) -> Response:
         response = Response(self.page, headers=_page_headers(self.page), mimetype="text/html")
@@ -457,7 +603,7 @@ class Application:
         )
 
     def on_health(self, request: Request) -> Response:
-        return _json({"status": "ok"}, headers={"Cache-Control": "no-store"})
+        return _json({"status": "ok"}, headers=NO_STORE)
 
     def on_ready(self, request: Request) -> Response:
         self.cache.ping()
@@ -468,15 +614,14 @@ class Application:
         return self.on_create(request, secrets.token_hex(16), body)
 
     def on_create(self, request: Request, name: str, body: Body) -> Response:
-        _check_preconditions(request, None)
+        if any(key in request.headers for key in PRECONDITIONS):
+            _check_preconditions(request, self.current(request, name))
         return self.store(request, name, body, self.cache.add, 201)
 
     def on_put(self, request: Request, name: str, body: Body) -> Response:
         if "Content-Range" in request.headers:
             raise Problem(400, "This server can't replace a part of a file. Send it whole.")
-        current = None
-        with contextlib.suppress(memchunk.FileNotFound, memchunk.FileCorrupt):
-            current = self.cache.stat(name)
+        current = self.current(request, name)
         _check_preconditions(request, current)
         # The write must keep the preconditions true to its end.
         write: Callable[..., memchunk.FileInfo] = self.cache.set
@@ -486,8 +631,19 @@ class Application:
             write = self.cache.add
         try:
             return self.store(request, name, body, write, 200 if current else 201)
-        except (memchunk.FileExists, memchunk.FileNotFound) as error:  # since we looked
-            raise Problem(412, ERRORS[memchunk.FileChanged][1]) from error
+        except memchunk.FileExists as error:
+            raise Problem(412, "Meanwhile another upload stored a file of this name.") from error
+        except memchunk.FileNotFound as error:
+            raise Problem(412, "Meanwhile another request deleted the file.") from error
+
+    def current(self, request: Request, name: str) -> memchunk.FileInfo | None:
+        """The file that an upload may replace. Where it may replace none, a dead one is none."""
+        try:
+            info = self.cache.stat(name)
+        except (memchunk.FileNotFound, memchunk.FileCorrupt):
+            return None
+        only_new = request.headers.get("If-None-Match") == "*"
+        return None if only_new and name not in self.cache else info
 
     def store(
         self,
@@ -502,7 +658,7 @@ class Application:
             name,
             _verified(upload.content, request.headers.get("Repr-Digest", "")),
             size=upload.size,
-            expire=_expire(upload.expire, self.settings.expire),
+            expire=self.expire(upload.expire),
             metadata=_pack(upload.content_type, upload.filename),
         )
         return self.stored(request, info, status)
@@ -515,48 +671,91 @@ class Application:
         if (body.size or 0) > self.cache.max_size + (MAX_FORM_OVERHEAD if is_form else 0):
             raise _too_large(self.cache.max_size)
         expire = _query(request, "expire")
+        content = _verified(body, request.headers.get("Content-Digest", ""), "Content-Digest")
         if not is_form:
-            return Upload(body, body.size, request.headers.get("Content-Type", ""), "", expire)
+            return Upload(content, body.size, request.headers.get("Content-Type", ""), "", expire)
         boundary = request.mimetype_params.get("boundary", "")
         if not re.fullmatch("[ -~]{1,70}", boundary):
             raise Problem(400, "The form's Content-Type names no boundary of 1 to 70 characters.")
-        return Form(body, boundary).upload(expire)
+        return Form(content, boundary).upload(expire)
+
+    def expire(self, text: str | None) -> int:
+        """Seconds to keep a file whose sender asks for `text`. Raises Problem."""
+        most = self.settings.max_expire
+        if not text:
+            return self.settings.default_expire
+        least, limit = ("1", most) if most else ("0 (no end)", MAX_EXPIRE)
+        seconds = int(text) if re.fullmatch(r"[0-9]{1,10}", text) else -1
+        if not (1 if most else 0) <= seconds <= limit:
+            detail = f"'expire' must be a number of seconds, {least} to {limit}."
+            raise Problem(400, detail, limit=limit)
+        return seconds
 
     def stored(self, request: Request, info: memchunk.FileInfo, status: int) -> Response:
         url = self.url(request, "read", name=info.name)
         headers = {"ETag": f'"{info.version}"', **({"Location": url} if status == 201 else {})}
         if not _wants_html(request):
-            return _json({**_describe(info), "url": url}, status, headers)
+            return self.described(request, info, status, headers)
         # A form that a browser sent without the page's script.
         kept = "until the cache needs the room"
         if info.expires:
             kept = time.strftime("until %Y-%m-%d %H:%M UTC", time.gmtime(info.expires))
-        link = html.escape(url)
-        text = f'<a href="{link}">{link}</a><br>{info.size:,} bytes, kept {kept}.'
+        link = f'<a href="{html.escape(url)}">{html.escape(info.name)}</a>'
+        text = f"{link}<br>{info.size:,} bytes, kept {kept}."
         return self.words(request, "Stored", text, status, headers)
+
+    def described(
+        self,
+        request: Request,
+        info: memchunk.FileInfo,
+        status: int = 200,
+        headers: Mapping[str, str] | None = None,
+    ) -> Response:
+        content = {**_describe(info), "url": self.path(request, "read", name=info.name)}
+        return _json(content, status, {**NO_STORE, **(headers or {})})
 
     def failed(self, request: Request, problem: Problem) -> Response:
         title = TITLES.get(problem.status, "Error")
+        headers = {**problem.headers, **NO_STORE}
         if _wants_html(request):
-            text = html.escape(problem.detail)
-            return self.words(request, title, text, problem.status, problem.headers)
+            return self.words(request, title, html.escape(problem.detail), problem.status, headers)
         content = {"title": title, "status": problem.status, "detail": problem.detail}
-        headers = {**problem.headers, "Content-Type": "application/problem+json"}
+        headers["Content-Type"] = "application/problem+json"
         return _json({**problem.members, **content}, f"{problem.status} {title}", headers)
 
     def words(
         self, request: Request, title: str, text: str, status: int, headers: Mapping[str, str]
     ) -> Response:
-        page = _fill(HTML, title=title, text=text, home=html.escape(f"{request.root_path}/"))
+        page = _fill(HTML, title=title, text=text, home=html.escape(self.url(request, "page")))
         more = {"Vary": "Accept", "Content-Type": "text/html; charset=utf-8"}
-        return Response(page, status, {**headers, **_page_headers(HTML), **more})
+        return Response(page, status, {**_page_headers(HTML), **headers, **more})
 
     def on_read(self, request: Request, name: str) -> Response:
+        if _query(request, "info") is not None:
+            info = self.cache.stat(name)
+            self.check(info)
+            return self.described(request, info)
         for _ in range(READ_ATTEMPTS):
             with contextlib.suppress(memchunk.FileChanged):
                 return self.send(request, self.cache.open(name))
         detail = "The file is being replaced faster than it can be read. Try again."
         raise Problem(503, detail, {"Retry-After": RETRY_AFTER})
+
+    def check(self, info: memchunk.FileInfo) -> None:
+        """Raise where a part of the file is gone; what is there is neither read nor verified."""
+        if info.name not in self.cache:
+            self.cache.stat(info.name)  # it may be gone altogether
+            raise Problem(410, ERRORS[memchunk.FileEvicted][1])
+
+    def on_touch(self, request: Request, name: str) -> Response:
+        expire = _query(request, "expire")
+        if not expire:
+            raise Problem(400, "PATCH sets '?expire=SECONDS' anew, and nothing else.")
+        seconds = self.expire(expire)
+        if any(key in request.headers for key in PRECONDITIONS):
+            _check_preconditions(request, self.cache.stat(name))
+        info = self.cache.touch(name, seconds)
+        return self.described(request, info, 200, {"ETag": f'"{info.version}"'})
 
     def send(self, request: Request, file: memchunk.CachedFile) -> Response:
         info = file.info
@@ -564,24 +763,29 @@ class Application:
         if _check_preconditions(request, info) == 304:
             del headers["Content-Type"], headers["Content-Disposition"]
             return _empty(headers, 304)
-        span = self.span(request, info)
-        algorithm = _wanted_digest(request.headers.get("Want-Repr-Digest", ""))
-        digest = DIGESTS[algorithm]() if algorithm else None
-        content = _read(file, span, digest, request.method == "HEAD")
-        if digest:
-            headers["Repr-Digest"] = f"{algorithm}=:{base64.b64encode(digest.digest()).decode()}:"
         if any(key in request.environ for key in TEXT_DECODERS):
             headers["Content-Encoding"] = "identity"
+        if request.method == "HEAD":
+            self.check(info)
+            return Response((), 200, {**headers, "Content-Length": str(info.size)})
+        span = self.span(request, info)
         start, stop = span or (0, info.size)
         headers["Content-Length"] = str(stop - start)
+        # All, and verified, before the first byte is sent; in pieces, since some hosts copy each.
+        content = [bytes(piece) for piece in file.chunks(start, stop)]
         if span:
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{info.size}"
-        return Response(content, 206 if span else 200, headers)
+            return Response(content, 206, headers)
+        algorithm = _wanted_digest(request.headers.get("Want-Repr-Digest", ""))
+        if algorithm:
+            digest = DIGESTS[algorithm]()
+            for piece in content:
+                digest.update(piece)
+            headers["Repr-Digest"] = f"{algorithm}=:{base64.b64encode(digest.digest()).decode()}:"
+        return Response(content, 200, headers)
 
     def span(self, request: Request, info: memchunk.FileInfo) -> tuple[int, int] | None:
         """Start and stop of the range to send, None for the whole file. Raises Problem."""
-        if request.method == "HEAD":
-            return None
         span = _range(request, info)
         limit = self.settings.max_response or info.size
         if span is None and info.size > limit:
@@ -603,12 +807,27 @@ class Application:
         return _empty({})
 
     def url(self, request: Request, endpoint: str, **arguments: str) -> str:
-        """Absolute where the request says by which host it came; else a path."""
-        adapter = self.url_map.bind_to_environ(request.environ)
-        return adapter.build(endpoint, arguments, force_external=bool(request.host))
+        """Relative to the request's own address: only the client knows what proxies put before it,
+        another scheme, host, port or prefix."""
+        path = self.url_map.bind("").build(endpoint, arguments)
+        if "//" in path:  # which many clients make one slash, unless it is below the host
+            return self.path(request, endpoint, **arguments)
+        return "../" * (request.path.count("/") - 1) + path[1:] or "./"
+
+    def path(self, request: Request, endpoint: str, **arguments: str) -> str:
+        """Below the host, with the prefix where the host or a proxy tells it."""
+        path = self.url_map.bind("").build(endpoint, arguments)
+        return quote(request.root_path.rstrip("/")) + path
 
 
-def _as_problem(error: Exception) -> Problem:
+def _request(environ: WSGIEnvironment) -> Request:
+    try:
+        return Request(environ)
+    except ValueError as error:  # such as a path that is not Latin-1, as WSGI wants it
+        raise Problem(400, "The request is not valid.") from error
+
+
+def _as_problem(error: Exception, request: Request) -> Problem:
     """What to answer where `error` came up."""
     if isinstance(error, Problem):
         return error
@@ -617,7 +836,7 @@ def _as_problem(error: Exception) -> Problem:
     for kind, (status, detail) in ERRORS.items():
         if isinstance(error, kind):
             if status >= 500:
-                log.error("%s", error)
+                log.error("%s %r: %s", request.method, request.path, error)
             return Problem(status, detail, {"Retry-After": RETRY_AFTER} if status == 503 else {})
     if isinstance(error, MethodNotAllowed):
         allowed = ", ".join(sorted({*(error.valid_methods or ()), "OPTIONS"}))
@@ -625,7 +844,7 @@ def _as_problem(error: Exception) -> Problem:
     if isinstance(error, HTTPException) and error.code and 400 <= error.code < 500:
         details = {404: "There is nothing at this address. Files are under /files/."}
         return Problem(error.code, details.get(error.code, "The request is not valid."))
-    log.exception("unexpected error")
+    log.exception("%s %r: unexpected error", request.method, request.path)
     return Problem(500, "Something is wrong with this server. Its log says what.")
 
 
@@ -647,8 +866,7 @@ def _duration(seconds: int) -> str:
 
 def _expiry_options(settings: Settings) -> str:
     """What the page offers as time to keep a file, as HTML: no longer than the settings allow."""
-    most = getattr(settings, "max_expire", 0) or MAX_EXPIRE
-    default = settings.expire or (0 if most == MAX_EXPIRE else most)
+    most, default = settings.max_expire or MAX_EXPIRE, settings.default_expire
     offers = sorted({default, *(seconds for seconds in EXPIRES if seconds <= most)})
     return "\n".join(
         f'<option value="{seconds}"{" selected" if seconds == default else ""}>'
@@ -698,7 +916,8 @@ def _is_upload(request: Request) -> bool:
 
 def _query(request: Request, key: str) -> str | None:
     """Not by request.args, which fails on bytes that aren't UTF-8."""
-    values = parse_qs(request.environ.get("QUERY_STRING", "")).get(key)
+    query = request.environ.get("QUERY_STRING", "")
+    values = parse_qs(query, keep_blank_values=True).get(key)
     return values[0] if values else None
 
 
@@ -707,31 +926,57 @@ def _refuse_coding(request: Request) -> None:
         raise Problem(415, "Send it without a Content-Encoding.", {"Accept-Encoding": ""})
 
 
-def _refuse_foreign_site(request: Request) -> None:
-    """Raise Problem where a page of another site made the browser send this: a form there may post
-    to any address, with the user's credentials."""
-    site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
-    if site is None and origin is not None:
-        own = {f"{scheme}://{request.headers.get('Host')}".lower() for scheme in ("http", "https")}
-        site = "same-origin" if origin.lower() in own else "cross-site"
-    if site not in (None, "same-origin", "none"):
-        raise Problem(403, "A page of another site may not change files here.")
+def _site(request: Request) -> str:
+    """What a browser that doesn't send Sec-Fetch-Site, as over plain HTTP, would say there.
+
+    Proxies may change our port, so that none counts, and our host as well. Then what a page may
+    not send to other sites without asking, to which we say no, comes from ours all the same.
+    """
+    origin, host = request.headers.get("Origin"), request.headers.get("Host", "")
+    if origin is None:
+        return "none"
+    simple = request.method == "POST" and request.mimetype in SIMPLE_TYPES
+    asks_first = not simple or "Tus-Resumable" in request.headers
+    if asks_first and origin.lower().startswith("http://"):
+        return "none"
+    own = _hostname(f"//{host}")
+    return "same-origin" if own and _hostname(origin) == own else "cross-site"
+
+
+def _hostname(url: str) -> str:
+    with contextlib.suppress(ValueError):  # an address in brackets that is none
+        return urlsplit(url).hostname or ""
+    return ""
+
+
+def _sent_token(request: Request) -> str:
+    """The token in the request, "" without one. Werkzeug's parser takes "=" for a parameter, and
+    raises on bytes that are not ASCII."""
+    scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return credentials.strip()
+    if scheme.lower() == "basic":
+        with contextlib.suppress(ValueError):
+            decoded = base64.b64decode(credentials.strip(), validate=True)
+            return decoded.decode("latin-1").partition(":")[2]
+    return ""
 
 
 def _check_preconditions(request: Request, info: memchunk.FileInfo | None) -> int:
     """304 where the client has this file, 0 to go on; raises Problem 412. RFC 9110, 13.2.2."""
     headers, reads = request.headers, request.method in ("GET", "HEAD")
-    failed = Problem(412, ERRORS[memchunk.FileChanged][1])
     if "If-Match" in headers:
-        if info is None or not request.if_match.contains(info.version):
-            raise failed
+        if info is None:
+            raise Problem(412, "There is no file of this name that If-Match could name.")
+        if not request.if_match.contains(info.version):
+            raise Problem(412, "The file's ETag is none that If-Match names. Get it again.")
     elif info and _before(request.if_unmodified_since, info.created):
-        raise failed
+        raise Problem(412, "The file was stored after the date in If-Unmodified-Since.")
     if "If-None-Match" in headers:
         if info and request.if_none_match.contains_weak(info.version):
             if reads:
                 return 304
-            raise failed
+            raise Problem(412, "There is a file of this name, which If-None-Match rules out.")
     elif info and reads and request.if_modified_since:
         return 0 if _before(request.if_modified_since, info.created) else 304
     return 0
@@ -764,30 +1009,16 @@ def _range(request: Request, info: memchunk.FileInfo) -> tuple[int, int] | None:
 
 
 def _if_range(request: Request, info: memchunk.FileInfo) -> bool:
-    """Whether the client's part is one of this version. Only a strong ETag or the exact date says
-    so; Werkzeug's parser drops the mark of a weak one."""
-    value = request.headers.get("If-Range")
-    return value is None or value in (f'"{info.version}"', http_date(info.created))
-
-
-def _read(
-    file: memchunk.CachedFile, span: tuple[int, int] | None, digest: Any, head: bool
-) -> list[bytes]:
-    """The bytes to send, all verified, and in pieces: some hosts copy each more than once. HEAD
-    verifies all, and so says what GET would; a digest is of the whole file, too."""
-    pieces = [] if head else [bytes(piece) for piece in file.chunks(*(span or (0, None)))]
-    if head or digest:
-        for piece in file.chunks() if head or span else pieces:
-            if digest:
-                digest.update(piece)
-    return pieces
+    """Whether the client's part is one of this version. Only a strong ETag says so: a file can
+    change twice in the second of a date. Werkzeug's parser drops the mark of a weak one."""
+    return request.headers.get("If-Range") in (None, f'"{info.version}"')
 
 
 def _file_headers(info: memchunk.FileInfo) -> dict[str, str]:
     content_type, filename = _metadata(info)
     # Those who can't read the form for all characters (RFC 6266) get one without them.
     plain = unicodedata.normalize("NFKD", filename).encode("ascii", "ignore").decode()
-    plain = re.sub(r'["\\%]', "_", plain).strip(" .") or "file"
+    plain = re.sub(r'["%]', "_", _clean_filename(plain))
     extended = quote(filename, safe="")
     return {
         "Content-Type": content_type,
@@ -812,7 +1043,8 @@ def _metadata(info: memchunk.FileInfo) -> tuple[str, str]:
         content_type, filename = str(stored["type"]), str(stored["filename"])
     except (ValueError, TypeError, KeyError, RecursionError):
         content_type = filename = ""
-    return _clean_content_type(content_type), _clean_filename(filename or info.name)
+    filename = _clean_filename(filename or info.name)
+    return _clean_content_type(content_type) or _guessed_type(filename), filename
 
 
 def _describe(info: memchunk.FileInfo) -> dict[str, object]:
@@ -827,49 +1059,46 @@ def _describe(info: memchunk.FileInfo) -> dict[str, object]:
 
 
 def _clean_content_type(text: str) -> str:
+    """The type, "" for one that is none."""
     text = text.strip()
-    if text.lower() in NO_CONTENT_TYPES or len(text) > 255:
-        return CONTENT_TYPE
-    return text if CONTENT_TYPE_PATTERN.fullmatch(text) else CONTENT_TYPE
+    usable = text.lower() not in NO_CONTENT_TYPES and len(text) <= 255
+    return text if usable and CONTENT_TYPE_PATTERN.fullmatch(text) else ""
+
+
+def _guessed_type(filename: str) -> str:
+    guessed, coding = TYPES.guess_type("x" + pathlib.PurePosixPath(filename).suffix)
+    return guessed if guessed and not coding else CONTENT_TYPE
 
 
 def _clean_filename(text: str) -> str:
-    """The last part of a path, without what could deceive a person or a file system."""
-    text = re.split(r"[/\\]", text)[-1]
+    """The last part of a path, without what could deceive a person or a file system. Characters
+    that only look different are made the same first: some systems do, and find a path then."""
+    text = re.split(r"[/\\]", unicodedata.normalize("NFKC", text))[-1]
     kept = (
         character
         for character in text
         if unicodedata.category(character) not in ("Cc", "Cs") and character not in BIDI_CONTROLS
     )
-    return "".join(kept).strip(" .")[-100:] or "file"
+    return "".join(kept).strip(" .")[-100:].strip(" .") or "file"
 
 
-def _expire(text: str | None, default: int) -> int:
-    if not text:
-        return default
-    if not re.fullmatch(r"[0-9]{1,10}", text) or int(text) > MAX_EXPIRE:
-        raise Problem(400, f"'expire' must be a number of seconds, 0 (no end) to {MAX_EXPIRE}.")
-    return int(text)
-
-
-def _expected_digests(header: str) -> dict[str, bytes]:
-    """What a Repr-Digest (RFC 9530) says, by algorithm. Raises Problem. Those that aren't known
+def _expected_digests(header: str, field: str = "Repr-Digest") -> dict[str, bytes]:
+    """What a field of RFC 9530 says, by algorithm. Raises Problem. Algorithms that aren't known
     are no reason to refuse a file."""
-    expected = {}
-    for member in filter(None, map(str.strip, header.split(","))):
-        algorithm, _, value = member.partition("=")
-        if algorithm.lower() in DIGESTS:
-            try:
-                expected[algorithm.lower()] = base64.b64decode(value.strip(":"), validate=True)
-            except ValueError:
-                raise Problem(400, "The Repr-Digest has not the form sha-256=:BASE64:.") from None
-    return expected
+    try:
+        members = _dictionary(header)
+        return {key: _bytes(members[key]) for key in DIGESTS.keys() & members}
+    except ValueError as error:
+        raise Problem(400, f"The {field} has not the form sha-256=:BASE64:.") from error
 
 
-def _verified(pieces: Iterable[Any], header: str) -> Iterator[Any]:
-    """Yield the pieces; raise Problem after the last where they haven't the digests in `header`,
-    a Repr-Digest."""
-    expected = _expected_digests(header)
+def _verified(pieces: Iterable[Any], header: str, field: str = "Repr-Digest") -> Iterator[Any]:
+    """The pieces; raises Problem after the last where they haven't the digests in `header`, and
+    at once where that is none."""
+    return _compared(pieces, _expected_digests(header, field), field)
+
+
+def _compared(pieces: Iterable[Any], expected: Mapping[str, bytes], field: str) -> Iterator[Any]:
     digests = {algorithm: DIGESTS[algorithm]() for algorithm in expected}
     for piece in pieces:
         for digest in digests.values():
@@ -877,14 +1106,38 @@ def _verified(pieces: Iterable[Any], header: str) -> Iterator[Any]:
         yield piece
     for algorithm, digest in digests.items():
         if digest.digest() != expected[algorithm]:
-            raise Problem(400, f"The file's {algorithm} is not its Repr-Digest's. Send it again.")
+            raise Problem(400, f"The {algorithm} is not that of the {field}. Send it again.")
+
+
+def _dictionary(text: str) -> dict[str, str]:
+    """The members of a structured field that is a dictionary, each as it stands there, without
+    parameters. Raises ValueError. RFC 9651, section 3.2."""
+    members, text, at = {}, text.strip(" "), 0
+    while at < len(text):
+        member = MEMBER.match(text, at)
+        if not member or (member[3] and member.end() == len(text)):
+            raise ValueError(text)
+        members[member[1]] = member[2] or "?1"
+        at = member.end()
+    return members
+
+
+def _bytes(item: str) -> bytes:
+    """A byte sequence of a structured field. Raises ValueError."""
+    value = item.strip(":").rstrip("=")
+    if not item.startswith(":"):
+        raise ValueError(item)
+    return base64.b64decode(value + "=" * (-len(value) % 4), validate=True)
 
 
 def _wanted_digest(header: str) -> str | None:
     """The algorithm that the client likes best of those we have (Want-Repr-Digest, RFC 9530)."""
-    wanted = re.findall(r"(sha-256|sha-512)\s*=\s*([0-9]{1,2})\b", header.lower())
-    likes = {algorithm: int(weight) for algorithm, weight in wanted if int(weight)}
-    return max(likes, key=lambda algorithm: likes[algorithm]) if likes else None
+    with contextlib.suppress(ValueError):  # a wish that isn't understood is none
+        wanted = _dictionary(header)
+        weights = {key: int(wanted[key]) for key in DIGESTS.keys() & wanted}
+        best = max(weights, key=lambda key: weights[key], default="")
+        return best if weights.get(best) else None
+    return None
 
 
 def _wants_html(request: Request) -> bool:
