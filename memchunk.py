@@ -688,7 +688,7 @@ class FileWriter(io.RawIOBase):
     ) -> None:
         super().__init__()
         self._order, self._slot, self._old = order, cache._slot(order.name), old
-        self._resumed, self._sealed = draft is not None, False
+        self._resumed, self._in_doubt = draft is not None, False
         self._max_size, self._lease = cache.max_size, cache.lease
         self._capacity, self._memory = cache._limits(self._slot)
         self._started = time.monotonic()
@@ -771,8 +771,7 @@ class FileWriter(io.RawIOBase):
         self._slot.tidy(self._delete)
 
     def _delete(self) -> None:
-        # Is it published all the same? The reply to that can be lost, and Ctrl-C strike behind it.
-        if not (self._sealed and self._slot.lookup().version == self._draft.version):
+        if not (self._in_doubt and self._slot.lookup().version == self._draft.version):
             self._slot.discard(self._draft)
 
     def _fail(self) -> None:
@@ -894,11 +893,13 @@ class FileWriter(io.RawIOBase):
             order.check(slot, found)
             # 3. A server that is short of memory says STORED, and evicts the first chunks while
             # the last arrive.
-            self._sealed = True
             missing = slot.touch(info, slot.exptime(order.expire, _SLACK))
             if missing:
                 raise self._full(missing)
-            if slot.swap(found, info, slot.exptime(order.expire)):  # 4. and 5.
+            self._in_doubt = True  # until `swap` returns, nobody knows whether it is published
+            done = slot.swap(found, info, slot.exptime(order.expire))  # 4. and 5.
+            self._in_doubt = False
+            if done:
                 if self._resumed:  # another, who did so too, may have put them on a lease
                     slot.touch(info, slot.exptime(order.expire, _SLACK))
                 self.info = info
@@ -1091,20 +1092,25 @@ class _Slot:
         return done
 
     def _replace(self, found: _Found, info: FileInfo | None, exptime: int) -> bool:
-        verb = "add" if found.value is None else "cas"
+        """The step itself; where its reply is lost, whether it was done."""
         value = info._pack() if info else b""
-        for again in (True, False):
-            try:
-                [reply] = self._ask("store", verb, {self._key: (value,)}, exptime, found.token)
-                break
-            except CacheUnavailable:
+        try:
+            return self._put(found, value, exptime)
+        except CacheUnavailable:
+            now = self.lookup()
+            if now.token is not None and now.token == found.token:
+                # It is not done, or not yet. Once more: should memcached do the first one late, it
+                # won't do both.
+                if self._put(found, value, exptime):
+                    return True
                 now = self.lookup()
-                if now.value == (value or None):
-                    return True  # only the reply was lost
-                # Where nothing is done, it is tried once more: should memcached do the first try
-                # late, it won't do both.
-                if not again or now.token != found.token:
-                    raise
+            if now.value == (value or None):
+                return True
+            raise  # perhaps done, and undone by a writer who deleted our chunks
+
+    def _put(self, found: _Found, value: bytes, exptime: int) -> bool:
+        verb = "add" if found.value is None else "cas"
+        [reply] = self._ask("store", verb, {self._key: (value,)}, exptime, found.token)
         if reply != _STORED and reply not in _NO:
             raise self.full(0, [], "", reply)
         return bool(reply == _STORED)
