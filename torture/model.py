@@ -109,6 +109,23 @@ def cache_on(run: Callable[..., Any]) -> FileCache:
     return FileCache(Client(run), chunk_size=CHUNK, lease=LEASE)
 
 
+class Asked(BaseException):
+    """Not an Exception, so that nothing handles it."""
+
+
+def manifest(name: str = "file") -> str:
+    """The key of a file's manifest: the first that a cache asks for."""
+
+    def run(command: str, key: str, *arguments: object) -> object:
+        raise Asked(key)
+
+    try:
+        cache_on(run).stat(name)
+    except Asked as asked:
+        return str(asked)
+    raise AssertionError("a cache knows a file without asking for it")
+
+
 class Pending(BaseException):
     """There is no reply yet. It isn't an Exception, so nothing may swallow it."""
 

@@ -23,6 +23,7 @@ import memchunk
 from memchunk import FileCache
 from tests.faults import ON_THE_WIRE, Faulty, Proxy
 from tests.support import Memcached
+from torture.model import manifest
 from torture.tools import (
     CHUNK,
     GONE,
@@ -32,7 +33,6 @@ from torture.tools import (
     State,
     audit,
     counts,
-    manifest,
     result,
     state,
 )
@@ -151,7 +151,7 @@ class Case:
             assert outcome in RAISED.get(fault, UNAVAILABLE)
             assert now in (self.before, self.after) or lost
         # Nobody can clean up chunks whose manifest memcached evicted, or whose server is gone.
-        helpless = fault == "gone" or manifest(self.direct) in self.evicted
+        helpless = fault == "gone" or manifest() in self.evicted
         infos = [] if now == GONE else [self.direct.stat("file")]
         # Chunks whose touch says no, falsely, keep the later of two ends.
         exact = outcome == self.wanted and fault != "no"

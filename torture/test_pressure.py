@@ -19,6 +19,7 @@ import memchunk
 from memchunk import CacheFull, FileCache, FileExists
 from tests.faults import Proxy
 from tests.support import Memcached, Start, wait_for
+from torture.model import manifest
 from torture.tools import CHUNK, LEASE, LONG, audit, counts, result
 
 MIB = 1024 * 1024
@@ -178,9 +179,10 @@ def test_servers_that_go_and_come_back(start_memcached: Start) -> None:
         for turn, server in itertools.product(range(turns), servers):
             before = {name: f"{turn} before {name}".encode() * 20 for name in names}
             after = {name: f"{turn} after {name}".encode() * 30 for name in names}
-            mine = {name for name in names if cache._slot(name).server.name == server.server}
             for name in names:
                 cache.set(name, before[name])
+            keys = server.keys()
+            mine = {name for name in names if manifest(name) in keys}
             server.pause()  # away, and back with what it had
             for name in names:
                 unavailable = outcome(cache.set, name, after[name]) == "CacheUnavailable"

@@ -27,7 +27,8 @@ from pymemcache.client.base import Client
 import memchunk
 from memchunk import FileCache, FileInfo
 from tests.support import Memcached
-from torture.tools import CHUNK, LEASE, LONG, counts, manifest, result
+from torture.model import manifest
+from torture.tools import CHUNK, LEASE, LONG, counts, result
 
 NAMES = st.sampled_from(["a", "ä/\0 \r\n", "n" * 1024])
 SIZES, SEEDS = st.integers(0, 6 * CHUNK), st.integers(0, 10**6)
@@ -73,7 +74,7 @@ class Machine(RuleBasedStateMachine):
             expected = set(self.orphans)
             for name, file in self.files.items():
                 assert result(lambda: self.cache.get(name)) == file.read(0, file.info.size)  # noqa: B023
-                expected |= {manifest(self.cache, name), *self.chunks(file)}
+                expected |= {manifest(name), *self.chunks(file)}
             assert set(self.server.keys()) == expected
             self.cache.close()
 
@@ -193,14 +194,14 @@ class Machine(RuleBasedStateMachine):
     @rule(name=NAMES)
     def evict_manifest(self, name: str) -> None:
         if name in self.files:
-            self.server.delete(manifest(self.cache, name))
+            self.server.delete(manifest(name))
             self.orphans |= self.chunks(self.files.pop(name))
 
     @rule(name=NAMES)
     def expire(self, name: str) -> None:
         """As time would: first the manifest, then the chunks."""
         file = self.files.pop(name, None)
-        for key in [manifest(self.cache, name), *sorted(self.chunks(file))] if file else ():
+        for key in [manifest(name), *sorted(self.chunks(file))] if file else ():
             assert self.server.command(f"touch {key} -1") == b"TOUCHED\r\n"
             assert result(lambda: self.cache.get(name)) == "FileNotFound"
 

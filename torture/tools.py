@@ -48,11 +48,6 @@ def state(cache: FileCache, name: str = "file") -> State:
     return State(data, expires and round((expires - time.time()) / 100))
 
 
-def manifest(cache: FileCache, name: str = "file") -> str:
-    """The key of a file's manifest."""
-    return cache._slot(name)._key
-
-
 def audit(
     server: Memcached,
     *infos: FileInfo,
