@@ -1674,7 +1674,8 @@ def anything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[wsgi.Applicat
     application.cache.set("a", content(5000))
     for name, done in (("u", False), ("d", True)):
         assert application.uploads
-        upload = application.uploads.begin(tus.Upload(name, name, 300, 0, "", ""))
+        writer = application.cache.create(name, 300)
+        upload = application.uploads.save(tus.Upload(name, name, 300, ""), writer)
         if done:
             application.uploads.append(upload, [content(300)])
     yield application

@@ -323,6 +323,11 @@ class Body:
             raise CutOff(400, "The body broke off. Send it again.") from error
         return piece
 
+    def arrived(self) -> Iterator[bytes]:
+        """What comes of the body, to where it ends or breaks off."""
+        with contextlib.suppress(CutOff):
+            yield from self
+
     def drain(self, trusted: bool) -> None:
         """Read what a refused upload still sends. To close on it would reset the connection, and
         its sender would see that instead of the answer. But it may send slowly, to keep a thread
