@@ -149,7 +149,7 @@ HTML = """<!doctype html>
 <title>{{title}}</title>
 <style>
 body { font: 1rem/1.5 system-ui, sans-serif; max-width: 40rem; margin: 3rem auto; padding: 0 1rem;
-  overflow-wrap: anywhere }
+  overflow-wrap: anywhere; background: Canvas; color: CanvasText }
 </style>
 <main>
 <h1>{{title}}</h1>

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import pathlib
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from typing import Any, Callable
 
@@ -19,6 +21,9 @@ import wsgi
 from tests.support import HOSTS, MIB, Memcached, Proxy, Server, wait_for
 
 Start = Callable[..., Any]
+
+
+AXE = "axe-core/axe.min.js"  # finds what screen readers, keyboards and poor eyes can't cope with
 
 
 @pytest.fixture
@@ -39,16 +44,18 @@ def start(tmp_path: pathlib.Path, memcached: Memcached) -> Iterator[Start]:
         yield start
 
 
-def chromium(downloads: pathlib.Path, script: bool) -> Any:
+def chromium(folder: pathlib.Path, script: bool = True) -> Any:
+    """A browser that downloads to the folder, and remembers in it what it does."""
     for program in ("chromium", "chromedriver"):
         if shutil.which(program) is None:
             pytest.fail(f"needs {program}; install it: 'apt-get install chromium chromium-driver'")
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""
-    for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=900,900"):
+    arguments = ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=900,900")
+    for argument in (*arguments, f"user-data-dir={folder / 'profile'}"):
         options.add_argument(f"--{argument}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    preferences: dict[str, object] = {"download.default_directory": str(downloads)}
+    preferences: dict[str, object] = {"download.default_directory": str(folder)}
     if not script:
         preferences["profile.managed_default_content_settings.javascript"] = 2
     options.add_experimental_option("prefs", preferences)
@@ -103,10 +110,10 @@ def press(browser: Any, name: str, button: str) -> None:
     item(browser, name).find_element(By.CLASS_NAME, button).click()
 
 
-def slow(browser: Any, rate: int) -> None:
-    """Let uploads take time: so many bytes a second."""
+def network(browser: Any, rate: int = -1, offline: bool = False) -> None:
+    """Let uploads take time, so many bytes a second; or take the network away."""
     conditions = {
-        "offline": False,
+        "offline": offline,
         "latency": 0,
         "downloadThroughput": -1,
         "uploadThroughput": rate,
@@ -115,10 +122,40 @@ def slow(browser: Any, rate: int) -> None:
     browser.execute_cdp_cmd("Network.emulateNetworkConditions", conditions)
 
 
-def offline(browser: Any) -> None:
-    conditions = {"offline": True, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
-    browser.execute_cdp_cmd("Network.enable", {})
-    browser.execute_cdp_cmd("Network.emulateNetworkConditions", conditions)
+def record(browser: Any) -> None:
+    """Let the page keep all that it says."""
+    browser.execute_script(
+        "window.said = ''; new MutationObserver(() => { said += document.body.innerText; })"
+        ".observe(document.body, { childList: true, subtree: true })"
+    )
+
+
+def news(browser: Any) -> list[str]:
+    """What screen readers have been told."""
+    lines = browser.find_elements(By.CSS_SELECTOR, "[role=log] p")
+    return [line.get_attribute("textContent") for line in lines]
+
+
+def focused(browser: Any) -> str:
+    return str(browser.switch_to.active_element.accessible_name)
+
+
+def assert_accessible(browser: Any, state: str) -> None:
+    """axe-core finds nothing, be the window narrow or wide, the page light or dark."""
+    folder = pathlib.Path(os.environ.get("NODE_PATH", "node_modules"))
+    if not (folder / AXE).exists():
+        pytest.fail("needs axe-core where NODE_PATH says; install it: 'npm install axe-core'")
+    browser.execute_script((folder / AXE).read_text("utf-8"))
+    for width, scheme in itertools.product((360, 900), ("light", "dark")):
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        found = browser.execute_async_script("axe.run().then(arguments[0])")
+        assert found["passes"]
+        assert found["violations"] == [], f"{state}, {width} pixels, {scheme}"
+        wide = browser.execute_script("return document.documentElement.scrollWidth")
+        assert wide <= width, f"{state} is wider than {width} pixels"
 
 
 def link(browser: Any, name: str) -> Any:
@@ -128,7 +165,7 @@ def link(browser: Any, name: str) -> Any:
 def test_50_mib_there_and_back(start: Start, tmp_path: pathlib.Path) -> None:
     browser = start()
     data = os.urandom(50 * MIB)
-    slow(browser, 100 * MIB)
+    network(browser, 100 * MIB)
     browser.execute_script(
         "window.seen = []; new MutationObserver(() => {"
         "  const bar = document.querySelector('progress'); if (bar) seen.push(bar.value);"
@@ -146,20 +183,20 @@ def test_50_mib_there_and_back(start: Start, tmp_path: pathlib.Path) -> None:
 
 def test_several_at_once_one_of_them_cancelled(start: Start, tmp_path: pathlib.Path) -> None:
     browser = start()
-    slow(browser, MIB // 4)
+    network(browser, MIB // 4)
     paths = [make(tmp_path, f"{number}.bin", os.urandom(MIB)) for number in range(4)]
     choose(browser, *paths, make(tmp_path, "cancelled.bin", bytes(40 * MIB)))
     wait_until(browser, "cancelled.bin", "Waiting")
     press(browser, "cancelled.bin", "cancel")
     wait_until(browser, "cancelled.bin", "Cancelled")
-    slow(browser, 2 * MIB)
+    network(browser, 2 * MIB)
     for number in range(4):
         wait_until(browser, f"{number}.bin", "Stored")
     press(browser, "cancelled.bin", "again")
     wait_until(browser, "cancelled.bin", "Sending")
     press(browser, "cancelled.bin", "cancel")
-    wait_until(browser, "cancelled.bin", "Cancelled. Nothing was stored.")
-    slow(browser, -1)
+    wait_until(browser, "cancelled.bin", "Cancelled. Nothing is stored.")
+    network(browser)
     press(browser, "cancelled.bin", "again")
     wait_until(browser, "cancelled.bin", "Stored")
 
@@ -171,14 +208,10 @@ def test_a_line_that_breaks(start: Start, tmp_path: pathlib.Path) -> None:
     proxy = Proxy(browser.server.port, 1_000_000, 10_000_000, 40_000_000)
     with contextlib.closing(proxy):
         browser.get(proxy.url("/"))
-        browser.execute_script(
-            "window.said = ''; new MutationObserver(() => { said += document.body.innerText; })"
-            ".observe(document.body, { childList: true, subtree: true })"
-        )
+        record(browser)
         choose(browser, make(tmp_path, "big.dat", data))
         wait_until(browser, "big.dat", "Stored")
-        said = browser.execute_script("return window.said")
-        assert "The connection broke. Going on in 1 s." in said
+        assert "Going on in 1 s." in browser.execute_script("return said")
         assert not proxy.cuts
         # Each break costs the piece under way, once more as Chromium repeats a request by itself,
         # and once more where the server, not done with it, answers that with 409.
@@ -188,25 +221,102 @@ def test_a_line_that_breaks(start: Start, tmp_path: pathlib.Path) -> None:
         browser.get("about:blank")
 
 
+def test_a_line_that_stalls(start: Start, tmp_path: pathlib.Path) -> None:
+    browser = start()
+    data, go_on = os.urandom(20 * MIB), threading.Event()
+    proxy = Proxy(browser.server.port, 10_000_000)
+    proxy.before_cut = go_on.wait
+    with contextlib.closing(proxy):
+        browser.get(proxy.url("/"))
+        record(browser)
+        browser.execute_script("document.body.dataset.patience = 3")  # seconds
+        choose(browser, make(tmp_path, "big.dat", data))
+        wait_until(browser, "big.dat", "Stored")
+        go_on.set()
+        assert "The connection stalled. Going on in 1 s." in browser.execute_script("return said")
+        link(browser, "big.dat").click()
+        wait_for_download(tmp_path / "big.dat", data)
+        browser.get("about:blank")
+
+
 def test_a_network_that_is_away(start: Start, tmp_path: pathlib.Path) -> None:
     browser = start()
-    slow(browser, 4 * MIB)
+    network(browser, 4 * MIB)
     choose(browser, make(tmp_path, "big.dat", bytes(40 * MIB)))
     wait_until_sent(browser, "big.dat", 30)
-    offline(browser)
+    network(browser, offline=True)
     wait_until(browser, "big.dat", "The connection broke. Going on in 8 s.")
-    slow(browser, -1)  # it's back: the page notices, and does not wait
+    network(browser)  # it's back: the page notices, and does not wait
+    wait_until(browser, "big.dat", "Stored")
+    assert len([line for line in news(browser) if "broke" in line]) == 1  # not at each attempt
+
+
+def test_a_browser_that_is_closed(start: Start, tmp_path: pathlib.Path) -> None:
+    """Who chooses the file again sends the rest of it."""
+    browser = start()
+    data = os.urandom(40 * MIB)
+    path = make(tmp_path, "big.dat", data)
+    proxy = Proxy(browser.server.port)
+    with contextlib.closing(proxy):
+        browser.get(proxy.url("/"))
+        network(browser, 4 * MIB)
+        choose(browser, path)
+        wait_until_sent(browser, "big.dat", 50)
+        browser.quit()
+        with chromium(tmp_path) as later:
+            later.get(proxy.url("/"))
+            wait_until(later, "big.dat", "Choose this file again to go on.")
+            assert proxy.passed < 40 * MIB
+            choose(later, path)
+            wait_until(later, "big.dat", "Stored")
+            assert proxy.passed < 44 * MIB
+            link(later, "big.dat").click()
+            wait_for_download(tmp_path / "big.dat", data)
+            later.refresh()
+            assert later.find_elements(By.TAG_NAME, "li") == []
+
+
+def test_a_page_that_is_loaded_again(
+    start: Start, tmp_path: pathlib.Path, memcached: Memcached
+) -> None:
+    browser = start()
+    network(browser, 4 * MIB)
+    path = make(tmp_path, "big.dat", bytes(40 * MIB))
+    for _ in range(2):
+        choose(browser, path)
+        wait_until_sent(browser, "big.dat", 30)
+        browser.refresh()
+        wait_until(browser, "big.dat", "Not finished")
+    press(browser, "big.dat", "cancel")
+    wait_until(browser, "big.dat", "Cancelled. Nothing is stored.")
+    wait_for(lambda: memcached.keys() == [], "the upload to be deleted")
+    choose(browser, path)
+    wait_until_sent(browser, "big.dat", 30)
+    browser.refresh()
+    memcached.flush()
+    wait_until(browser, "big.dat", "Not finished")
+    record(browser)
+    choose(browser, path)
+    wait_until_sent(browser, "big.dat", 10)
+    said = browser.execute_script("return said")
+    assert "The server no longer has what was sent. Starting over in 1 s." in said
+    network(browser)
     wait_until(browser, "big.dat", "Stored")
 
 
 def test_a_cache_that_lost_all(start: Start, tmp_path: pathlib.Path, memcached: Memcached) -> None:
+    """The page starts over by itself, but once: it could go on like that for ever."""
     browser = start()
-    slow(browser, 4 * MIB)
+    network(browser, 4 * MIB)
     choose(browser, make(tmp_path, "big.dat", bytes(40 * MIB)))
     wait_until_sent(browser, "big.dat", 30)
     memcached.flush()
-    wait_until(browser, "big.dat", "The cache lost what was sent.")
-    slow(browser, -1)
+    wait_until(browser, "big.dat", "The server no longer has what was sent. Starting over in 1 s.")
+    wait_until_sent(browser, "big.dat", 30)
+    memcached.flush()
+    wait_for(lambda: "failed" in item(browser, "big.dat").get_attribute("class"), "it to give up")
+    assert state(browser, "big.dat") == "The server no longer has what was sent."
+    network(browser)
     press(browser, "big.dat", "again")
     wait_until(browser, "big.dat", "Stored")
 
@@ -215,19 +325,30 @@ def test_what_is_cancelled_is_deleted(
     start: Start, tmp_path: pathlib.Path, memcached: Memcached
 ) -> None:
     browser = start()
-    slow(browser, 4 * MIB)
+    network(browser, 4 * MIB)
     choose(browser, make(tmp_path, "big.dat", bytes(40 * MIB)))
     wait_until_sent(browser, "big.dat", 30)
     wait_for(lambda: len(memcached.keys()) > 8, "a block to be stored")
     press(browser, "big.dat", "cancel")
-    wait_until(browser, "big.dat", "Cancelled. Nothing was stored.")
+    wait_until(browser, "big.dat", "Cancelled. Nothing is stored.")
     wait_for(lambda: memcached.keys() == [], "the pieces to be deleted")
-    choose(browser, make(tmp_path, "other.dat", bytes(40 * MIB)))
-    wait_until_sent(browser, "other.dat", 10)
-    offline(browser)
-    wait_until(browser, "other.dat", "The connection broke.")
-    press(browser, "other.dat", "cancel")
-    wait_until(browser, "other.dat", "Cancelled.")
+
+
+def test_cancelled_is_what_the_server_says(
+    start: Start, tmp_path: pathlib.Path, memcached: Memcached
+) -> None:
+    browser = start()
+    network(browser, 4 * MIB)
+    choose(browser, make(tmp_path, "big.dat", bytes(40 * MIB)))
+    wait_until_sent(browser, "big.dat", 30)
+    network(browser, offline=True)
+    wait_until(browser, "big.dat", "The connection broke.")
+    press(browser, "big.dat", "cancel")
+    wait_until(browser, "big.dat", "Not cancelled yet. The connection broke.")
+    assert memcached.keys() != []
+    network(browser)
+    wait_until(browser, "big.dat", "Cancelled. Nothing is stored.")
+    wait_for(lambda: memcached.keys() == [], "the pieces to be deleted")
 
 
 def test_errors_in_words(start: Start, tmp_path: pathlib.Path, memcached: Memcached) -> None:
@@ -238,12 +359,33 @@ def test_errors_in_words(start: Start, tmp_path: pathlib.Path, memcached: Memcac
     path = make(tmp_path, "a.txt", b"x")
     memcached.kill()
     choose(browser, path)
+    # As its Retry-After says; without, it would be one second.
     wait_until(browser, "a.txt", "The cache did not answer.")
+    wait_until(browser, "a.txt", "Trying again in 5 s.")
     memcached.start()  # the page tries again by itself
     wait_until(browser, "a.txt", "Stored")
     browser.server.stop()
     choose(browser, make(tmp_path, "b.txt", b"x"))
     wait_until(browser, "b.txt", "The connection broke.")
+
+
+def test_a_server_without_tus(start: Start, tmp_path: pathlib.Path, memcached: Memcached) -> None:
+    browser = start()
+    browser.execute_script("document.body.dataset.uploads = ''")  # as it says then
+    choose(browser, make(tmp_path, "a b.txt", b"the content"))
+    wait_until(browser, "a b.txt", "Stored")
+    link(browser, "a b.txt").click()
+    wait_for_download(tmp_path / "a b.txt", b"the content")
+    kept = memcached.keys()
+    network(browser, 4 * MIB)
+    choose(browser, make(tmp_path, "big.dat", bytes(40 * MIB)))
+    wait_until_sent(browser, "big.dat", 30)
+    press(browser, "big.dat", "cancel")
+    wait_until(browser, "big.dat", "Cancelled. Nothing is stored.")
+    wait_for(lambda: memcached.keys() == kept, "its chunks to be deleted")
+    network(browser)
+    press(browser, "big.dat", "again")
+    wait_until(browser, "big.dat", "Stored")
 
 
 def test_token(start: Start, tmp_path: pathlib.Path) -> None:
@@ -257,8 +399,7 @@ def test_token(start: Start, tmp_path: pathlib.Path) -> None:
     press(browser, "a.txt", "again")
     wait_until(browser, "a.txt", "not the right one")
     field.clear()
-    field.send_keys("s3cret")
-    press(browser, "a.txt", "again")
+    field.send_keys("s3cret", Keys.ENTER)
     wait_until(browser, "a.txt", "Stored")
     # What the browser sends when its user has typed the token into the link's dialog.
     url = link(browser, "a.txt").get_attribute("href")
@@ -291,6 +432,13 @@ def test_expiry_and_copy(start: Start, tmp_path: pathlib.Path) -> None:
     browser.find_element(By.CSS_SELECTOR, "option[value='3600']").click()
     choose(browser, make(tmp_path, "a.txt", b"x"))
     wait_until(browser, "a.txt", "Stored until ")
+    info = browser.server.request("GET", link(browser, "a.txt").get_attribute("href") + "?info")
+    shown = browser.execute_script(
+        "return new Date(1000 * arguments[0])"
+        ".toLocaleString([], { dateStyle: 'medium', timeStyle: 'short' })",
+        info.json["expires"],
+    )
+    assert f"Stored until {shown}" in state(browser, "a.txt")
     press(browser, "a.txt", "copy")
     wait_for(lambda: "Copied" in item(browser, "a.txt").text, "the button to say so")
     copied = browser.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
@@ -301,18 +449,77 @@ def test_keyboard_and_screen_reader(start: Start, tmp_path: pathlib.Path) -> Non
     browser = start()
     choose(browser, make(tmp_path, "a.txt", b"x"))
     wait_until(browser, "a.txt", "Stored")
-    news = browser.find_element(By.ID, "news")
-    wait_for(lambda: news.get_attribute("textContent") == "a.txt is stored.", "the news")
-    assert news.aria_role == "status"
+    wait_for(lambda: len(news(browser)) == 1, "the news")
+    assert news(browser)[0].startswith("a.txt: Stored")
     seen = []
     browser.execute_script("document.activeElement.blur()")
     for _ in range(4):
         webdriver.ActionChains(browser).send_keys(Keys.TAB).perform()
-        seen.append(browser.switch_to.active_element.accessible_name)
+        seen.append(focused(browser))
     assert seen[0] == "Keep"
     assert seen[1].startswith("Choose files, or drop them here")
     assert seen[2] == "Copy link: a.txt"
     assert seen[3].startswith("http://127.0.0.1")
+
+
+def test_the_focus_stays_with_the_file(start: Start, tmp_path: pathlib.Path) -> None:
+    """A button that goes, as it was pressed or has become pointless, leaves it to another."""
+    browser = start()
+    network(browser, MIB)
+    choose(browser, make(tmp_path, "big.dat", bytes(20 * MIB)))
+    wait_until(browser, "big.dat", "Sending")
+    press(browser, "big.dat", "cancel")
+    wait_until(browser, "big.dat", "Cancelled")
+    inside = "return document.activeElement.closest('li') !== null"
+    assert browser.execute_script(inside)
+    press(browser, "big.dat", "again")
+    wait_until(browser, "big.dat", "Sending")
+    assert focused(browser) == "Cancel: big.dat"
+    network(browser)
+    wait_until(browser, "big.dat", "Stored")
+    assert focused(browser) == "Copy link: big.dat"
+    assert news(browser)[0] == "big.dat: Cancelled. Nothing is stored."
+    assert news(browser)[1].startswith("big.dat: Stored")
+
+
+def test_axe_finds_nothing(start: Start, tmp_path: pathlib.Path) -> None:
+    browser = start(MEMCHUNK_TOKEN="s3cret")
+    assert_accessible(browser, "idle")
+    choose(browser, make(tmp_path, "small.txt", b"x"))
+    wait_until(browser, "small.txt", "wants a token")
+    assert_accessible(browser, "failed")
+    browser.switch_to.active_element.send_keys("s3cret", Keys.ENTER)
+    wait_until(browser, "small.txt", "Stored")
+    assert_accessible(browser, "done")
+    network(browser, MIB // 4)
+    choose(browser, make(tmp_path, "big.dat", bytes(50 * MIB)))
+    wait_until(browser, "big.dat", "Sending")
+    assert_accessible(browser, "uploading")
+    network(browser, offline=True)
+    wait_until(browser, "big.dat", "Going on in")
+    assert_accessible(browser, "retrying")
+    network(browser, MIB // 4)
+    wait_until(browser, "big.dat", "Sending")
+    browser.refresh()
+    wait_until(browser, "big.dat", "Not finished")
+    assert_accessible(browser, "not finished")
+    browser.find_element(By.ID, "token").send_keys("s3cret")
+    press(browser, "big.dat", "cancel")
+    wait_until(browser, "big.dat", "Cancelled")
+    assert_accessible(browser, "cancelled")
+
+
+def test_axe_finds_nothing_without_script(start: Start, tmp_path: pathlib.Path) -> None:
+    browser = start(MEMCHUNK_MAX_SIZE="1000")
+    for name, data, title in (("a", b"x", "Stored"), ("b", bytes(9999), wsgi.TITLES[413])):
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+        browser.get(browser.server.url("/"))
+        choose(browser, make(tmp_path, name, data))
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+        assert_accessible(browser, "without script")
+        browser.find_element(By.TAG_NAME, "button").click()
+        wait_for_page(browser, title)
+        assert_accessible(browser, title)
 
 
 def test_without_script(start: Start, tmp_path: pathlib.Path) -> None:
