@@ -597,10 +597,9 @@ class Application:
 
     def upload_page(self) -> str:
         """The same for every request: its addresses are relative to its own."""
-        resumes = self.url_map.bind("").test("/uploads", "POST")
         return _fill(
             pathlib.Path(__file__).with_name("upload.html").read_text("utf-8"),
-            uploads="uploads" if resumes else "",
+            uploads="uploads" if self.uploads else "",
             max_size=str(self.cache.max_size),
             limit=_words(self.cache.max_size),
             expiries=_expiry_options(self.settings),
