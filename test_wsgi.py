@@ -21,18 +21,18 @@ import sys
 import time
 import tracemalloc
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Callable
 from urllib.parse import quote, unquote_to_bytes, urljoin
 from wsgiref.validate import validator
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies
+from hypothesis import HealthCheck, event, given, settings, strategies
 from werkzeug.http import http_date, parse_options_header
 from werkzeug.test import Client, TestResponse, create_environ, run_wsgi_app
+from werkzeug.wrappers import Request
 
 import memchunk
-import tus
 import wsgi
 from tests.support import Memcached, opened, wait_for
 
@@ -1129,7 +1129,7 @@ def test_memory_does_not_grow_with_an_upload(memcached: Memcached, is_form: bool
         tracemalloc.stop()
         assert stored.json["size"] == size
     assert peaks[1] - peaks[0] < MIB
-    assert peaks[1] < 12 * MIB
+    assert peaks[1] < 8 * MIB
 
 
 def test_a_download_holds_the_file_once(memcached: Memcached) -> None:
@@ -1619,12 +1619,21 @@ def test_python_wsgi_py_with_servers(run: Any, memcached: Memcached) -> None:
 
 
 HEADERS = {
-    "Range": ["bytes=0-0", "bytes=-", "bytes=99999-", "bytes=-0", "bytes=" + "9" * 5000 + "-"],
-    "If-Match": ["*", '"', 'W/"x"', ",,,", '"a", *'],
-    "If-None-Match": ["*", '"', 'W/"', ",,,"],
+    "Range": [
+        "bytes=0-0",
+        "bytes=-7",
+        "bytes=999-2001",
+        "bytes=4999-",
+        "bytes=-",
+        "bytes=99999-",
+        "bytes=-0",
+        "bytes=" + "9" * 5000 + "-",
+    ],
+    "If-Match": ["ETAG", "ETAG", '"x", ETAG', "W/ETAG", "*", '"', 'W/"x"', ",,,", '"a", *'],
+    "If-None-Match": ["ETAG", "W/ETAG", '"x"', "*", '"', 'W/"', ",,,"],
     "If-Modified-Since": ["Thu, 01 Jan 0000 00:00:00 GMT", "9" * 99, "Mon, 99 Foo 2020"],
     "If-Unmodified-Since": ["Sun, 06 Nov 9999 08:49:37 GMT", "Thu, 01 Jan 1970 00:00:00 +9999"],
-    "If-Range": ['"x"', "W/", "\x7f", "Sun, 06 Nov 1994 08:49:37 GMT"],
+    "If-Range": ["ETAG", "W/ETAG", '"x"', "W/", "\x7f", "Sun, 06 Nov 1994 08:49:37 GMT"],
     "Content-Type": [
         "multipart/form-data",
         "multipart/form-data; boundary=XbX",
@@ -1654,13 +1663,19 @@ HEADERS = {
     "Connection": ["upgrade"],
 }
 
-one_header = strategies.sampled_from(sorted(HEADERS)).flatmap(
-    lambda key: strategies.tuples(
-        strategies.just(key),
-        strategies.sampled_from(HEADERS[key])
-        | strategies.text(strategies.characters(max_codepoint=255, exclude_characters="\r\n")),
+CONDITIONS = [key for key in HEADERS if key == "Range" or key.startswith("If-")]
+
+
+def a_header(keys: Iterable[str]) -> strategies.SearchStrategy[tuple[str, str]]:
+    """One of these, with one of its values above or whatever a host lets through."""
+    anything = strategies.text(strategies.characters(max_codepoint=255, exclude_characters="\r\n"))
+    return strategies.sampled_from(sorted(keys)).flatmap(
+        lambda key: strategies.tuples(
+            strategies.just(key), strategies.sampled_from(HEADERS[key]) | anything
+        )
     )
-)
+
+
 uploads = strategies.sampled_from(["/uploads", "/uploads/u", "/uploads/d", "/uploads/x"])
 path = strategies.sampled_from(["/files/a", "/files/", "/files", "/", "*", "", "/healthz"]) | (
     strategies.binary(max_size=40).map(lambda raw: "/files/" + raw.decode("latin-1"))
@@ -1671,15 +1686,60 @@ path = strategies.sampled_from(["/files/a", "/files/", "/files", "/", "*", "", "
 def anything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[wsgi.Application]:
     memcached = Memcached(tmp_path_factory.mktemp("m"))
     application = make(memcached, max_size=100_000).application
-    application.cache.set("a", content(5000))
-    for name, done in (("u", False), ("d", True)):
-        assert application.uploads
-        writer = application.cache.create(name, 300)
-        upload = application.uploads.save(tus.Upload(name, name, 300, ""), writer)
-        if done:
-            application.uploads.append(upload, [content(300)])
     yield application
+    application.cache.close()
     memcached.kill()
+
+
+def stock(application: wsgi.Application) -> dict[str, str]:
+    """Put the file "a" where an earlier example may have taken it. Returns what stands in requests
+    for its ETag, and for the addresses of two new uploads, one of them done."""
+    client, tus = Client(application), {"Tus-Resumable": "1.0.0", "Upload-Length": "300"}
+    done = {**tus, "Content-Type": "application/offset+octet-stream"}
+    return {
+        "ETAG": f'"{application.cache.set("a", content(5000)).version}"',
+        "/uploads/u": "/" + client.post("/uploads", headers=tus).headers["Location"],
+        "/uploads/d": "/"
+        + client.post("/uploads", data=content(300), headers=done).headers["Location"],
+    }
+
+
+def answer_to(
+    application: wsgi.Application,
+    method: str,
+    path: str,
+    query: str,
+    headers: list[tuple[str, str]],
+    body: bytes,
+    terminated: bool = False,
+) -> TestResponse:
+    """The answer to a request as a host would pass it on. What `stock` names stands for that."""
+    there = stock(application)
+    environ = {
+        "REQUEST_METHOD": method,
+        "SCRIPT_NAME": "",
+        "PATH_INFO": there.get(path, path),
+        "QUERY_STRING": query,
+        "SERVER_NAME": "localhost",
+        "SERVER_PORT": "80",
+        "SERVER_PROTOCOL": "HTTP/1.1",
+        "CONTENT_LENGTH": str(len(body)),
+        "wsgi.version": (1, 0),
+        "wsgi.url_scheme": "http",
+        "wsgi.input": io.BytesIO(body),
+        "wsgi.errors": sys.stderr,
+        "wsgi.input_terminated": terminated,
+    }
+    for key, value in headers:
+        environ[f"HTTP_{key.upper().replace('-', '_')}"] = value.replace("ETAG", there["ETAG"])
+    environ["CONTENT_TYPE"] = environ.pop("HTTP_CONTENT_TYPE", "")
+    data, status, answer_headers = run_wsgi_app(application, environ, buffered=True)
+    request = Request(create_environ())
+    answer = TestResponse(data, status, answer_headers, request)
+    assert 200 <= answer.status_code < 500, answer.text
+    for key, value in answer.headers:
+        assert all(32 <= ord(character) < 127 for character in key + value)
+    return answer
 
 
 @settings(
@@ -1696,9 +1756,7 @@ def anything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[wsgi.Applicat
     | strategies.sampled_from(
         ["expire=1", "expire=-1", "expire=%FF", "expire=", "name=%FF", "name=a"]
     ),
-    headers=strategies.dictionaries(strategies.just(""), strategies.just("")).flatmap(
-        lambda _: strategies.lists(one_header, max_size=4)
-    ),
+    headers=strategies.lists(a_header(HEADERS), max_size=4),
     body=strategies.binary(max_size=300)
     | strategies.lists(
         strategies.sampled_from(
@@ -1725,28 +1783,31 @@ def test_no_request_is_a_500(
     body: bytes,
     terminated: bool,
 ) -> None:
-    environ = {
-        "REQUEST_METHOD": method,
-        "SCRIPT_NAME": "",
-        "PATH_INFO": path,
-        "QUERY_STRING": query,
-        "SERVER_NAME": "localhost",
-        "SERVER_PORT": "80",
-        "SERVER_PROTOCOL": "HTTP/1.1",
-        "CONTENT_LENGTH": str(len(body)),
-        "wsgi.version": (1, 0),
-        "wsgi.url_scheme": "http",
-        "wsgi.input": io.BytesIO(body),
-        "wsgi.errors": sys.stderr,
-        "wsgi.input_terminated": terminated,
-        **{f"HTTP_{key.upper().replace('-', '_')}": value for key, value in headers},
-    }
-    environ["CONTENT_TYPE"] = environ.pop("HTTP_CONTENT_TYPE", "")
-    sent: list[Any] = []
-    chunks = anything(environ, lambda *start: sent.append(start) or sent.append)  # type: ignore
-    data = b"".join(chunks)
-    chunks.close()  # type: ignore
-    (status, answer_headers) = sent[0][:2]
-    assert 200 <= int(status[:3]) < 500, data
-    for key, value in answer_headers:
-        assert all(32 <= ord(character) < 127 for character in key + value)
+    answer_to(anything, method, path, query, headers, body, terminated)
+
+
+@settings(
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    method=strategies.sampled_from(["GET", "GET", "HEAD", "PUT", "DELETE", "PATCH"]),
+    conditions=strategies.lists(a_header(CONDITIONS), min_size=1, max_size=3),
+)
+def test_conditions_on_a_file_that_is_there(
+    anything: wsgi.Application, method: str, conditions: list[tuple[str, str]]
+) -> None:
+    answer = answer_to(anything, method, "/files/a", "expire=60", conditions, b"new")
+    data, status = content(5000), answer.status_code
+    event(f"{method} {status}")
+    if status == 206:
+        start, stop = map(int, re.findall(r"(\d+)-(\d+)/5000", answer.headers["Content-Range"])[0])
+        assert answer.data == data[start : stop + 1]
+    elif status == 200 and method == "GET":
+        assert answer.data == data
+    reads = {200, 206, 304, 412, 416} if method == "GET" else {200, 304, 412}
+    changes = {"PUT": {200, 412}, "DELETE": {204, 412}, "PATCH": {200, 412}}
+    assert status in changes.get(method, reads)
+    there = anything.cache.get("a") if status == 412 or method in ("GET", "HEAD") else data
+    assert there == data  # what is refused has changed nothing

@@ -7,6 +7,7 @@ same requests. What a host can't do is named here, in HOSTS, and in the README's
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from tests.support import (
     HOSTS,
     MIB,
     SECONDS,
+    Host,
     Memcached,
     Server,
     form,
@@ -50,12 +52,8 @@ def big() -> bytes:
 
 
 def test_50_mib_and_back(server: Server, big: bytes) -> None:
-    before = server.peak()
-    for headers in ({}, {"Repr-Digest": ""}):
-        created = server.request("POST", "/files", big, headers)
-        assert created.status == 201
-    if server.host.streams:
-        assert server.peak() - before < 12 * MIB
+    created = server.request("POST", "/files", big)
+    assert created.status == 201
     read = server.request("GET", "/files/" + created.json["name"])
     assert (read.status, read.data == big) == (200, True)
     assert server.request("DELETE", "/files/" + created.json["name"]).status == 204
@@ -63,14 +61,26 @@ def test_50_mib_and_back(server: Server, big: bytes) -> None:
 
 def test_50_mib_in_a_form(server: Server, big: bytes) -> None:
     body, headers = form(big)
-    before = server.peak()
     created = server.request("POST", "/files", body, headers)
     assert created.status == 201
-    if server.host.streams:
-        assert server.peak() - before < 12 * MIB
     read = server.request("GET", "/files/" + created.json["name"])
     assert (read.status, read.data == big) == (200, True)
     assert 'filename="a b.bin"' in read.headers["Content-Disposition"]
+
+
+@pytest.mark.parametrize("is_form", [False, True])
+@pytest.mark.parametrize("name", ["werkzeug", "gunicorn", "cheroot", "uwsgi"])
+def test_memory(
+    name: str, is_form: bool, cache: Memcached, tmp_path: pathlib.Path, big: bytes
+) -> None:
+    """What an upload takes in a process that had none of that size."""
+    with running(HOSTS[name], cache, tmp_path) as server:
+        for _ in range(8):  # so that each worker has done once what it does
+            assert server.request("PUT", "/files/m", big[:MIB]).status in (200, 201)
+        before = server.peak()
+        body, headers = form(big) if is_form else (big, {})
+        assert server.request("PUT", "/files/m", body, headers).status == 200
+        assert server.peak() - before < 8 * MIB
 
 
 @pytest.mark.parametrize("size", [0, 1, 65535, 65536, 65537, 1_000_000])
@@ -155,13 +165,42 @@ def test_other_refusals_can_be_read(server: Server, big: bytes) -> None:
         ("POST", "/files/there", {}, 409),
         ("PUT", "/files/there", {"If-None-Match": "*"}, 412),
         ("PUT", "/nowhere", {}, 404),
-        ("PATCH", "/files/there", {}, 405),
-        ("PUT", "/files/there", {"Origin": "https://evil.example"}, 403),
+        ("PATCH", "/files/there", {}, 400),
         ("POST", "/files", {"Repr-Digest": "sha-256=:AAAA:"}, 400),
     ):
         refused = server.request(method, path, big[: 20 * MIB], headers)
         assert (refused.status, refused.json["status"]) == (status, status)
     assert server.request("GET", "/files/there").data == b"x"
+
+
+def test_clients_that_drip(cache: Memcached, tmp_path: pathlib.Path) -> None:
+    """Forty of them, for whose bodies nobody waits, leave a worker's four threads to others."""
+    host = Host("{python} -m gunicorn --threads 4 -b 127.0.0.1:{port} wsgi:application")
+    with (
+        running(host, cache, tmp_path, MEMCHUNK_TOKEN="t") as server,
+        contextlib.ExitStack() as stack,
+    ):
+        for framing in ("Content-Length: 100000", "Transfer-Encoding: chunked"):
+            for path in ("/files/a", "/nowhere"):
+                for _ in range(10):
+                    connection = stack.enter_context(server.connect())
+                    head = f"PUT {path} HTTP/1.1\r\nHost: x\r\n{framing}\r\n\r\n"
+                    connection.sendall(head.encode() + b"4000\r\n")
+                    assert connection.recv(12) in (b"HTTP/1.1 401", b"HTTP/1.1 404")
+        assert server.request("GET", "/healthz").status == 200
+
+
+def test_a_refused_body_that_never_ends(cache: Memcached, tmp_path: pathlib.Path) -> None:
+    """From those who may write the rest is read, but for seconds, and not by all threads."""
+    host = Host("{python} -m gunicorn --threads 4 -b 127.0.0.1:{port} wsgi:application")
+    with running(host, cache, tmp_path) as server, contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(server.connect()) for _ in range(8)]
+        for connection in connections:
+            connection.sendall(b"PUT /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\n")
+            assert connection.recv(12) == b"HTTP/1.1 404"
+        assert server.request("GET", "/healthz").status == 200
+        for connection in connections:
+            assert receive(connection).endswith(b"}\n")  # returns when the host has closed
 
 
 # Reads
@@ -312,14 +351,14 @@ def test_curl(server: Server, file: pathlib.Path, tmp_path: pathlib.Path, big: b
     posted = json.loads(
         run(*fast, "--data-binary", f"@{file}", server.url("/files"), cwd=tmp_path)
     )
-    run(*fast, "-o", "1", posted["url"], cwd=tmp_path)
+    run(*fast, "-o", "1", server.url(posted["url"]), cwd=tmp_path)
     run(*fast, "-T", str(file), server.url("/files/"), cwd=tmp_path)
     run(*fast, "-o", "2", server.url("/files/big%20old%20file.dat"), cwd=tmp_path)
     sent = json.loads(run(*fast, "-F", f"file=@{file}", server.url("/files"), cwd=tmp_path))
     (tmp_path / "saved").mkdir()
-    run(*fast, "-OJ", sent["url"], cwd=tmp_path / "saved")
+    run(*fast, "-OJ", server.url(sent["url"]), cwd=tmp_path / "saved")
     (tmp_path / "3").write_bytes(big[: 20 * MIB])
-    run(*fast, "-C", "-", "-o", "3", sent["url"], cwd=tmp_path)
+    run(*fast, "-C", "-", "-o", "3", server.url(sent["url"]), cwd=tmp_path)
     for path in ("1", "2", "3", "saved/big old file.dat"):
         assert (tmp_path / path).read_bytes() == big, path
     code = ("-o", "/dev/null", "-w", "%{http_code}")
@@ -332,7 +371,7 @@ def test_curl(server: Server, file: pathlib.Path, tmp_path: pathlib.Path, big: b
 
 def test_wget(server: Server, file: pathlib.Path, tmp_path: pathlib.Path, big: bytes) -> None:
     run("wget", "-q", "-O", "answer", f"--post-file={file}", server.url("/files"), cwd=tmp_path)
-    url = json.loads((tmp_path / "answer").read_text())["url"]
+    url = server.url(json.loads((tmp_path / "answer").read_text())["url"])
     (tmp_path / "part").write_bytes(big[: 20 * MIB])
     run("wget", "-q", "-c", "-O", "part", url, cwd=tmp_path)
     run("wget", "-q", "-O", "whole", url, cwd=tmp_path)
@@ -344,7 +383,9 @@ def test_requests(server: Server, file: pathlib.Path, big: bytes) -> None:
         for options in ({"data": big}, {"data": body}, {"files": {"file": field}}):
             created = session.post(server.url("/files"), **options)
             assert created.status_code == 201
-            digest = hashlib.sha256(session.get(created.headers["Location"]).content).digest()
+            digest = hashlib.sha256(
+                session.get(server.url(created.json()["url"])).content
+            ).digest()
             assert digest == hashlib.sha256(big).digest()
 
 
