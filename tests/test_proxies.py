@@ -1,0 +1,203 @@
+"""The HTTP API behind a real nginx, as Debian packages it: prefixes, TLS, buffering, Host."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import pathlib
+import shutil
+import socket
+import ssl
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+import pytest
+import trustme
+
+from tests.support import HOSTS, MIB, SECONDS, Answer, Memcached, Server, form, running, wait_for
+
+NGINX = """
+daemon off;
+{user}
+pid {folder}/pid;
+error_log {folder}/error.log;
+events {{ }}
+http {{
+  access_log off;
+  client_body_temp_path {folder}/body;
+  proxy_temp_path {folder}/proxy;
+  fastcgi_temp_path {folder}/fastcgi;
+  uwsgi_temp_path {folder}/uwsgi;
+  scgi_temp_path {folder}/scgi;
+  client_max_body_size 51m;
+  proxy_http_version 1.1;
+  server {{
+    listen 127.0.0.1:{plain};
+    listen 127.0.0.1:{tls} ssl;
+    ssl_certificate {folder}/certificate.pem;
+    ssl_certificate_key {folder}/key.pem;
+    location / {{
+      proxy_pass http://127.0.0.1:{port};
+    }}
+    location /unbuffered/ {{
+      proxy_pass http://127.0.0.1:{port}/;
+      proxy_request_buffering off;
+      proxy_buffering off;
+    }}
+    location /told/ {{
+      proxy_pass http://127.0.0.1:{port}/;
+      proxy_set_header Host $http_host;
+      proxy_set_header X-Forwarded-For $remote_addr;
+      proxy_set_header X-Forwarded-Proto $scheme;
+      proxy_set_header X-Forwarded-Host $http_host;
+      proxy_set_header X-Forwarded-Port $server_port;
+      proxy_set_header X-Forwarded-Prefix /told;
+    }}
+  }}
+}}
+"""
+
+
+class Nginx:
+    """An nginx in front of a server, on two free ports of the loopback interface."""
+
+    def __init__(self, folder: pathlib.Path, port: int) -> None:
+        program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+        if program is None:
+            pytest.fail("these tests need nginx; install it: 'apt-get install nginx-light'")
+        authority = trustme.CA()
+        self.context = ssl.create_default_context()
+        authority.configure_trust(self.context)
+        certificate = authority.issue_cert("127.0.0.1")
+        certificate.private_key_pem.write_to_path(str(folder / "key.pem"))
+        certificate.cert_chain_pems[0].write_to_path(str(folder / "certificate.pem"))
+        with socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", 0))
+            other.bind(("127.0.0.1", 0))
+            self.plain, self.tls = one.getsockname()[1], other.getsockname()[1]
+        # Else its workers could not read a folder of ours.
+        user = "user root;" if os.geteuid() == 0 else ""
+        configuration = folder / "nginx.conf"
+        configuration.write_text(
+            NGINX.format(user=user, folder=folder, port=port, plain=self.plain, tls=self.tls)
+        )
+        self.process = subprocess.Popen(
+            [program, "-e", f"{folder}/error.log", "-c", str(configuration)]
+        )
+        wait_for(self.answers, "nginx to answer")
+
+    def answers(self) -> bool:
+        if self.process.poll() is not None:
+            pytest.fail(f"nginx ended with status {self.process.returncode}")
+        with contextlib.suppress(OSError):
+            return self.request("GET", f"http://127.0.0.1:{self.plain}/healthz").status == 200
+        return False
+
+    def sites(self) -> Iterator[str]:
+        """Where a client finds the API."""
+        for origin in (f"http://127.0.0.1:{self.plain}", f"https://127.0.0.1:{self.tls}"):
+            for prefix in ("/", "/unbuffered/", "/told/"):
+                yield origin + prefix
+
+    def request(self, method: str, url: str, body: Any = None, **headers: str) -> Answer:
+        parts = urlsplit(url)
+        assert parts.port
+        connection = http.client.HTTPConnection("127.0.0.1", parts.port, timeout=SECONDS)
+        if parts.scheme == "https":
+            connection = http.client.HTTPSConnection(
+                "127.0.0.1", parts.port, timeout=SECONDS, context=self.context
+            )
+        names = {key.replace("_", "-"): value for key, value in headers.items()}
+        with contextlib.closing(connection):
+            target = parts.path + (f"?{parts.query}" if parts.query else "")
+            connection.request(method, target, body, names)
+            response = connection.getresponse()
+            return Answer(response.status, response.headers, response.read())
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(cache: Memcached, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("host")
+    host = HOSTS["gunicorn-threads"]
+    with running(host, cache, folder, MEMCHUNK_PROXIES="1") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def nginx(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nginx]:
+    nginx = Nginx(tmp_path_factory.mktemp("nginx"), server.port)
+    yield nginx
+    nginx.stop()
+
+
+def test_links_hold(nginx: Nginx) -> None:
+    for site in nginx.sites():
+        for method, path in (
+            ("POST", "files"),
+            ("POST", "files/"),
+            ("PUT", "files/a"),
+            ("PUT", "files/b/c%20d"),
+        ):
+            data = f"{site} {path}".encode()
+            created = nginx.request(method, urljoin(site, path), data)
+            assert created.status == 201, created.data
+            url = urljoin(urljoin(site, path), created.headers["Location"])
+            assert url.startswith(site)
+            assert nginx.request("GET", url).data == data
+            assert nginx.request("DELETE", url).status == 204
+
+
+def test_uploads_that_resume(nginx: Nginx) -> None:
+    tus = {"Tus-Resumable": "1.0.0", "Content-Type": "application/offset+octet-stream"}
+    for site in nginx.sites():
+        started = nginx.request("POST", site + "uploads", Upload_Length="6", **tus)
+        url = urljoin(site + "uploads", started.headers["Location"])
+        assert url.startswith(site + "uploads/")
+        for offset, piece in ((0, b"abc"), (3, b"def")):
+            sent = nginx.request("PATCH", url, piece, Upload_Offset=str(offset), **tus)
+            assert sent.status == 204
+
+
+def test_the_prefix_where_it_is_told(nginx: Nginx) -> None:
+    site = f"http://127.0.0.1:{nginx.plain}/told/"
+    created = nginx.request("POST", site + "files", b"x")
+    assert created.json["url"].startswith("/told/files/")
+    assert nginx.request("GET", urljoin(site, created.json["url"])).data == b"x"
+
+
+@pytest.mark.parametrize("is_form", [False, True])
+@pytest.mark.parametrize("prefix", ["/", "/unbuffered/"])
+def test_50_mib(nginx: Nginx, prefix: str, is_form: bool) -> None:
+    data = os.urandom(50 * MIB)
+    body, headers = form(data) if is_form else (data, {})
+    site = f"https://127.0.0.1:{nginx.tls}{prefix}"
+    assert nginx.request("PUT", site + "files/big", body, **headers).status in (200, 201)
+    assert nginx.request("GET", site + "files/big").data == data
+
+
+def test_the_page_of_the_site_itself(nginx: Nginx) -> None:
+    """nginx sends its own name of the host behind it as Host, unless told otherwise."""
+    for site in nginx.sites():
+        origin = site[: site.index("/", len("https://"))]
+        body, headers = form(b"x")
+        own = nginx.request("POST", site + "files", body, Origin=origin, **headers)
+        assert own.status == 201
+        evil = nginx.request("POST", site + "files", body, Origin="http://evil.test", **headers)
+        assert evil.status == 403
+
+
+def test_a_page_by_a_name_that_nginx_does_not_pass_on(nginx: Nginx) -> None:
+    site = f"http://127.0.0.1:{nginx.plain}/"
+    page = {"Host": "files.test", "Origin": "http://files.test"}
+    tus = {"Tus-Resumable": "1.0.0", "Upload-Length": "3", **page}
+    assert nginx.request("POST", site + "uploads", **tus).status == 201
+    assert nginx.request("PUT", site + "files/p", b"x", **page).status == 201
+    told = nginx.request("POST", site + "told/files", b"x", **page)
+    assert told.status == 201
