@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Application", "SettingError", "Settings"]
 
-PIECE = 256 * 1024
+PIECE = 128 * 1024
 """Bytes of an upload that are held at a time, besides the library's own batch."""
 
 DRAIN = 64 * 1024 * 1024

@@ -73,14 +73,15 @@ def test_50_mib_in_a_form(server: Server, big: bytes) -> None:
 def test_memory(
     name: str, is_form: bool, cache: Memcached, tmp_path: pathlib.Path, big: bytes
 ) -> None:
-    """What an upload takes in a process that had none of that size."""
+    """What an upload takes in a process that had none of that size: less than three of the
+    library's batches, with what malloc keeps."""
     with running(HOSTS[name], cache, tmp_path) as server:
         for _ in range(8):  # so that each worker has done once what it does
             assert server.request("PUT", "/files/m", big[:MIB]).status in (200, 201)
         before = server.peak()
         body, headers = form(big) if is_form else (big, {})
         assert server.request("PUT", "/files/m", body, headers).status == 200
-        assert server.peak() - before < 8 * MIB
+        assert server.peak() - before < 12 * MIB
 
 
 @pytest.mark.parametrize("size", [0, 1, 65535, 65536, 65537, 1_000_000])

@@ -7,7 +7,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from typing import Any, Callable
-from urllib.parse import parse_qsl, quote
+from urllib.parse import parse_qsl, quote, urljoin
 
 import apig_wsgi
 import pytest
@@ -188,8 +188,9 @@ def test_a_form(client: Client) -> None:
         "POST", "/files", body, "expire=60", content_type="multipart/form-data; boundary=b"
     )
     assert status == 201, answer
-    assert headers["location"].startswith("https://example.com/files/")
-    assert client("GET", headers["location"][len("https://example.com") :])[2] == data
+    url = urljoin("https://example.com/prod/files", headers["location"])
+    assert url.startswith("https://example.com/prod/files/")  # API Gateway's stage
+    assert client("GET", url[len("https://example.com/prod") :])[2] == data
 
 
 def test_the_other_methods(client: Client) -> None:
