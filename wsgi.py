@@ -180,6 +180,9 @@ class CutOff(Problem):
     """The request's body ended before its end."""
 
 
+# Settings
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """How the API behaves; each is `MEMCHUNK_` and its name in capitals in the environment.
@@ -270,11 +273,7 @@ def _setting(variable: str, text: str, default: Any) -> str | int | float:
     return number
 
 
-class NameConverter(BaseConverter):
-    """Whatever follows /files/, slashes and line breaks included."""
-
-    regex = r"[\s\S]+"
-    part_isolating = False
+# Readers of what comes in: bodies and forms
 
 
 class Body:
@@ -359,12 +358,15 @@ class Body:
         """Have the host read an end of the body, where it shows us the connection: some read all
         that is left before they close, or before they take the connection's next request."""
         environ = self._environ
+        if not environ["SERVER_PROTOCOL"].startswith("HTTP/1"):
+            return  # the connection has other requests, too
         connection = environ.get("gunicorn.socket") or environ.get("werkzeug.socket")
         with contextlib.suppress(AttributeError, OSError):  # not a socket, or closed
-            if connection is None:  # uWSGI's stream is one
-                connection = socket.socket(fileno=os.dup(self._stream.fileno()))
-            if environ["SERVER_PROTOCOL"].startswith("HTTP/1"):  # else it has other requests, too
+            if connection:
                 connection.shutdown(socket.SHUT_RD)
+                return
+            with socket.socket(fileno=os.dup(self._stream.fileno())) as stream:  # uWSGI's is one
+                stream.shutdown(socket.SHUT_RD)
 
 
 @dataclasses.dataclass
@@ -456,6 +458,16 @@ class Form:
         start, self._at = self._at, found + len(end)
         if found > start:
             yield self._buffer[start:found]
+
+
+# The application
+
+
+class NameConverter(BaseConverter):
+    """Whatever follows /files/, slashes and line breaks included."""
+
+    regex = r"[\s\S]+"
+    part_isolating = False
 
 
 class Application:
@@ -618,7 +630,7 @@ class Application:
         return self.on_create(request, secrets.token_hex(16), body)
 
     def on_create(self, request: Request, name: str, body: Body) -> Response:
-        if any(key in request.headers for key in PRECONDITIONS):
+        if _is_conditional(request):
             _check_preconditions(request, self.current(request, name))
         return self.store(request, name, body, self.cache.add, 201)
 
@@ -756,7 +768,7 @@ class Application:
         if not expire:
             raise Problem(400, "PATCH sets '?expire=SECONDS' anew, and nothing else.")
         seconds = self.expire(expire)
-        if any(key in request.headers for key in PRECONDITIONS):
+        if _is_conditional(request):
             _check_preconditions(request, self.cache.stat(name))
         info = self.cache.touch(name, seconds)
         return self.described(request, info, 200, {"ETag": f'"{info.version}"'})
@@ -803,7 +815,7 @@ class Application:
 
     def on_delete(self, request: Request, name: str) -> Response:
         version = None
-        if any(key in request.headers for key in PRECONDITIONS):
+        if _is_conditional(request):
             info = self.cache.stat(name)
             _check_preconditions(request, info)
             version = info.version
@@ -822,6 +834,9 @@ class Application:
         """Below the host, with the prefix where the host or a proxy tells it."""
         path = self.url_map.bind("").build(endpoint, arguments)
         return quote(request.root_path.rstrip("/")) + path
+
+
+# What its methods use: errors, pages, requests, conditions, metadata, digests
 
 
 def _request(environ: WSGIEnvironment) -> Request:
@@ -964,6 +979,10 @@ def _sent_token(request: Request) -> str:
             decoded = base64.b64decode(credentials.strip(), validate=True)
             return decoded.decode("latin-1").partition(":")[2]
     return ""
+
+
+def _is_conditional(request: Request) -> bool:
+    return any(key in request.headers for key in PRECONDITIONS)
 
 
 def _check_preconditions(request: Request, info: memchunk.FileInfo | None) -> int:
@@ -1163,6 +1182,9 @@ def _empty(headers: Mapping[str, str], status: int = 204) -> Response:
     response = Response(status=status, headers=headers)
     del response.headers["Content-Type"]
     return response
+
+
+# The development server: python wsgi.py
 
 
 @contextlib.contextmanager
