@@ -1421,6 +1421,16 @@ def test_the_page(memcached: Memcached) -> None:
     assert (again.status_code, again.data) == (304, b"")
 
 
+def test_the_page_offers_no_longer_than_allowed(memcached: Memcached) -> None:
+    page = make(memcached, max_expire=2 * 86400).get("/").text
+    offers = re.findall(r"<option value=\"(\d+)\"( selected)?>(.*?)<", page)
+    assert offers == [
+        ("3600", "", "for 1 hour"),
+        ("86400", "", "for 1 day"),
+        ("172800", " selected", "for 2 days"),
+    ]
+
+
 @pytest.mark.parametrize("path", ["/", "/nowhere"])
 def test_pages_run_what_stands_in_them_and_no_more(client: Any, path: str) -> None:
     page = client.get(path, headers=BROWSER)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import http.server
 import itertools
 import os
 import pathlib
@@ -18,12 +20,40 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 import wsgi
-from tests.support import HOSTS, MIB, Memcached, Proxy, Server, wait_for
+from tests.support import HOSTS, MIB, SECONDS, Memcached, Proxy, Server, wait_for
+from tests.test_proxies import Nginx
 
 Start = Callable[..., Any]
 
 
 AXE = "axe-core/axe.min.js"  # finds what screen readers, keyboards and poor eyes can't cope with
+TUS = "tus-js-client/dist/tus.min.js"
+
+# Uploads from a page of another site, and reads back; answers with the bytes that were the same.
+ELSEWHERE = """
+const [api, token, size, done] = arguments;
+const headers = { Authorization: "Bearer " + token };
+const data = new Uint8Array(size);
+for (let start = 0; start < size; start += 65536) {
+  crypto.getRandomValues(data.subarray(start, start + 65536));
+}
+let stored;
+new tus.Upload(new Blob([data]), {
+  endpoint: api + "uploads",
+  headers,
+  retryDelays: null,
+  onAfterResponse: (request, answer) => {
+    const place = answer.getHeader("Content-Location");
+    if (place) stored = new URL(place, request.getURL());
+  },
+  onError: error => done(String(error)),
+  onSuccess: async () => {
+    const answer = await fetch(stored, { headers });
+    const got = new Uint8Array(await answer.arrayBuffer());
+    done([answer.headers.get("ETag"), got.length, data.every((byte, at) => byte === got[at])]);
+  },
+}).start();
+"""
 
 
 @pytest.fixture
@@ -130,6 +160,12 @@ def record(browser: Any) -> None:
     )
 
 
+def loaded(browser: Any) -> list[str]:
+    """The addresses that the page has asked, its own left out."""
+    entries = "performance.getEntriesByType('resource')"
+    return list(browser.execute_script(f"return {entries}.map(entry => entry.name)"))
+
+
 def news(browser: Any) -> list[str]:
     """What screen readers have been told."""
     lines = browser.find_elements(By.CSS_SELECTOR, "[role=log] p")
@@ -140,12 +176,18 @@ def focused(browser: Any) -> str:
     return str(browser.switch_to.active_element.accessible_name)
 
 
+def library(path: str) -> str:
+    """What npm has installed for the tests."""
+    file = pathlib.Path(os.environ.get("NODE_PATH", "node_modules"), path)
+    if not file.exists():
+        package = path.partition("/")[0]
+        pytest.fail(f"needs {file}; NODE_PATH says where 'npm install {package}' has put it")
+    return file.read_text("utf-8")
+
+
 def assert_accessible(browser: Any, state: str) -> None:
     """axe-core finds nothing, be the window narrow or wide, the page light or dark."""
-    folder = pathlib.Path(os.environ.get("NODE_PATH", "node_modules"))
-    if not (folder / AXE).exists():
-        pytest.fail("needs axe-core where NODE_PATH says; install it: 'npm install axe-core'")
-    browser.execute_script((folder / AXE).read_text("utf-8"))
+    browser.execute_script(library(AXE))
     for width, scheme in itertools.product((360, 900), ("light", "dark")):
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
@@ -353,7 +395,7 @@ def test_errors_in_words(start: Start, tmp_path: pathlib.Path, memcached: Memcac
     browser = start(MEMCHUNK_MAX_SIZE="1000000")
     choose(browser, make(tmp_path, "large.bin", bytes(1_000_001)))
     wait_until(browser, "large.bin", "Too large")
-    assert "POST" not in browser.server.output()  # it was not sent
+    assert loaded(browser) == []  # it was not sent
     path = make(tmp_path, "a.txt", b"x")
     memcached.kill()
     choose(browser, path)
@@ -542,8 +584,61 @@ def test_words_without_script(start: Start, tmp_path: pathlib.Path) -> None:
 
 
 def test_nothing_is_loaded_from_elsewhere(start: Start) -> None:
+    assert loaded(start()) == []
+
+
+def test_behind_a_proxy_that_takes_small_bodies(start: Start, tmp_path: pathlib.Path) -> None:
+    """And that has the API below a path of which the API knows nothing."""
     browser = start()
-    loaded = browser.execute_script(
-        "return performance.getEntriesByType('resource').map(e => e.name)"
+    data = os.urandom(10 * MIB)
+    nginx = Nginx(tmp_path, browser.server.port)
+    with contextlib.closing(nginx):
+        browser.get(f"http://127.0.0.1:{nginx.plain}/small/")
+        choose(browser, make(tmp_path, "big.dat", data))
+        wait_until(browser, "big.dat", "Stored")
+        assert f":{nginx.plain}/small/files/" in link(browser, "big.dat").text
+        link(browser, "big.dat").click()
+        wait_for_download(tmp_path / "big.dat", data)
+
+
+@pytest.fixture
+def elsewhere(tmp_path: pathlib.Path) -> Iterator[str]:
+    """Another site, which has a page with tus-js-client."""
+    (tmp_path / "site").mkdir()
+    script = library(TUS)
+    (tmp_path / "site" / "tus.js").write_text(script, "utf-8")
+    (tmp_path / "site" / "index.html").write_text(
+        "<title>Elsewhere</title><script src=tus.js></script>"
     )
-    assert loaded == []
+    handler = functools.partial(Quiet, directory=str(tmp_path / "site"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_page_of_another_site(start: Start, elsewhere: str) -> None:
+    browser = start(MEMCHUNK_ORIGINS=elsewhere, MEMCHUNK_TOKEN="s3cret")
+    browser.set_script_timeout(SECONDS)
+    browser.get(elsewhere)
+    upload = functools.partial(browser.execute_async_script, ELSEWHERE, browser.server.url("/"))
+    etag, size, same = upload("s3cret", 50 * MIB)
+    assert etag
+    assert (size, same) == (50 * MIB, True)
+    assert "401" in upload("wrong", 1)  # an answer that it may read, too
+
+
+def test_a_page_of_a_site_that_is_not_allowed(
+    start: Start, elsewhere: str, memcached: Memcached
+) -> None:
+    browser = start(MEMCHUNK_ORIGINS="https://other.example")
+    browser.set_script_timeout(SECONDS)
+    browser.get(elsewhere)
+    refused = browser.execute_async_script(ELSEWHERE, browser.server.url("/"), "", 1)
+    assert "failed to create upload" in refused
+    assert memcached.keys() == []

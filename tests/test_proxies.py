@@ -47,6 +47,10 @@ http {{
       proxy_request_buffering off;
       proxy_buffering off;
     }}
+    location /small/ {{
+      proxy_pass http://127.0.0.1:{port}/;
+      client_max_body_size 1m;  # nginx's default
+    }}
     location /told/ {{
       proxy_pass http://127.0.0.1:{port}/;
       proxy_set_header Host $http_host;
@@ -117,7 +121,7 @@ class Nginx:
             response = connection.getresponse()
             return Answer(response.status, response.headers, response.read())
 
-    def stop(self) -> None:
+    def close(self) -> None:
         self.process.terminate()
         self.process.wait()
 
@@ -134,7 +138,7 @@ def server(cache: Memcached, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def nginx(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nginx]:
     nginx = Nginx(tmp_path_factory.mktemp("nginx"), server.port)
     yield nginx
-    nginx.stop()
+    nginx.close()
 
 
 def test_links_hold(nginx: Nginx) -> None:
