@@ -55,7 +55,7 @@ def start(client: Any, length: int, path: str = "/uploads", **options: Any) -> s
     created = client.post(path, headers=headers, **options)
     assert created.status_code == 201, created.text
     assert created.headers["Tus-Resumable"] == "1.0.0"
-    return urljoin(path, created.headers["Location"])
+    return urljoin(path, str(created.headers["Location"]))
 
 
 def patch(client: Any, path: str, offset: int, data: bytes, **headers: str) -> TestResponse:
