@@ -336,11 +336,14 @@ def rest(state: State, cache: FileCache) -> dict[str, int]:
 
 
 def helpless(state: State) -> bool:
-    """Chunks stay whose manifest was evicted, and those of a writer that dies after it has sealed
-    them, until it has published its own and deleted those that it replaced."""
+    """Chunks stay whose manifest was evicted, and those of a writer that dies, or is interrupted,
+    after it has sealed them, until it has published its own and deleted those that it replaced."""
     if state.crashed is not None:
         step = state.processes[state.crashed].step
         return step is not None and step[0] != "set"
+    number, command = state.struck or (0, "set")
+    if state.processes[number].outcome == "KeyboardInterrupt":
+        return command != "set"
     return state.evicted is not None and state.evicted.count(":") == 1
 
 
