@@ -184,6 +184,14 @@ class Memcached:
             pathlib.Path(self._unix).unlink(missing_ok=True)
 
 
+def snippet(document: str, name: str) -> str:
+    """The code block that follows the mark `<!-- name -->` in a document."""
+    text = (FOLDER / document).read_text("utf-8")
+    block = re.search(rf"<!-- {re.escape(name)} -->\n```\w+\n(.*?)```", text, re.DOTALL)
+    assert block, f"{document} has no {name}"
+    return block[1]
+
+
 def wait_for(condition: Callable[[], object], what: str) -> None:
     """Return as soon as `condition()` is true; fail with `what` where it won't be."""
     deadline = time.monotonic() + WAIT

@@ -32,6 +32,7 @@ from tests.support import (
     form,
     receive,
     running,
+    snippet,
 )
 
 
@@ -368,6 +369,15 @@ def test_curl(server: Server, file: pathlib.Path, tmp_path: pathlib.Path, big: b
         run(*fast, "-X", "DELETE", server.url("/files/x"), cwd=tmp_path)
     empty = ("-X", "PUT", server.url("/files/empty"))
     assert run("curl", "-s", *code, *empty, cwd=tmp_path) in ("200", "201")
+
+
+def test_what_the_docs_show_of_curl(server: Server, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "report.pdf").write_bytes(b"%PDF")
+    lines = snippet("docs/http.md", "curl").replace("http://127.0.0.1:8000", server.url(""))
+    for line in lines.splitlines():
+        server.request("DELETE", "/files/report.pdf")
+        stored = json.loads(run(*line.split(), "-sS", "--fail-with-body", cwd=tmp_path))
+        assert server.request("GET", stored["url"]).data == b"%PDF"
 
 
 def test_wget(server: Server, file: pathlib.Path, tmp_path: pathlib.Path, big: bytes) -> None:

@@ -5,36 +5,30 @@ from __future__ import annotations
 import base64
 import contextlib
 import os
+import pathlib
 from collections.abc import Iterator
 from typing import Any, Callable
 from urllib.parse import parse_qsl, quote, urljoin
 
-import apig_wsgi
 import pytest
-import serverless_wsgi  # type: ignore[import-untyped]
-from a2wsgi import WSGIMiddleware
 from mangum import Mangum
 
 import memchunk
 import wsgi
-from tests.support import Memcached
+from tests.support import HOSTS, MIB, Memcached, running, snippet
 
 LIMIT = 4_500_000  # bytes that fit, as base64 and with the rest of the event, in Lambda's 6 MB
 
 Handler = Callable[[Any, Any], Any]
 
 
-def apig_wsgi_handler(application: Any) -> Handler:
-    return apig_wsgi.make_lambda_handler(application, binary_support=True)
-
-
-def serverless_wsgi_handler(application: Any) -> Handler:
-    return lambda event, context: serverless_wsgi.handle_request(application, event, context)
-
-
-def mangum_handler(application: Any) -> Handler:
-    asgi: Any = WSGIMiddleware(application)  # the two describe ASGI by types of their own
-    return Mangum(asgi, lifespan="off")
+def documented(adapter: str, application: wsgi.Application) -> Handler:
+    """What docs/lambda.md shows for an adapter, with an application of ours."""
+    code = snippet("docs/lambda.md", adapter).replace("from wsgi import application\n", "")
+    names: dict[str, Any] = {"application": application}
+    exec(code, names)
+    handler: Handler = names["handler"]
+    return handler
 
 
 def encoded(body: bytes) -> dict[str, Any]:
@@ -150,9 +144,9 @@ def application(tmp_path_factory: pytest.TempPathFactory) -> Iterator[wsgi.Appli
     memcached.kill()
 
 
-@pytest.fixture(params=[apig_wsgi_handler, serverless_wsgi_handler, mangum_handler])
+@pytest.fixture(params=["apig-wsgi", "serverless-wsgi", "mangum"])
 def adapter(request: Any, application: wsgi.Application) -> Handler:
-    return request.param(application)  # type: ignore[no-any-return]
+    return documented(request.param, application)
 
 
 @pytest.fixture(params=[rest_event, http_event, balancer_event])
@@ -231,3 +225,16 @@ def test_names(adapter: Handler, client: Client) -> None:
     status, _, answer = client("PUT", "/files/" + quote(name), name.encode())
     assert status in (200, 201), answer
     assert client("GET", "/files/" + quote(name))[2] == name.encode()
+
+
+def test_what_the_docs_show_for_large_files(
+    tmp_path: pathlib.Path, cache: Memcached, monkeypatch: Any
+) -> None:
+    data = os.urandom(50 * MIB)
+    with running(
+        HOSTS["gunicorn-threads"], cache, tmp_path, MEMCHUNK_MAX_RESPONSE=str(LIMIT)
+    ) as server:
+        (tmp_path / "bigoldfile.dat").write_bytes(data)
+        monkeypatch.chdir(tmp_path)
+        exec(snippet("docs/lambda.md", "lambda"), {"site": server.url("")})
+    assert (tmp_path / "back.dat").read_bytes() == data

@@ -17,7 +17,18 @@ from urllib.parse import urljoin, urlsplit
 import pytest
 import trustme
 
-from tests.support import HOSTS, MIB, SECONDS, Answer, Memcached, Server, form, running, wait_for
+from tests.support import (
+    HOSTS,
+    MIB,
+    SECONDS,
+    Answer,
+    Memcached,
+    Server,
+    form,
+    running,
+    snippet,
+    wait_for,
+)
 
 NGINX = """
 daemon off;
@@ -54,19 +65,16 @@ http {{
     location /told/ {{
       proxy_pass http://127.0.0.1:{port}/;
       proxy_set_header Host $http_host;
-      proxy_set_header X-Forwarded-For $remote_addr;
-      proxy_set_header X-Forwarded-Proto $scheme;
-      proxy_set_header X-Forwarded-Host $http_host;
-      proxy_set_header X-Forwarded-Port $server_port;
       proxy_set_header X-Forwarded-Prefix /told;
     }}
   }}
+{documented}
 }}
 """
 
 
 class Nginx:
-    """An nginx in front of a server, on two free ports of the loopback interface."""
+    """An nginx in front of a server: ours at `plain` and `tls`, the docs' at `documented`."""
 
     def __init__(self, folder: pathlib.Path, port: int) -> None:
         program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
@@ -78,15 +86,26 @@ class Nginx:
         certificate = authority.issue_cert("127.0.0.1")
         certificate.private_key_pem.write_to_path(str(folder / "key.pem"))
         certificate.cert_chain_pems[0].write_to_path(str(folder / "certificate.pem"))
-        with socket.socket() as one, socket.socket() as other:
-            one.bind(("127.0.0.1", 0))
-            other.bind(("127.0.0.1", 0))
-            self.plain, self.tls = one.getsockname()[1], other.getsockname()[1]
+        with contextlib.ExitStack() as stack:
+            probes = [stack.enter_context(socket.socket()) for _ in range(3)]
+            for probe in probes:
+                probe.bind(("127.0.0.1", 0))
+            self.plain, self.tls, self.documented = (probe.getsockname()[1] for probe in probes)
+        documented = snippet("docs/deployment.md", "nginx")
+        documented = documented.replace("listen 80;", f"listen 127.0.0.1:{self.documented};")
+        documented = documented.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
         # Else its workers could not read a folder of ours.
         user = "user root;" if os.geteuid() == 0 else ""
         configuration = folder / "nginx.conf"
         configuration.write_text(
-            NGINX.format(user=user, folder=folder, port=port, plain=self.plain, tls=self.tls)
+            NGINX.format(
+                user=user,
+                folder=folder,
+                port=port,
+                plain=self.plain,
+                tls=self.tls,
+                documented=documented,
+            )
         )
         self.process = subprocess.Popen(
             [program, "-e", f"{folder}/error.log", "-c", str(configuration)]
@@ -105,6 +124,7 @@ class Nginx:
         for origin in (f"http://127.0.0.1:{self.plain}", f"https://127.0.0.1:{self.tls}"):
             for prefix in ("/", "/unbuffered/", "/told/"):
                 yield origin + prefix
+        yield f"http://127.0.0.1:{self.documented}/"
 
     def request(self, method: str, url: str, body: Any = None, **headers: str) -> Answer:
         parts = urlsplit(url)
@@ -203,5 +223,15 @@ def test_a_page_by_a_name_that_nginx_does_not_pass_on(nginx: Nginx) -> None:
     tus = {"Tus-Resumable": "1.0.0", "Upload-Length": "3", **page}
     assert nginx.request("POST", site + "uploads", **tus).status == 201
     assert nginx.request("PUT", site + "files/p", b"x", **page).status == 201
-    told = nginx.request("POST", site + "told/files", b"x", **page)
-    assert told.status == 201
+    for told in (site + "told/", f"http://127.0.0.1:{nginx.documented}/"):
+        assert nginx.request("POST", told + "files", b"x", **page).status == 201
+
+
+def test_a_client_may_not_say_what_the_proxy_says(nginx: Nginx) -> None:
+    forged = {"X-Forwarded-Host": "evil.test", "X-Forwarded-Prefix": "/evil"}
+    site = f"http://127.0.0.1:{nginx.documented}/"
+    body, headers = form(b"x")
+    stored = nginx.request("POST", site + "files", body, **headers, **forged)
+    assert stored.json["url"].startswith("/files/")
+    page = {**forged, **headers, "Origin": "http://evil.test"}
+    assert nginx.request("POST", site + "files", body, **page).status == 403
