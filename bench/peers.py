@@ -1,8 +1,9 @@
-"""The ways to keep a file in a cache: memchunk, what people use instead, and the least there is."""
+"""Ways to keep a file in a cache: memchunk, what people use instead, and the least there is."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -10,7 +11,7 @@ import os
 import pathlib
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Callable
 
 from pymemcache.client.base import Client
@@ -19,7 +20,7 @@ import memchunk
 from bench.measure import MIB, TIMEOUT, Missing, dial, memcached, redis_server
 
 HAND_CHUNK = 1_000_000  # bytes: what people cut files into by hand, as it fits memcached's 1 MB
-READ_BATCH = 2 * MIB  # bytes that are asked for at a time, by memchunk and those who read in pieces
+READ_BATCH = 2 * MIB  # bytes that memchunk asks for at a time; so does who else reads in pieces
 
 
 class Peer:
@@ -27,6 +28,7 @@ class Peer:
     different peers don't meet in one server."""
 
     server = "memcached"  # which kind it needs: one of SERVERS
+    _client: Any
 
     def __init__(self, address: str) -> None:
         raise NotImplementedError
@@ -60,8 +62,7 @@ class Memchunk(Peer):
 class Cut(Peer):
     """Files in chunks, beside them their number and a digest, which the reader checks."""
 
-    start: Callable[[], Any]  # makes the digest
-    _client: Any
+    start: Any  # makes the digest
 
     def store(self, chunks: dict[str, bytes]) -> None:
         raise NotImplementedError
@@ -123,7 +124,7 @@ class Unchecked(Crc32):
 class ByHand(Cut):
     """What one writes on pymemcache: chunks stored one by one, and fetched by `get_many`."""
 
-    start = hashlib.md5
+    start: Any = hashlib.md5
 
     def __init__(self, address: str) -> None:
         self._client = Client(address, timeout=TIMEOUT, no_delay=True, default_noreply=False)
@@ -183,7 +184,7 @@ class OneValue(ByHand):
 
 class PylibmcOneValue(OneValue):
     server = "memcached -I 64m"
-    __init__ = Pylibmc.__init__  # type: ignore[assignment]
+    __init__ = Pylibmc.__init__
 
 
 class Redis(Peer):
@@ -212,22 +213,30 @@ class Redis(Peer):
 
 class BareSocket(Peer):
     """The least that any client can do: it sends and receives items of the sizes that memchunk
-    stores for a file of `size` bytes, in batches of the same sizes, each with a zlib.crc32,
-    without looking at what comes in. What it sends is its own."""
+    stores for such a file, in batches of the same sizes, each item with a zlib.crc32, without
+    looking at what comes in. The bytes that it sends are its own."""
 
-    def __init__(self, address: str, size: int) -> None:
-        self._socket = dial(address)
-        with memchunk.connect(address) as cache, contextlib.closing(Client(address)) as client:
-            info = cache.set("probe", bytes(size))
-            values = [client.get(f"memchunk:{info.version}:{i}") for i in range(info.chunks)]
-            with cache.create("probe", size, replace=True) as writer:
-                self._at_once = max(1, writer.batch_size // max(map(len, values)))
-                writer.abandon()
-        self._items = [(b"bare:%d" % index, len(value)) for index, value in enumerate(values)]
-        self._data = memoryview(os.urandom(sum(map(len, values))))
-        self._buffer = memoryview(bytearray(max(map(len, values)) + 300))
+    def __init__(self, address: str) -> None:
+        self._address, self._socket, self._size = address, dial(address), -1
 
-    def set(self, *_: object) -> None:
+    def _plan(self, size: int) -> None:
+        """Find out what memchunk stores for `size` bytes."""
+        with memchunk.connect(self._address) as cache:
+            writer = cache.create("probe", size)
+            writer.write(bytes(size))
+            writer.close()
+            with contextlib.closing(Client(self._address)) as client:
+                keys = [f"memchunk:{writer.info.version}:{i}" for i in range(writer.info.chunks)]
+                sizes = [len(client.get(key)) for key in keys]
+            cache.delete("probe")
+        self._size, self._at_once = size, writer.batch_size // max(sizes) or 1
+        self._items = [(b"bare:%d" % index, each) for index, each in enumerate(sizes)]
+        self._data = memoryview(os.urandom(sum(sizes)))
+        self._buffer = memoryview(bytearray(max(sizes) + 300))
+
+    def set(self, name: str, data: Any) -> None:
+        if len(data) != self._size:
+            self._plan(len(data))
         offset = 0
         for batch in batches(self._items, self._at_once):
             parts: list[Any] = []
@@ -242,11 +251,11 @@ class BareSocket(Peer):
             if replies != b"STORED\r\n" * len(batch):
                 raise OSError("memcached refused an item of the bare socket")
 
-    def chunks(self, *_: object) -> int:
+    def chunks(self, name: str) -> int:
         """Receive all into one reused buffer."""
         return self._read(lambda _, size: self._buffer[:size])
 
-    def get(self, *_: object) -> bytearray:
+    def get(self, name: str) -> bytearray:
         """Receive all into one fresh buffer."""
         output = bytearray(len(self._data))
         view = memoryview(output)
@@ -285,6 +294,7 @@ class BareSocket(Peer):
 
 PEERS: dict[str, type[Peer]] = {
     "memchunk": Memchunk,
+    "bare socket": BareSocket,
     "pymemcache by hand, MD5": ByHand,
     "pymemcache by hand, CRC-32": ByHandCrc,
     "pylibmc multi": PylibmcUnchecked,
@@ -302,17 +312,15 @@ SERVERS: dict[str, Callable[[bool], contextlib.AbstractContextManager[str]]] = {
 
 
 @contextlib.contextmanager
-def peers(unix: bool = False) -> Iterator[tuple[dict[str, Peer], dict[str, str]]]:
+def peers(unix: bool) -> Iterator[tuple[dict[str, Peer], dict[str, str]]]:
     """Those that work on this machine, each with its server; and why the others don't."""
     ready: dict[str, Peer] = {}
     reasons: dict[str, str] = {}
-    addresses: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
+        start = functools.cache(lambda kind: stack.enter_context(SERVERS[kind](unix)))
         for label, kind in PEERS.items():
             try:
-                if kind.server not in addresses:
-                    addresses[kind.server] = stack.enter_context(SERVERS[kind.server](unix))
-                ready[label] = kind(addresses[kind.server])
+                ready[label] = kind(start(kind.server))
             except Missing as error:
                 reasons[label] = str(error)
         yield ready, reasons
@@ -328,7 +336,8 @@ def optional(module: str) -> Any:
 def other_version(path: pathlib.Path) -> Any:
     """Another memchunk.py as a module of its own."""
     spec = importlib.util.spec_from_file_location("memchunk_before", path)
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -336,4 +345,20 @@ def other_version(path: pathlib.Path) -> Any:
 
 def batches(items: Sequence[Any], at_once: int) -> Iterator[Any]:
     for start in range(0, len(items), max(at_once, 1)):
-        yield items[start : start + at_once]
+        yield items[start : start + max(at_once, 1)]
+
+
+def empty(environ: dict[str, Any], start_response: Callable[..., object]) -> list[bytes]:
+    """The yardstick of HTTP, a WSGI application that only reads the body, or sends constant bytes
+    (BENCH_SIZE of them)."""
+    left = int(environ.get("CONTENT_LENGTH") or 0)
+    while left:
+        left -= len(environ["wsgi.input"].read(min(left, MIB))) or left
+    body = constant() if environ["REQUEST_METHOD"] == "GET" else b""
+    start_response("200 OK", [("Content-Length", str(len(body)))])
+    return [body]
+
+
+@functools.cache
+def constant() -> bytes:
+    return os.urandom(int(os.environ["BENCH_SIZE"]))
