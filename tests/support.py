@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import http.client
+import itertools
 import json
 import os
 import pathlib
@@ -135,6 +136,11 @@ class Memcached:
     def expiries(self) -> dict[str, int]:
         """Key -> the Unix time at which the item expires, -1 for never."""
         return {unquote(key[4:]): int(exp[4:]) for key, exp, *_ in self._items()}
+
+    def sizes(self) -> list[int]:
+        """Bytes of each item, with its overhead."""
+        fields = itertools.chain.from_iterable(self._items())
+        return [int(field[5:]) for field in fields if field.startswith("size=")]
 
     def read(self, key: str) -> bytes:
         """The raw value of an item that must be there."""

@@ -235,6 +235,7 @@ def test_more_chunks_than_a_file_may_have(monkeypatch: pytest.MonkeyPatch) -> No
     for call in ("stat", "get", "touch"):
         assert result(lambda: CALLS[call](cache)) == "FileCorrupt"  # noqa: B023
 
+    # A private name, since a file of 2**20 chunks takes a minute to write.
     monkeypatch.setattr(memchunk, "_MAX_CHUNKS", 5)
     for data in (bytes(5 * CHUNK + 1), [bytes(CHUNK)] * 6):
         assert result(lambda: cache.set("new", data)) == "FileTooLarge"  # noqa: B023
