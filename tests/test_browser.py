@@ -237,7 +237,7 @@ def test_several_at_once_one_of_them_cancelled(start: Start, tmp_path: pathlib.P
     press(browser, "cancelled.bin", "again")
     wait_until(browser, "cancelled.bin", "Sending")
     press(browser, "cancelled.bin", "cancel")
-    wait_until(browser, "cancelled.bin", "Cancelled. Nothing is stored.")
+    wait_until(browser, "cancelled.bin", "Cancelled. Nothing was stored.")
     network(browser)
     press(browser, "cancelled.bin", "again")
     wait_until(browser, "cancelled.bin", "Stored")
@@ -328,7 +328,7 @@ def test_a_page_that_is_loaded_again(
         browser.refresh()
         wait_until(browser, "big.dat", "Not finished")
     press(browser, "big.dat", "cancel")
-    wait_until(browser, "big.dat", "Cancelled. Nothing is stored.")
+    wait_until(browser, "big.dat", "Cancelled. Nothing was stored.")
     wait_for(lambda: memcached.keys() == [], "the upload to be deleted")
     choose(browser, path)
     wait_until_sent(browser, "big.dat", 30)
@@ -342,6 +342,16 @@ def test_a_page_that_is_loaded_again(
     assert "The server no longer has what was sent. Starting over in 1 s." in said
     network(browser)
     wait_until(browser, "big.dat", "Stored")
+
+
+def test_a_file_that_is_changed(start: Start, tmp_path: pathlib.Path) -> None:
+    browser = start()
+    network(browser, 4 * MIB)
+    path = make(tmp_path, "big.dat", bytes(40 * MIB))
+    choose(browser, path)
+    wait_until_sent(browser, "big.dat", 30)
+    pathlib.Path(path).unlink()
+    wait_until(browser, "big.dat", "The file was changed or removed. Choose it again.")
 
 
 def test_a_cache_that_lost_all(start: Start, tmp_path: pathlib.Path, memcached: Memcached) -> None:
@@ -370,7 +380,7 @@ def test_what_is_cancelled_is_deleted(
     wait_until_sent(browser, "big.dat", 30)
     wait_for(lambda: len(memcached.keys()) > 8, "a block to be stored")
     press(browser, "big.dat", "cancel")
-    wait_until(browser, "big.dat", "Cancelled. Nothing is stored.")
+    wait_until(browser, "big.dat", "Cancelled. Nothing was stored.")
     wait_for(lambda: memcached.keys() == [], "the pieces to be deleted")
 
 
@@ -387,7 +397,7 @@ def test_cancelled_is_what_the_server_says(
     wait_until(browser, "big.dat", "Not cancelled yet. The connection broke.")
     assert memcached.keys() != []
     network(browser)
-    wait_until(browser, "big.dat", "Cancelled. Nothing is stored.")
+    wait_until(browser, "big.dat", "Cancelled. Nothing was stored.")
     wait_for(lambda: memcached.keys() == [], "the pieces to be deleted")
 
 
@@ -421,7 +431,7 @@ def test_a_server_without_tus(start: Start, tmp_path: pathlib.Path, memcached: M
     choose(browser, make(tmp_path, "big.dat", bytes(40 * MIB)))
     wait_until_sent(browser, "big.dat", 30)
     press(browser, "big.dat", "cancel")
-    wait_until(browser, "big.dat", "Cancelled. Nothing is stored.")
+    wait_until(browser, "big.dat", "Cancelled. Nothing was stored.")
     wait_for(lambda: memcached.keys() == kept, "its chunks to be deleted")
     network(browser)
     press(browser, "big.dat", "again")
@@ -518,7 +528,7 @@ def test_the_focus_stays_with_the_file(start: Start, tmp_path: pathlib.Path) -> 
     network(browser)
     wait_until(browser, "big.dat", "Stored")
     assert focused(browser) == "Copy link: big.dat"
-    assert news(browser)[0] == "big.dat: Cancelled. Nothing is stored."
+    assert news(browser)[0] == "big.dat: Cancelled. Nothing was stored."
     assert news(browser)[1].startswith("big.dat: Stored")
 
 
