@@ -1272,9 +1272,13 @@ def test_an_expire_that_is_no_number_of_seconds_is_refused(
     assert cache.stat("file").expires is None
 
 
-def test_chunks_are_on_a_lease_until_the_upload_is_complete(tcp: Site, server: Memcached) -> None:
+@pytest.mark.parametrize("size", [None, len(LONG)])
+def test_chunks_are_on_a_lease_until_the_upload_is_complete(
+    tcp: Site, server: Memcached, size: Optional[int]
+) -> None:
+    """A server is asked again to keep a file that may be large: one of known size is not that."""
     cache, seen = tcp.cache(lease=600), dict[str, int]()
-    cache.set("file", acting(lambda: seen.update(server.expiries())), expire=0)
+    cache.set("file", acting(lambda: seen.update(server.expiries())), size)
     assert len(seen) > 100
     assert all(0 < end - time.time() <= 601 for end in seen.values())
     assert set(server.expiries().values()) == {-1}
