@@ -266,13 +266,13 @@ def test_a_line_that_stalls(start: Start, tmp_path: pathlib.Path) -> None:
     data, go_on = os.urandom(20 * MIB), threading.Event()
     proxy = Proxy(browser.server.port, 10_000_000)
     proxy.before_cut = go_on.wait
-    with contextlib.closing(proxy):
+    with contextlib.closing(proxy), contextlib.ExitStack() as stack:
+        stack.callback(go_on.set)
         browser.get(proxy.url("/"))
         record(browser)
         browser.execute_script("document.body.dataset.patience = 3")  # seconds
         choose(browser, make(tmp_path, "big.dat", data))
         wait_until(browser, "big.dat", "Stored")
-        go_on.set()
         assert "The connection stalled. Going on in 1 s." in browser.execute_script("return said")
         link(browser, "big.dat").click()
         wait_for_download(tmp_path / "big.dat", data)
@@ -281,9 +281,9 @@ def test_a_line_that_stalls(start: Start, tmp_path: pathlib.Path) -> None:
 
 def test_a_network_that_is_away(start: Start, tmp_path: pathlib.Path) -> None:
     browser = start()
-    network(browser, 4 * MIB)
+    network(browser, 2 * MIB)
     choose(browser, make(tmp_path, "big.dat", bytes(40 * MIB)))
-    wait_until_sent(browser, "big.dat", 30)
+    wait_until_sent(browser, "big.dat", 15)
     network(browser, offline=True)
     wait_until(browser, "big.dat", "The connection broke. Going on in 8 s.")
     network(browser)  # it's back: the page notices, and does not wait
@@ -299,9 +299,9 @@ def test_a_browser_that_is_closed(start: Start, tmp_path: pathlib.Path) -> None:
     proxy = Proxy(browser.server.port)
     with contextlib.closing(proxy):
         browser.get(proxy.url("/"))
-        network(browser, 4 * MIB)
+        network(browser, 2 * MIB)
         choose(browser, path)
-        wait_until_sent(browser, "big.dat", 50)
+        wait_until_sent(browser, "big.dat", 25)
         browser.quit()
         with chromium(tmp_path) as later:
             later.get(proxy.url("/"))
@@ -309,7 +309,7 @@ def test_a_browser_that_is_closed(start: Start, tmp_path: pathlib.Path) -> None:
             assert proxy.passed < 40 * MIB
             choose(later, path)
             wait_until(later, "big.dat", "Stored")
-            assert proxy.passed < 44 * MIB
+            assert proxy.passed < 45 * MIB  # a piece is sent again
             link(later, "big.dat").click()
             wait_for_download(tmp_path / "big.dat", data)
             later.refresh()
@@ -320,18 +320,18 @@ def test_a_page_that_is_loaded_again(
     start: Start, tmp_path: pathlib.Path, memcached: Memcached
 ) -> None:
     browser = start()
-    network(browser, 4 * MIB)
+    network(browser, 2 * MIB)
     path = make(tmp_path, "big.dat", bytes(40 * MIB))
     for _ in range(2):
         choose(browser, path)
-        wait_until_sent(browser, "big.dat", 30)
+        wait_until_sent(browser, "big.dat", 15)
         browser.refresh()
         wait_until(browser, "big.dat", "Not finished")
     press(browser, "big.dat", "cancel")
     wait_until(browser, "big.dat", "Cancelled. Nothing was stored.")
     wait_for(lambda: memcached.keys() == [], "the upload to be deleted")
     choose(browser, path)
-    wait_until_sent(browser, "big.dat", 30)
+    wait_until_sent(browser, "big.dat", 15)
     browser.refresh()
     memcached.flush()
     wait_until(browser, "big.dat", "Not finished")
@@ -346,10 +346,10 @@ def test_a_page_that_is_loaded_again(
 
 def test_a_file_that_is_changed(start: Start, tmp_path: pathlib.Path) -> None:
     browser = start()
-    network(browser, 4 * MIB)
+    network(browser, 2 * MIB)
     path = make(tmp_path, "big.dat", bytes(40 * MIB))
     choose(browser, path)
-    wait_until_sent(browser, "big.dat", 30)
+    wait_until_sent(browser, "big.dat", 15)
     pathlib.Path(path).unlink()
     wait_until(browser, "big.dat", "The file was changed or removed. Choose it again.")
 
@@ -357,12 +357,12 @@ def test_a_file_that_is_changed(start: Start, tmp_path: pathlib.Path) -> None:
 def test_a_cache_that_lost_all(start: Start, tmp_path: pathlib.Path, memcached: Memcached) -> None:
     """The page starts over by itself, but once: it could go on like that for ever."""
     browser = start()
-    network(browser, 4 * MIB)
+    network(browser, 2 * MIB)
     choose(browser, make(tmp_path, "big.dat", bytes(40 * MIB)))
-    wait_until_sent(browser, "big.dat", 30)
+    wait_until_sent(browser, "big.dat", 15)
     memcached.flush()
     wait_until(browser, "big.dat", "The server no longer has what was sent. Starting over in 1 s.")
-    wait_until_sent(browser, "big.dat", 30)
+    wait_until_sent(browser, "big.dat", 15)
     memcached.flush()
     wait_for(lambda: "failed" in item(browser, "big.dat").get_attribute("class"), "it to give up")
     assert state(browser, "big.dat") == "The server no longer has what was sent."
@@ -375,9 +375,9 @@ def test_what_is_cancelled_is_deleted(
     start: Start, tmp_path: pathlib.Path, memcached: Memcached
 ) -> None:
     browser = start()
-    network(browser, 4 * MIB)
+    network(browser, 2 * MIB)
     choose(browser, make(tmp_path, "big.dat", bytes(40 * MIB)))
-    wait_until_sent(browser, "big.dat", 30)
+    wait_until_sent(browser, "big.dat", 15)
     wait_for(lambda: len(memcached.keys()) > 8, "a block to be stored")
     press(browser, "big.dat", "cancel")
     wait_until(browser, "big.dat", "Cancelled. Nothing was stored.")
@@ -388,9 +388,9 @@ def test_cancelled_is_what_the_server_says(
     start: Start, tmp_path: pathlib.Path, memcached: Memcached
 ) -> None:
     browser = start()
-    network(browser, 4 * MIB)
+    network(browser, 2 * MIB)
     choose(browser, make(tmp_path, "big.dat", bytes(40 * MIB)))
-    wait_until_sent(browser, "big.dat", 30)
+    wait_until_sent(browser, "big.dat", 15)
     network(browser, offline=True)
     wait_until(browser, "big.dat", "The connection broke.")
     press(browser, "big.dat", "cancel")
@@ -427,9 +427,9 @@ def test_a_server_without_tus(start: Start, tmp_path: pathlib.Path, memcached: M
     link(browser, "a b.txt").click()
     wait_for_download(tmp_path / "a b.txt", b"the content")
     kept = memcached.keys()
-    network(browser, 4 * MIB)
+    network(browser, 2 * MIB)
     choose(browser, make(tmp_path, "big.dat", bytes(40 * MIB)))
-    wait_until_sent(browser, "big.dat", 30)
+    wait_until_sent(browser, "big.dat", 15)
     press(browser, "big.dat", "cancel")
     wait_until(browser, "big.dat", "Cancelled. Nothing was stored.")
     wait_for(lambda: memcached.keys() == kept, "its chunks to be deleted")
