@@ -704,6 +704,11 @@ class FileWriter(io.RawIOBase):
         self._checkClosed()
         return True
 
+    @property
+    def version(self) -> str:
+        """That of the file, once it is published."""
+        return self._draft.version
+
     def tell(self) -> int:
         """Bytes written so far."""
         self._checkClosed()

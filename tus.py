@@ -1,10 +1,10 @@
 """Resumable uploads: tus 1.0.0 (https://tus.io) at /uploads, which `wsgi.py` mounts.
 
 An upload is the file from its first byte on: its chunks lie where the file will have them, and its
-end publishes them. All else that there is to know is in its record, a small file in the cache: as
-content the state of the library's writer, as metadata the rest. So any worker can go on, and one
-that dies takes with it what came since the record was last written: BLOCK bytes. Records are
-changed by `cas`: of two requests that go on at one place, one wins.
+end publishes them. All else is in its record, a small file in the cache: as content the state of
+the library's writer, as metadata the rest. So any worker can go on, and one that dies takes with
+it what came since the record was last written: BLOCK bytes. Records are changed by `cas`: of two
+requests that go on at one place, one wins.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 import re
 import secrets
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from werkzeug.http import http_date
 from werkzeug.routing import MapAdapter, Rule
@@ -26,59 +26,34 @@ from werkzeug.wrappers import Request, Response
 
 import memchunk
 
-__all__ = ["Upload", "Uploads"]
-
-CHECKSUMS = "sha1,sha256,sha512"
-HEADERS = {
-    "Tus-Resumable": "1.0.0",
-    "Tus-Version": "1.0.0",
-    "Tus-Extension": "creation,creation-with-upload,checksum,expiration,termination",
-    "Tus-Checksum-Algorithm": CHECKSUMS,
-}
-TYPE = "application/offset+octet-stream"
-
 EXPIRE = 24 * 3600  # seconds that an upload lives after its last piece
-LEASE = EXPIRE + 3600  # and its chunks: what comes slowly is stored before it counts
 BLOCK = 3_500_000  # bytes of a request after which they count: 4 MB with what is under way
-HELD = 4 * 1024 * 1024  # bytes of a piece with a checksum that wait in memory; more do on disk
 MAX_HEADERS = 8 * 1024  # bytes that a record keeps of its upload's start
-
 # Bytes that the record of a larger file has at least, and thus the size of the file's own chunks:
 # of each other size it would take a page of memcached's memory, which the file may need.
 RECORD = 480_000
-
-KEPT = ("name", "length", "label", "metadata", "digest", "offset")  # in the record
+KEPT = ("name", "length", "version", "metadata", "digest", "offset")  # of an upload, in its record
 RESERVED = "\ufffd"  # begins the names of records: no address can spell it, see `wsgi`
-
-# What errors of the library mean for an upload.
-ERRORS: dict[type[memchunk.MemchunkError], tuple[int, str]] = {
-    memchunk.FileNotFound: (404, "There is no such upload. It may have expired: start a new one."),
-    memchunk.FileChanged: (409, "Another request continued this upload. Ask where it is."),
-    memchunk.FileEvicted: (410, "The cache dropped parts of this upload. Start again."),
-    memchunk.SizeMismatch: (413, "This is more than the upload was announced with."),
-}
+TYPE = "application/offset+octet-stream"
+BEYOND = "The upload was announced with fewer bytes."
 
 
 @dataclasses.dataclass(frozen=True)
 class Upload:
-    """An upload, as its record has it.
-
-    name, length: of the file. label: its metadata, by which it is known as this upload's.
-    metadata, digest: the Upload-Metadata and Repr-Digest of the start. offset: bytes that count.
-    state: of the writer; empty once the file is published, or where the cache dropped it.
-    file: what the upload has become, where that is there.
-    """
+    """An upload. name, length, version: of the file. metadata, digest: the Upload-Metadata and the
+    Repr-Digest of its start. offset: bytes that count. state: of the writer; empty once the file
+    is published, or where the cache dropped it. done: the file is there, published."""
 
     id: str
     name: str
     length: int
-    label: str
+    version: str = ""
     metadata: str = ""
     digest: str = ""
     offset: int = 0
     state: bytes = b""
     record: memchunk.FileInfo | None = None
-    file: memchunk.FileInfo | None = None
+    done: bool = False
 
 
 class Uploads:
@@ -87,95 +62,82 @@ class Uploads:
     def __init__(self, application: wsgi.Application) -> None:
         self.application = application
         self.cache = copy.copy(application.cache)  # on the same connections
-        self.cache.lease = LEASE
-        self.headers = {**HEADERS, "Tus-Max-Size": str(self.cache.max_size)}
+        self.cache.lease = EXPIRE + 3600  # what comes slowly is stored before it counts
+        self.headers = {
+            "Tus-Resumable": "1.0.0",
+            "Tus-Version": "1.0.0",
+            "Tus-Extension": "creation,creation-with-upload,checksum,expiration,termination",
+            "Tus-Checksum-Algorithm": "sha1,sha256,sha512",
+            "Tus-Max-Size": str(self.cache.max_size),
+        }
 
     def rules(self) -> list[Rule]:
-        path = "/uploads/<upload_id>"
-        methods = {"progress": "HEAD", "append": "PATCH", "terminate": "DELETE"}
-        rules = [Rule(path, endpoint=key, methods=[method]) for key, method in methods.items()]
-        return [Rule("/uploads", endpoint="start", methods=["POST"]), *rules]
+        one = Rule("/uploads/<upload_id>", endpoint="upload", methods=["DELETE", "HEAD", "PATCH"])
+        return [Rule("/uploads", endpoint="uploads", methods=["POST"]), one]
 
     def dispatch(self, request: Request, adapter: MapAdapter, body: wsgi.Body) -> Response:
         request.method = request.headers.get("X-HTTP-Method-Override", request.method).upper()
         if request.method == "OPTIONS":
             return self.application.on_options(request, adapter)
-        endpoint, arguments = adapter.match(method=request.method)
-        if request.headers.get("Tus-Resumable") != HEADERS["Tus-Resumable"]:
-            raise wsgi.Problem(412, "Send 'Tus-Resumable: 1.0.0': no other version is spoken.")
+        _, arguments = adapter.match(method=request.method)
+        version = request.headers.get("Tus-Resumable")
+        _check(version == "1.0.0", 412, "Send 'Tus-Resumable: 1.0.0': that is spoken here.")
         if request.method != "HEAD":
             self.application.refuse_foreign_site(request)
             wsgi._refuse_coding(request)
+        handler: Callable[..., Response] = getattr(self, f"on_{request.method.lower()}")
         try:
-            response: Response = getattr(self, f"on_{endpoint}")(request, body, **arguments)
-            return response
-        except tuple(ERRORS) as error:
-            status, detail = next(ERRORS[kind] for kind in type(error).__mro__ if kind in ERRORS)
-            raise wsgi.Problem(status, detail) from error
+            return handler(request, body, **arguments)
+        except memchunk.FileChanged as error:
+            detail = "Another request continued this upload. Ask where it is."
+            raise wsgi.Problem(409, detail) from error
 
-    def on_start(self, request: Request, body: wsgi.Body) -> Response:
-        expire = self.application.expire(wsgi._query(request, "expire"))
-        content = self.content(request, body) if request.mimetype == TYPE else ()
-        upload = self.announced(request)
-        label = upload.label.encode()
-        writer = self.cache.create(upload.name, upload.length, expire, label)
-        upload = self.append(self.save(upload, writer), content)
-        location = self.application.url(request, "progress", upload_id=upload.id)
-        return self.progress(request, upload, 201, Location=location)
-
-    def announced(self, request: Request) -> Upload:
-        """What the start of an upload says of it. Raises Problem."""
+    def on_post(self, request: Request, body: wsgi.Body) -> Response:
         headers, length = request.headers, request.headers.get("Upload-Length", "")
-        if not re.fullmatch("[0-9]{1,18}", length) or "Upload-Concat" in headers:
-            detail = "Send an Upload-Length: it can't come later, nor in other uploads."
-            raise wsgi.Problem(400, detail)
+        is_length = re.fullmatch("[0-9]{1,18}", length) and "Upload-Concat" not in headers
+        _check(is_length, 400, "Send an Upload-Length: it can't come later, nor in other uploads.")
         if int(length) > self.cache.max_size:
             raise wsgi._too_large(self.cache.max_size)
         metadata, digest = headers.get("Upload-Metadata", ""), headers.get("Repr-Digest", "")
-        if len(metadata) + len(digest) > MAX_HEADERS:
-            raise wsgi.Problem(431, "The upload's headers are too long.")
+        _check(len(metadata + digest) <= MAX_HEADERS, 431, "The upload's headers are too long.")
         wsgi._expected_digests(digest)
-        # 128 random bits each: who knows where the file is can't delete it by way of the upload.
-        upload_id, random = secrets.token_hex(16), secrets.token_hex(16)
-        name = wsgi._query(request, "name") or random
-        if RESERVED in name:
-            raise wsgi.Problem(400, "The name is not UTF-8.")
-        label = _label(metadata, upload_id)
-        return Upload(upload_id, name, int(length), label, metadata, digest)
+        label = wsgi._pack(*_type_and_filename(metadata))
+        expire = self.application.expire(wsgi._query(request, "expire"))
+        # 128 random bits each: who has the file's address can't delete it by the upload's.
+        name = wsgi._query(request, "name") or secrets.token_hex(16)
+        _check(RESERVED not in name, 400, "The name is not UTF-8.")
+        writer = self.cache.create(name, int(length), expire, label)
+        upload = Upload(secrets.token_hex(16), name, int(length), writer.version, metadata, digest)
+        content = self.content(request, body) if request.mimetype == TYPE else ()
+        upload = self.append(self.save(upload, writer), content)
+        location = self.application.url(request, "upload", upload_id=upload.id)
+        return self.progress(request, upload, 201, Location=location)
 
-    def on_progress(self, request: Request, body: wsgi.Body, upload_id: str) -> Response:
-        upload = self.find(upload_id)
-        if not upload.file:
-            self.resume(upload)  # which asks for its chunks
-        more = {"Upload-Metadata": upload.metadata} if upload.metadata else {}
-        return self.progress(request, upload, 200, **{"Upload-Length": str(upload.length)}, **more)
+    def on_head(self, request: Request, body: wsgi.Body, upload_id: str) -> Response:
+        upload = self.append(self.find(upload_id), ())  # of no bytes: it asks for its chunks
+        return self.progress(request, upload, 200)
 
-    def on_append(self, request: Request, body: wsgi.Body, upload_id: str) -> Response:
-        offset = request.headers.get("Upload-Offset", "")
-        if request.mimetype != TYPE:
-            raise wsgi.Problem(415, f"Send it as 'Content-Type: {TYPE}'.")
-        if not re.fullmatch("[0-9]{1,18}", offset):
-            raise wsgi.Problem(400, "The Upload-Offset is not a number.")
-        upload = self.find(upload_id)
-        if int(offset) != upload.offset:
-            raise wsgi.Problem(409, f"The upload has {upload.offset} bytes. Continue there.")
-        if int(offset) + (body.size or 0) > upload.length:
-            raise wsgi.Problem(*ERRORS[memchunk.SizeMismatch])
+    def on_patch(self, request: Request, body: wsgi.Body, upload_id: str) -> Response:
+        _check(request.mimetype == TYPE, 415, f"Send it as 'Content-Type: {TYPE}'.")
+        text = request.headers.get("Upload-Offset", "")
+        _check(re.fullmatch("[0-9]{1,18}", text), 400, "The Upload-Offset is not a number.")
+        upload, offset = self.find(upload_id), int(text)
+        _check(offset == upload.offset, 409, f"The upload has {upload.offset} bytes: go on there.")
+        _check(offset + (body.size or 0) <= upload.length, 413, BEYOND)
         return self.progress(request, self.append(upload, self.content(request, body)), 204)
 
-    def on_terminate(self, request: Request, body: wsgi.Body, upload_id: str) -> Response:
-        while True:
-            with contextlib.suppress(memchunk.FileChanged):  # by a piece that came at this moment
-                self.remove(self.find(upload_id))
-                return wsgi._empty({})
+    def on_delete(self, request: Request, body: wsgi.Body, upload_id: str) -> Response:
+        self.remove(self.find(upload_id))
+        return wsgi._empty({})
 
     def progress(self, request: Request, upload: Upload, status: int, **more: str) -> Response:
-        headers = {"Upload-Offset": str(upload.offset), "Cache-Control": "no-store", **more}
-        if upload.file:
+        about = {"Offset": upload.offset, "Length": upload.length, "Metadata": upload.metadata}
+        headers = {f"Upload-{key}": str(value) for key, value in about.items() if value != ""}
+        if upload.done:
             headers["Content-Location"] = self.application.path(request, "read", name=upload.name)
         elif upload.record:
             headers["Upload-Expires"] = http_date(upload.record.expires)
-        return wsgi._empty(headers, status)
+        return wsgi._empty({**headers, **more, "Cache-Control": "no-store"}, status)
 
     def content(self, request: Request, body: wsgi.Body) -> Iterator[bytes]:
         """What comes of the body, to where it ends or breaks off; with a checksum, once all of it
@@ -184,16 +146,16 @@ class Uploads:
         if header is None:
             yield from body.arrived()
             return
-        match = re.fullmatch(r"(sha1|sha256|sha512) ([A-Za-z0-9+/]+=*)", header)
-        if not match:
-            raise wsgi.Problem(400, f"Upload-Checksum is 'ALGORITHM BASE64', by {CHECKSUMS}.")
-        digest = hashlib.new(match[1], usedforsecurity=False)
-        with tempfile.SpooledTemporaryFile(HELD) as held:
+        algorithm, _, expected = header.partition(" ")
+        is_known = re.fullmatch("(sha1|sha256|sha512) [A-Za-z0-9+/]+=*", header)
+        _check(is_known, 400, "Send an Upload-Checksum of sha1, sha256 or sha512: 'sha1 BASE64'.")
+        digest = hashlib.new(algorithm, usedforsecurity=False)
+        with tempfile.SpooledTemporaryFile(BLOCK) as held:  # in memory, more on disk
             for piece in body.arrived():
                 held.write(piece)
                 digest.update(piece)
-            if base64.b64encode(digest.digest()).decode() != match[2]:
-                raise wsgi.Problem(460, "The body has another checksum. Send it again.")
+            is_right = base64.b64encode(digest.digest()).decode() == expected
+            _check(is_right, 460, "The body has another checksum. Send it again.")
             held.seek(0)
             yield from iter(lambda: held.read(wsgi.PIECE), b"")
 
@@ -208,41 +170,38 @@ class Uploads:
         except (memchunk.FileEvicted, memchunk.FileCorrupt):
             state = b""
         upload = Upload(upload_id, **kept, state=state, record=record.info)
-        file = self.published(upload)
-        return dataclasses.replace(upload, offset=upload.length, file=file) if file else upload
+        with contextlib.suppress(memchunk.FileNotFound, memchunk.FileCorrupt):
+            if self.cache.stat(upload.name).version == upload.version:
+                return dataclasses.replace(upload, offset=upload.length, done=True)
+        return upload
 
     def save(self, upload: Upload, writer: memchunk.FileWriter | None) -> Upload:
-        """Write the record, with what the writer has; None: the file is published. Raises
-        FileChanged where another request has, since it was read; FileNotFound where it is gone."""
+        """Write the record: what the writer has, or, without one, that the file is published.
+        Raises FileChanged where another request has written it, FileNotFound where it is gone."""
         offset, state = (writer.tell(), writer.suspend()) if writer else (upload.length, b"")
-        changed = dataclasses.replace(upload, offset=offset, state=state)
+        changed = dataclasses.replace(upload, offset=offset, state=state, done=not writer)
         kept = {key: getattr(changed, key) for key in KEPT}
         metadata = json.dumps({**kept, "state": len(state)}).encode()
-        version = upload.record.version if upload.record else None
-        name = RESERVED + upload.id
+        name, version = RESERVED + upload.id, upload.record.version if upload.record else None
         with self.cache.create(name, None, EXPIRE, metadata, version=version) as record:
             record.write(state and state.ljust(min(RECORD, upload.length)))
         return dataclasses.replace(changed, record=record.info)
 
     def append(self, upload: Upload, content: Iterable[bytes]) -> Upload:
         """Write the content behind what is there; it counts block by block."""
-        if upload.file:
+        if upload.done:
             return upload
-        writer = self.resume(upload)
+        _check(upload.state, *wsgi.ERRORS[memchunk.FileEvicted])
+        writer = self.cache.resume(upload.state)
         for piece in content:
+            _check(writer.tell() + len(piece) <= upload.length, 413, BEYOND)
             writer.write(piece)
             if writer.tell() - upload.offset >= BLOCK and writer.tell() < upload.length:
                 upload = self.save(upload, writer)
-                writer = self.resume(upload)
-        if writer.tell() < upload.length:
-            return self.save(upload, writer)
-        return self.finish(upload, writer)
-
-    def resume(self, upload: Upload) -> memchunk.FileWriter:
-        """Its writer. Raises Problem or FileEvicted where the cache dropped a part."""
-        if not upload.state:
-            raise wsgi.Problem(*ERRORS[memchunk.FileEvicted])
-        return self.cache.resume(upload.state)
+                writer = self.cache.resume(upload.state)
+        if writer.tell() == upload.length:
+            return self.finish(upload, writer)
+        return self.save(upload, writer) if writer.tell() > upload.offset else upload
 
     def finish(self, upload: Upload, writer: memchunk.FileWriter) -> Upload:
         """Publish the file. Where that can't be, nothing is left of the upload."""
@@ -254,46 +213,38 @@ class Uploads:
             self.remove(upload)
             raise
         try:
-            upload = self.save(upload, None)
+            return self.save(upload, None)
         except memchunk.FileNotFound:  # the upload was deleted meanwhile
-            self.cache.delete(upload.name, writer.info.version)
+            self.cache.delete(upload.name, upload.version)
             raise
         except memchunk.MemchunkError:  # the file is there all the same, as `find` will see
-            pass
-        return dataclasses.replace(upload, offset=upload.length, file=writer.info)
-
-    def published(self, upload: Upload) -> memchunk.FileInfo | None:
-        """The file that the upload has become, where it is there."""
-        with contextlib.suppress(memchunk.FileNotFound, memchunk.FileCorrupt):
-            info = self.cache.stat(upload.name)
-            return info if info.metadata == upload.label.encode() else None
-        return None
+            return dataclasses.replace(upload, offset=upload.length, done=True)
 
     def remove(self, upload: Upload) -> None:
-        """Delete the upload, and what it has stored or become. Raises FileChanged, and does
-        nothing, where its record is another now."""
-        self.cache.delete(RESERVED + upload.id, upload.record.version if upload.record else None)
-        file = self.published(upload)
-        if file:
-            with contextlib.suppress(memchunk.FileNotFound, memchunk.FileChanged):
-                self.cache.delete(upload.name, file.version)
+        """Delete the upload, and what it has stored or become. Raises FileNotFound."""
+        self.cache.delete(RESERVED + upload.id)  # first: from now on no request goes on with it
+        with contextlib.suppress(memchunk.FileNotFound, memchunk.FileChanged):
+            self.cache.delete(upload.name, upload.version)
         if upload.state:
             self.cache.abandon(upload.state)
 
 
-def _label(header: str, upload_id: str) -> str:
-    """Metadata for the file of an upload with this Upload-Metadata. Raises Problem."""
+def _check(condition: object, status: int, detail: str) -> None:
+    if not condition:
+        raise wsgi.Problem(status, detail)
+
+
+def _type_and_filename(header: str) -> tuple[str, str]:
+    """What an Upload-Metadata says of them. Raises Problem."""
     pairs = [pair.strip().partition(" ") for pair in header.split(",") if pair.strip()]
     given: dict[str, str] = {}
     with contextlib.suppress(ValueError):
         for key, _, value in pairs:
             given[key] = base64.b64decode(value, validate=True).decode("utf-8", "replace")
-    if len(given) < len(pairs) or not all(re.fullmatch("[!-~]+", key) for key in given):
-        raise wsgi.Problem(400, "Upload-Metadata has not the form KEY BASE64,KEY BASE64,....")
-    content_type = given.get("filetype") or given.get("type", "")
+    is_sound = len(given) == len(pairs) and all(re.fullmatch("[!-~]+", key) for key in given)
+    _check(is_sound, 400, "Upload-Metadata has not the form KEY BASE64,KEY BASE64,....")
     filename = given.get("filename") or given.get("name", "")
-    return wsgi._pack(content_type, filename, upload=upload_id).decode()
+    return given.get("filetype") or given.get("type", ""), filename
 
 
-# At the end: where this module is the first to be imported, `wsgi` mounts it now.
-import wsgi  # noqa: E402
+import wsgi  # noqa: E402 - at the end, for where this module is first, `wsgi` mounts it now
