@@ -517,10 +517,9 @@ class Application:
         if self.uploads and _is_upload(request):
             response.headers.update(self.uploads.headers)
         self.share(request, response)
-        if environ["REQUEST_METHOD"] not in READS:
-            # After the answer, not before it: a client may wait for it and send nothing more.
-            trusted = response.status_code not in (401, 403) and self.has_token(request)
-            response.call_on_close(functools.partial(body.drain, trusted))
+        # After the answer, not before it: a client may wait for it and send nothing more.
+        uploads = environ["REQUEST_METHOD"] not in READS and response.status_code not in (401, 403)
+        response.call_on_close(functools.partial(body.drain, uploads and self.has_token(request)))
         return response(environ, start_response)
 
     def dispatch(self, request: Request, body: Body) -> Response:
@@ -591,7 +590,7 @@ class Application:
     def on_options(self, request: Request, adapter: MapAdapter) -> Response:
         allowed = set(adapter.allowed_methods())
         if request.environ["PATH_INFO"] == "*":  # the server as a whole
-            allowed = {"DELETE", "GET", "HEAD", "POST", "PUT"}
+            allowed = {"DELETE", "GET", "HEAD", "PATCH", "POST", "PUT"}
         if not allowed:
             raise NotFound()
         headers = {"Allow": ", ".join(sorted({*allowed, "OPTIONS"}))}

@@ -183,12 +183,12 @@ def test_clients_that_drip(cache: Memcached, tmp_path: pathlib.Path) -> None:
         contextlib.ExitStack() as stack,
     ):
         for framing in ("Content-Length: 100000", "Transfer-Encoding: chunked"):
-            for path in ("/files/a", "/nowhere"):
-                for _ in range(10):
+            for request in ("PUT /files/a", "PUT /nowhere", "GET /healthz", "HEAD /"):
+                for _ in range(5):
                     connection = stack.enter_context(server.connect())
-                    head = f"PUT {path} HTTP/1.1\r\nHost: x\r\n{framing}\r\n\r\n"
+                    head = f"{request} HTTP/1.1\r\nHost: x\r\n{framing}\r\n\r\n"
                     connection.sendall(head.encode() + b"4000\r\n")
-                    assert connection.recv(12) in (b"HTTP/1.1 401", b"HTTP/1.1 404")
+                    assert connection.recv(12)[-3:] in (b"401", b"404", b"200")
         assert server.request("GET", "/healthz").status == 200
 
 
