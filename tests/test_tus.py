@@ -11,6 +11,9 @@ import hashlib
 import io
 import os
 import pathlib
+import shutil
+import subprocess
+import sys
 import time
 from email.utils import parsedate_to_datetime
 from typing import Any, Callable
@@ -731,3 +734,40 @@ def test_nothing_on_disk(client: Any, monkeypatch: Any, tmp_path: pathlib.Path) 
         last = patch(Client(other), path, 3, b"def")
         assert Client(other).get(last.headers["Content-Location"]).data == b"abcdef"
     assert list(tmp_path.iterdir()) == []
+
+
+# How wsgi.py mounts it
+
+SCRIPT = """
+import {first}, wsgi
+from werkzeug.test import Client
+client = Client(wsgi.application)
+headers = {{"Tus-Resumable": "1.0.0", "Upload-Length": "0"}}
+print(client.post("/uploads", headers=headers).status_code)
+print(client.post("/files/a", data=b"x").status_code, client.get("/files/a").text)
+print(client.get("/").status_code, 'data-uploads=""' in client.get("/").text)
+"""
+
+
+def run(folder: pathlib.Path, memcached: Memcached, first: str) -> list[str]:
+    environ = {**os.environ, "MEMCHUNK_SERVERS": memcached.server}
+    command = [sys.executable, "-W", "error", "-c", SCRIPT.format(first=first)]
+    done = subprocess.run(
+        command, cwd=folder, env=environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split("\n")
+
+
+ROOT = pathlib.Path(wsgi.__file__).parent
+
+
+@pytest.mark.parametrize("first", ["tus", "wsgi"])
+def test_whichever_is_imported_first(memcached: Memcached, first: str) -> None:
+    assert run(ROOT, memcached, first)[:3] == ["201", "201 x", "200 False"]
+
+
+def test_without_it_all_else_is_served(memcached: Memcached, tmp_path: pathlib.Path) -> None:
+    for name in ("memchunk.py", "wsgi.py", "upload.html"):
+        shutil.copy(ROOT / name, tmp_path)
+    assert run(tmp_path, memcached, "wsgi")[:3] == ["404", "201 x", "200 True"]
