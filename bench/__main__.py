@@ -31,16 +31,18 @@ from bench import plots, sections
 from bench.measure import MIB, ROOT, Missing, Options, program
 
 PACKAGES = ("pymemcache", "pylibmc", "redis", "hiredis", "werkzeug")
+EMPTY: tuple[Any, ...] = (None, "", ())  # what the JSON needs not say
+CPUS = pathlib.Path("/proc/cpuinfo")
 HOSTS = ("gunicorn", "waitress", "cheroot", "uwsgi")
 
 
 def machine(options: Options) -> dict[str, str]:
     """What the figures were measured on and with."""
-    cpu = re.findall(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
+    cpu, *_ = re.findall(r"model name\s*: (.*)", CPUS.read_text()) or [platform.machine()]
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     found = {
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{cpu[:1]}, {os.cpu_count()} cores, {memory:.0f} GiB".strip("[]'"),
+        "machine": f"{cpu}, {os.cpu_count()} cores, {memory:.0f} GiB",
         "load before": f"{os.getloadavg()[0]:.2f}",
         "system": f"{platform.system()} {platform.release()}",
         "Python": f"{platform.python_implementation()} {platform.python_version()}",
@@ -59,14 +61,15 @@ def machine(options: Options) -> dict[str, str]:
 def measured(name: str, options: Options) -> dict[str, Any]:
     """A section's figures. One that fails keeps those that it had, and says why it has no more."""
     section, start = getattr(sections, name), time.monotonic()
-    found: dict[str, Any] = {"name": name, "about": section.__doc__, "figures": []}
+    found: dict[str, Any] = {"name": name, "about": section.__doc__, "figures": [], "note": ""}
     try:
         for figure in section(options):
-            found["figures"].append(dataclasses.asdict(figure))
+            fields = dataclasses.asdict(figure).items()
+            found["figures"].append({key: value for key, value in fields if value not in EMPTY})
     except Missing as error:
-        found["left_out"] = str(error)
+        found["note"] = f"Left out: {error}"
     except Exception as error:
-        found["failed"] = repr(error)
+        found["note"] = f"Failed: {error!r}"
     print(f"{name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     return found
 
@@ -79,7 +82,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("sections", nargs="*", help=f"of {', '.join(sections.ALL)}")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--rounds", type=int, help="how often a time is taken; 21 unless quick")
+    parser.add_argument("--rounds", type=int, help="how often a time is taken; 15 unless quick")
     parser.add_argument("--against", type=pathlib.Path, metavar="MEMCHUNK.PY")
     parser.add_argument("--redraw", action="store_true")
     parser.add_argument("--out", type=pathlib.Path, metavar="FOLDER")
@@ -89,6 +92,8 @@ def arguments() -> argparse.Namespace:
         parser.error(f"there is no section {', '.join(sorted(unknown))}")
     if not (given.sections or given.quick or given.against) and given.out is None:
         given.out = ROOT / "docs"
+    if given.out:
+        given.out.mkdir(parents=True, exist_ok=True)
     return given
 
 
@@ -98,7 +103,7 @@ def report(given: argparse.Namespace) -> dict[str, Any]:
     options = Options(
         quick=quick,
         size=(8 if quick else 50) * MIB,
-        rounds=given.rounds or (3 if quick else 21),
+        rounds=given.rounds or (3 if quick else 15),
         seeds=range(1, 2 if quick else 4),
         against=given.against,
     )
@@ -121,8 +126,9 @@ def main() -> int:
     if given.out:
         (given.out / "benchmarks.json").write_text(json.dumps(found, indent=1) + "\n")
         (given.out / "benchmarks.md").write_text(plots.document(found))
-        plots.draw(found, given.out / "throughput.png")
-    return int(any("failed" in section for section in found["sections"]))
+        with contextlib.suppress(ImportError):  # without matplotlib there is no plot
+            plots.draw(found["sections"], given.out / "throughput.png")
+    return int(any(section["note"].startswith("Failed") for section in found["sections"]))
 
 
 if __name__ == "__main__":

@@ -130,14 +130,19 @@ def running(command: Sequence[str], address: str, **environ: str) -> Iterator[in
             start_new_session=True,
         )
         try:
+            deadline = time.monotonic() + TIMEOUT
             while not _answers(address):
-                if process.poll() is not None:
+                if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
-                    raise Missing(f"{command[0]} ended: {log.read()[-200:].decode()}")
+                    raise Missing(f"{command[0]} did not start: {log.read()[-200:].decode()}")
                 time.sleep(0.01)
             yield process.pid
         finally:
-            _stop(process)
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(5)
 
 
 def _answers(address: str) -> bool:
@@ -145,14 +150,6 @@ def _answers(address: str) -> bool:
         dial(address).close()
         return True
     return False
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5)
 
 
 def program(name: str) -> str:

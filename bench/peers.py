@@ -23,82 +23,20 @@ HAND_CHUNK = 1_000_000  # bytes: what people cut files into by hand, as it fits 
 READ_BATCH = 2 * MIB  # bytes that memchunk asks for at a time; so does who else reads in pieces
 
 
-class Peer:
-    """`set` from bytes; `chunks`: read all in pieces and drop them; `get` whole. Names of
-    different peers don't meet in one server."""
-
-    server = "memcached"  # which kind it needs: one of SERVERS
-    _client: Any
-
-    def __init__(self, address: str) -> None:
-        raise NotImplementedError
-
-    def set(self, name: str, data: Any) -> object:
-        raise NotImplementedError
-
-    def chunks(self, name: str) -> int:
-        return len(self.get(name))
-
-    def get(self, name: str) -> Any:
-        raise NotImplementedError
-
-
-class Memchunk(Peer):
+class Memchunk:
     """memchunk as it comes; `module` may be another version of it."""
 
     def __init__(self, address: str, module: Any = memchunk, **options: Any) -> None:
-        self.cache = module.connect(address, timeout=TIMEOUT, **options)
+        self._cache = module.connect(address, timeout=TIMEOUT, **options)
 
     def set(self, name: str, data: Any) -> object:
-        return self.cache.set(name, data)
+        return self._cache.set(name, data)
 
     def chunks(self, name: str) -> int:
-        return sum(map(len, self.cache.open(name).chunks()))
+        return sum(map(len, self._cache.open(name).chunks()))
 
     def get(self, name: str) -> Any:
-        return self.cache.get(name)
-
-
-class Cut(Peer):
-    """Files in chunks, beside them their number and a digest, which the reader checks."""
-
-    start: Any  # makes the digest
-
-    def store(self, chunks: dict[str, bytes]) -> None:
-        raise NotImplementedError
-
-    def fetch(self, keys: list[str]) -> dict[str, bytes]:
-        raise NotImplementedError
-
-    def set(self, name: str, data: Any) -> None:
-        digest, chunks = self.start(), {}
-        for index, offset in enumerate(range(0, len(data), HAND_CHUNK)):
-            chunks[f"{self._key(name)}:{index}"] = bytes(data[offset : offset + HAND_CHUNK])
-        for chunk in chunks.values():
-            digest.update(chunk)
-        self.store(chunks)
-        self.store({self._key(name): f"{len(chunks)} {digest.hexdigest()}".encode()})
-
-    def chunks(self, name: str) -> int:
-        return sum(map(len, self._read(name, READ_BATCH // HAND_CHUNK)))
-
-    def get(self, name: str) -> bytes:
-        return b"".join(self._read(name, None))
-
-    def _key(self, name: str) -> str:
-        return f"{type(self).__name__}:{name}"
-
-    def _read(self, name: str, at_once: int | None) -> Iterator[bytes]:
-        name = self._key(name)
-        count, stored = self.fetch([name])[name].decode().split(" ")
-        keys, digest = [f"{name}:{index}" for index in range(int(count))], self.start()
-        for batch in batches(keys, at_once or len(keys)):
-            found = self.fetch(batch)
-            for key in batch:
-                digest.update(found[key])
-                yield found[key]
-        if digest.hexdigest() != stored:
-            raise ValueError(f"{name} is damaged")
+        return self._cache.get(name)
 
 
 class Crc32:
@@ -121,85 +59,95 @@ class Unchecked(Crc32):
         pass
 
 
-class ByHand(Cut):
-    """What one writes on pymemcache: chunks stored one by one, and fetched by `get_many`."""
+def pymemcache(address: str) -> Any:
+    return Client(address, timeout=TIMEOUT, no_delay=True, default_noreply=False)
 
-    start: Any = hashlib.md5
 
-    def __init__(self, address: str) -> None:
-        self._client = Client(address, timeout=TIMEOUT, no_delay=True, default_noreply=False)
+def pylibmc(address: str) -> Any:
+    limits = dict.fromkeys(("receive_timeout", "send_timeout"), int(TIMEOUT * 1e6))
+    behaviors = {"tcp_nodelay": True, **limits}
+    return optional("pylibmc").Client([address.replace("unix:", "")], behaviors=behaviors)
+
+
+class ByHand:
+    """What one writes on pymemcache: chunks that are stored one by one and fetched by `get_many`;
+    beside them their number and a digest, which the reader checks."""
+
+    def __init__(self, address: str, digest: Callable[[], Any] = hashlib.md5) -> None:
+        self._digest, self._client = digest, self.connect(address)
+
+    connect = staticmethod(pymemcache)
 
     def store(self, chunks: dict[str, bytes]) -> None:
         for key, chunk in chunks.items():
             self._client.set(key, chunk)
 
-    def fetch(self, keys: list[str]) -> dict[str, bytes]:
-        found: dict[str, bytes] = self._client.get_many(keys)
-        return found
+    def fetch(self, keys: list[str]) -> Any:
+        return self._client.get_many(keys)
+
+    def set(self, name: str, data: Any) -> None:
+        digest, name = self._digest(), f"{self._digest.__name__}:{name}"
+        chunks = [bytes(chunk) for chunk in batches(data, HAND_CHUNK)]
+        for chunk in chunks:
+            digest.update(chunk)
+        self.store({f"{name}:{index}": chunk for index, chunk in enumerate(chunks)})
+        self.store({name: f"{len(chunks)} {digest.hexdigest()}".encode()})
+
+    def chunks(self, name: str) -> int:
+        return sum(map(len, self._read(name, READ_BATCH // HAND_CHUNK)))
+
+    def get(self, name: str) -> bytes:
+        return b"".join(self._read(name, sys.maxsize))
+
+    def _read(self, name: str, at_once: int) -> Iterator[bytes]:
+        digest, name = self._digest(), f"{self._digest.__name__}:{name}"
+        count, stored = self.fetch([name])[name].decode().split(" ")
+        for batch in batches([f"{name}:{index}" for index in range(int(count))], at_once):
+            found = self.fetch(batch)
+            for key in batch:
+                digest.update(found[key])
+                yield found[key]
+        if digest.hexdigest() != stored:
+            raise ValueError(f"{name} is damaged")
 
 
-class ByHandCrc(ByHand):
-    start = Crc32
+class Multi(ByHand):
+    """The same by libmemcached, which is C: `set_multi` and `get_multi`."""
 
-
-class Pylibmc(Cut):
-    """The same on libmemcached, which is C: `set_multi` and `get_multi`."""
-
-    start = Crc32
-
-    def __init__(self, address: str) -> None:
-        limits = dict.fromkeys(("receive_timeout", "send_timeout"), int(TIMEOUT * 1e6))
-        self._client = optional("pylibmc").Client(
-            [address.replace("unix:", "")], behaviors={"tcp_nodelay": True, **limits}
-        )
+    connect = staticmethod(pylibmc)
 
     def store(self, chunks: dict[str, bytes]) -> None:
         if self._client.set_multi(chunks):
             raise OSError("memcached refused a chunk")
 
-    def fetch(self, keys: list[str]) -> dict[str, bytes]:
-        found: dict[str, bytes] = self._client.get_multi(keys)
-        return found
+    def fetch(self, keys: list[str]) -> Any:
+        return self._client.get_multi(keys)
 
 
-class PylibmcUnchecked(Pylibmc):
-    start = Unchecked
-
-
-class OneValue(ByHand):
+class OneValue:
     """The file as one value, on a memcached that was started with -I 64m."""
 
-    server = "memcached -I 64m"
+    def __init__(self, client: Any) -> None:
+        self._client = client
 
     def set(self, name: str, data: Any) -> None:
-        self._client.set(self._key(name), data)
+        self._client.set(name, data)
 
     def chunks(self, name: str) -> int:
         return len(self.get(name))
 
-    def get(self, name: str) -> bytes:
-        value: bytes = self._client.get(self._key(name))
-        return value
+    def get(self, name: str) -> Any:
+        return self._client.get(name)
 
 
-class PylibmcOneValue(OneValue):
-    server = "memcached -I 64m"
-    __init__ = Pylibmc.__init__
-
-
-class Redis(Peer):
+class Redis(OneValue):
     """redis-py with hiredis: one value; in pieces, GETRANGE."""
-
-    server = "redis"
 
     def __init__(self, address: str) -> None:
         optional("hiredis")
         host, _, port = address.partition(":")
         place = {"unix_socket_path": port} if host == "unix" else {"host": host, "port": int(port)}
-        self._client: Any = optional("redis").Redis(**place, socket_timeout=TIMEOUT)
-
-    def set(self, name: str, data: Any) -> None:
-        self._client.set(name, data)
+        super().__init__(optional("redis").Redis(**place, socket_timeout=TIMEOUT))
 
     def chunks(self, name: str) -> int:
         size = 0
@@ -207,11 +155,8 @@ class Redis(Peer):
             size += len(piece)
         return size
 
-    def get(self, name: str) -> Any:
-        return self._client.get(name)
 
-
-class BareSocket(Peer):
+class BareSocket:
     """The least that any client can do: it sends and receives items of the sizes that memchunk
     stores for such a file, in batches of the same sizes, each item with a zlib.crc32, without
     looking at what comes in. The bytes that it sends are its own."""
@@ -292,35 +237,38 @@ class BareSocket(Peer):
             view = view[received:]
 
 
-PEERS: dict[str, type[Peer]] = {
+# Each makes a client for an address. What they all have: `set` from bytes; `chunks`, which reads
+# all in pieces and drops them; `get` whole. Names of different peers don't meet in one server.
+PEERS: dict[str, Callable[[str], Any]] = {
     "memchunk": Memchunk,
     "bare socket": BareSocket,
     "pymemcache by hand, MD5": ByHand,
-    "pymemcache by hand, CRC-32": ByHandCrc,
-    "pylibmc multi": PylibmcUnchecked,
-    "pylibmc multi, CRC-32": Pylibmc,
-    "pymemcache, -I 64m": OneValue,
-    "pylibmc, -I 64m": PylibmcOneValue,
+    "pymemcache by hand, CRC-32": lambda address: ByHand(address, Crc32),
+    "pylibmc multi": lambda address: Multi(address, Unchecked),
+    "pylibmc multi, CRC-32": lambda address: Multi(address, Crc32),
+    "pymemcache, -I 64m": lambda address: OneValue(pymemcache(address)),
+    "pylibmc, -I 64m": lambda address: OneValue(pylibmc(address)),
     "redis-py + hiredis": Redis,
-}
-
-SERVERS: dict[str, Callable[[bool], contextlib.AbstractContextManager[str]]] = {
-    "memcached": lambda unix: memcached(unix=unix),
-    "memcached -I 64m": lambda unix: memcached("-I", "64m", unix=unix),
-    "redis": redis_server,
 }
 
 
 @contextlib.contextmanager
-def peers(unix: bool) -> Iterator[tuple[dict[str, Peer], dict[str, str]]]:
+def peers(unix: bool) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
     """Those that work on this machine, each with its server; and why the others don't."""
-    ready: dict[str, Peer] = {}
-    reasons: dict[str, str] = {}
+    ready, reasons = {}, {}
     with contextlib.ExitStack() as stack:
-        start = functools.cache(lambda kind: stack.enter_context(SERVERS[kind](unix)))
-        for label, kind in PEERS.items():
+
+        @functools.cache
+        def server(*options: str) -> str:
+            redis = options == ("redis",)
+            return stack.enter_context(
+                redis_server(unix) if redis else memcached(*options, unix=unix)
+            )
+
+        for label, connect in PEERS.items():
+            kind = "redis" if "redis" in label else "-I 64m" if "-I 64m" in label else ""
             try:
-                ready[label] = kind(start(kind.server))
+                ready[label] = connect(server(*kind.split()))
             except Missing as error:
                 reasons[label] = str(error)
         yield ready, reasons

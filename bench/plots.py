@@ -37,6 +37,7 @@ def document(report: dict[str, Any]) -> str:
         figures = [Figure(**each) for each in section["figures"]]
         made = by_size(figures) if figures and figures[0].size else lines(figures)
         parts += [f"## {section['name']}", " ".join(section["about"].split()), made]
+        parts += [section["note"]] if section["note"] else []
         if figures and figures[0].size:
             parts.append("![MiB/s against the size of the file](throughput.png)")
     return "\n\n".join(parts) + "\n"
@@ -51,7 +52,7 @@ def lines(figures: Iterable[Figure]) -> str:
         times = [seconds(figure.ours), seconds(figure.theirs)]
         met = {None: figure.note, True: "yes", False: "**no**"}[figure.met]
         rows.append((figure.what, figure.beside, *times, text, figure.aim, met))
-    return table(("what", "beside", "memchunk", "that", "figure", "aim", "met"), rows)
+    return table(("what", "beside", "memchunk", "beside it", "figure", "aim", "met"), rows)
 
 
 def seconds(value: float | None) -> str:
@@ -91,10 +92,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in zip(*padded))
 
 
-def draw(report: dict[str, Any], path: pathlib.Path) -> None:
+def draw(sections: Iterable[dict[str, Any]], path: pathlib.Path) -> None:
     """One panel for `set`, one for `get`, on a ground that reads on light pages and dark ones."""
-    (section,) = (each for each in report["sections"] if each["name"] == "throughput")
-    series = curves(Figure(**each) for each in section["figures"])
+    figures = [Figure(**each) for section in sections for each in section["figures"]]
+    series = curves(figure for figure in figures if figure.size)
     styles = dict(zip(dict.fromkeys(label for _, label in series), STYLES))
     pyplot = importlib.import_module("matplotlib.pyplot")
     pyplot.switch_backend("Agg")

@@ -39,7 +39,7 @@ from bench.measure import (
     memcached,
     served,
 )
-from bench.peers import PEERS, BareSocket, ByHand, Memchunk, Peer, optional, other_version, peers
+from bench.peers import PEERS, BareSocket, ByHand, Memchunk, optional, other_version, peers
 
 API = "wsgi:application"
 TRANSPORTS = ("TCP", "Unix socket")
@@ -47,7 +47,7 @@ VERBS = {"set": "`set` from bytes", "chunks": "`chunks()` drained", "get": "`get
 BARE_AIMS = {"set": "≤ 1.3", "chunks": "≤ 1.2", "get": "≤ 1.3"}
 
 
-def calls(peer: Peer, verb: str, data: bytes, times: int = 1) -> Task:
+def calls(peer: Any, verb: str, data: bytes, times: int = 1) -> Task:
     """A task: one verb of one peer on one file, so many times."""
     arguments = ("file", data) if verb == "set" else ("file",)
 
@@ -76,7 +76,8 @@ def speed(options: Options) -> Iterator[Figure]:
 def throughput(options: Options) -> Iterator[Figure]:
     """One client over TCP, MiB/s against the size of the file."""
     with peers(unix=False) as (ready, _):
-        for size in [KIB * 4**power for power in range(8)] + [50 * MIB]:
+        sizes = [KIB * 4**power for power in range(8)] + [50 * MIB]
+        for size in [each for each in sizes if each <= options.size]:
             data, times = os.urandom(size), max(1, min(50, 2 * MIB // size))
             for peer in ready.values():
                 peer.set("file", data)
@@ -119,12 +120,11 @@ def resume(options: Options) -> Iterator[Figure]:
             states["resumed"] = states["resumed"].suspend()
 
         tasks: dict[str, Task] = {
-            "resumed": lambda: cache.resume(states["resumed"]).close(),
-            "last two steps of `set`": lambda: states["set"].close(),  # noqa: PLW0108
+            "resumed": lambda: cache.resume(states.pop("resumed")).close(),
+            "last two steps of `set`": lambda: states.pop("set").close(),
         }
-        yield from compare(
-            "last step of a resumed upload", in_turn(tasks, options.rounds, write), {}
-        )
+        times = in_turn(tasks, options.rounds, write)
+        yield from compare("last step of a resumed upload", times, {})
 
 
 def requests(data: bytes) -> dict[str, Callable[[Site], None]]:
@@ -268,14 +268,14 @@ def eviction(options: Options) -> Iterator[Figure]:
 
 
 def pressed(
-    kind: type[Peer], megabytes: int, low: int, high: int, seed: int
+    connect: Callable[[str], Any], megabytes: int, low: int, high: int, seed: int
 ) -> tuple[float, float, int]:
     """Shares of -m that intact files hold, and the newest ones of them; writes refused."""
     source, pool = random.Random(seed), memoryview(os.urandom(high * MB))
     total, written, refused = megabytes * MIB, 0, 0
     stored: list[tuple[str, int]] = []
     with memcached("-m", str(megabytes), unix=True) as address:
-        peer = kind(address)
+        peer = connect(address)
         while written < 5 * total:
             name, size = f"file{len(stored) + refused}", source.randint(low * MB, high * MB)
             written += size
@@ -290,41 +290,39 @@ def pressed(
     return kept / total, run / total, refused
 
 
-def intact(peer: Peer, name: str, size: int) -> bool:
+def intact(peer: Any, name: str, size: int) -> bool:
     with contextlib.suppress(KeyError, memchunk.MemchunkError):
-        return peer.chunks(name) == size
+        return bool(peer.chunks(name) == size)
     return False
 
 
 def against(options: Options) -> Iterator[Figure]:
-    """This memchunk.py beside another one; where a wsgi.py lies beside that, over HTTP too."""
+    """This memchunk.py beside another one and, where a wsgi.py lies beside that, over HTTP."""
     aims, module = {"before": "≤ 1.05"}, other_version(options.against)
     for transport in TRANSPORTS:
         with memcached(unix=transport != "TCP") as address:
-            versions = {"now": Memchunk(address), "before": Memchunk(address, module)}
+            before = Memchunk(address, module, namespace="before")
+            versions = {"now": Memchunk(address), "before": before}
             for size, times in ((options.size, 1), (MIB, 10), (KIB, 200)):
-                data = os.urandom(size)
-                versions["now"].set("file", data)
                 for verb, what in VERBS.items():
-                    tasks = {who: calls(peer, verb, data, times) for who, peer in versions.items()}
-                    text = f"{what}, {size // KIB:,} KiB, {transport}"
+                    data, text = os.urandom(size), f"{what}, {size // KIB:,} KiB, {transport}"
+                    tasks = {who: calls(each, verb, data, times) for who, each in versions.items()}
                     yield from compare(text, in_turn(tasks, options.rounds), aims)
     if options.against.with_name("wsgi.py").exists():
-        yield from http_against(options)
+        yield from against_http(options, aims)
 
 
-def http_against(options: Options) -> Iterator[Figure]:
-    data, before = os.urandom(options.size), options.against.parent
+def against_http(options: Options, aims: Mapping[str, str]) -> Iterator[Figure]:
+    folders = {"now": ROOT, "before": options.against.parent.resolve()}
     with memcached() as address, contextlib.ExitStack() as stack:
-        sites = {
-            who: stack.enter_context(served("gunicorn", API, folder, MEMCHUNK_SERVERS=address))
-            for who, folder in (("now", ROOT), ("before", before))
+        environ = {"MEMCHUNK_SERVERS": address}
+        versions = {
+            who: stack.enter_context(served("gunicorn", API, folder, **environ))
+            for who, folder in folders.items()
         }
-        for what, request in requests(data).items():
-            tasks = {who: functools.partial(request, site) for who, site in sites.items()}
-            yield from compare(
-                f"{what}, gunicorn", in_turn(tasks, options.rounds), {"before": "≤ 1.05"}
-            )
+        for what, request in requests(os.urandom(options.size)).items():
+            tasks = {who: functools.partial(request, each) for who, each in versions.items()}
+            yield from compare(f"{what}, gunicorn", in_turn(tasks, options.rounds), aims)
 
 
 ALL = ("speed", "throughput", "tls", "resume", "http", "memory", "space", "eviction")
