@@ -138,11 +138,8 @@ def running(command: Sequence[str], address: str, **environ: str) -> Iterator[in
                 time.sleep(0.01)
             yield process.pid
         finally:
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, number)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(5)
+            os.killpg(process.pid, signal.SIGKILL)  # nothing that it has is worth keeping
+            process.wait()
 
 
 def _answers(address: str) -> bool:
