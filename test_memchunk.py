@@ -55,7 +55,7 @@ from typing import Any, Callable, NamedTuple, Optional, Union
 
 import pytest
 import trustme
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pymemcache.client.base import Client, PooledClient
 from pymemcache.client.hash import HashClient
@@ -3089,6 +3089,7 @@ def target(stream: Any, offset: int, whence: int) -> int:
 
 @EXAMPLES
 @given(size=SIZES, chunk_size=CHUNKS, steps=st.lists(STEPS, max_size=20), buffered=st.booleans())
+@example(size=4, chunk_size=2, steps=[("readline", 3)], buffered=False)
 def test_any_sequence_of_reads_and_seeks_is_that_of_bytesio(
     shared: list[Memcached],
     size: int,
