@@ -1431,6 +1431,29 @@ def test_the_page_offers_no_longer_than_allowed(memcached: Memcached) -> None:
     ]
 
 
+def test_without_tus_the_page_sends_files_whole(
+    memcached: Memcached, tmp_path: pathlib.Path
+) -> None:
+    folder = pathlib.Path(wsgi.__file__).parent
+    for name in ("memchunk.py", "wsgi.py", "upload.html"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    script = (
+        "import wsgi, werkzeug.test\n"
+        "client = werkzeug.test.Client(wsgi.application)\n"
+        "print(client.post('/uploads').status_code, client.get('/').text)"
+    )
+    environ = {**os.environ, "MEMCHUNK_SERVERS": memcached.server}
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environ,
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    assert run.stdout.startswith(b"404 ")
+    assert b'data-uploads=""' in run.stdout
+
+
 @pytest.mark.parametrize("path", ["/", "/nowhere"])
 def test_pages_run_what_stands_in_them_and_no_more(client: Any, path: str) -> None:
     page = client.get(path, headers=BROWSER)
