@@ -1136,6 +1136,11 @@ class _Slot:
     ) -> bytes:
         """Store chunks, by index, for `lease` seconds; return the first reply that is no yes.
         Raises UploadConflict where "add" meets other bytes."""
+        if verb == "add" and len(values) > 1:
+            # One by one, so that who meets other bytes has stored none behind them: those would be
+            # in the way of the writer who came first, and nobody could go on.
+            each = [self.store(verb, info, {i: value}, lease) for i, value in values.items()]
+            return next(filter(None, each), b"")
         items = {self.chunk_key(info.version, index): parts for index, parts in values.items()}
         replies = self._ask("store", verb, items, lease)
         for index, key, reply in zip(values, items, replies):
