@@ -54,7 +54,7 @@ class Figure:
     """
 
     what: str
-    beside: str
+    beside: str = ""
     value: float | None = None
     unit: str = "x"
     aim: str = ""
@@ -119,11 +119,14 @@ def _memory(pid: int, field: str) -> int:
 
 
 @contextlib.contextmanager
-def running(command: Sequence[str], address: str, **environ: str) -> Iterator[int]:
+def running(
+    command: Sequence[str], address: str, folder: pathlib.Path = ROOT, **environ: str
+) -> Iterator[int]:
     """A process and those that it starts, from when `address` takes connections; yields its id."""
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [program(command[0]), *command[1:]],
+            cwd=folder,
             env={**os.environ, **environ},
             stdout=log,
             stderr=log,
@@ -134,11 +137,13 @@ def running(command: Sequence[str], address: str, **environ: str) -> Iterator[in
             while not _answers(address):
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
-                    raise Missing(f"{command[0]} did not start: {log.read()[-200:].decode()}")
+                    words = log.read()[-200:].decode(errors="replace").split()
+                    raise Missing(f"{command[0]} did not start: {' '.join(words)}")
                 time.sleep(0.01)
             yield process.pid
         finally:
-            os.killpg(process.pid, signal.SIGKILL)  # nothing that it has is worth keeping
+            with contextlib.suppress(ProcessLookupError):  # none of them is left
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
@@ -217,7 +222,7 @@ def served(host: str, app: str, folder: pathlib.Path = ROOT, **environ: str) -> 
     """A WSGI application of `folder` on a host with one process."""
     address = free_address()
     command = HOSTS[host].format(address=address, app=app).split()
-    with running(command, address, PYTHONPATH=str(folder), **environ) as pid:
+    with running(command, address, folder, PYTHONPATH=str(folder), **environ) as pid:
         yield Site(address, pid)
 
 

@@ -96,6 +96,8 @@ def draw(sections: Iterable[dict[str, Any]], path: pathlib.Path) -> None:
     """One panel for `set`, one for `get`, on a ground that reads on light pages and dark ones."""
     figures = [Figure(**each) for section in sections for each in section["figures"]]
     series = curves(figure for figure in figures if figure.size)
+    if not series:
+        return
     styles = dict(zip(dict.fromkeys(label for _, label in series), STYLES))
     pyplot = importlib.import_module("matplotlib.pyplot")
     pyplot.switch_backend("Agg")
