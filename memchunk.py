@@ -57,7 +57,6 @@ from pymemcache.client.base import Client
 from pymemcache.client.hash import HashClient
 from pymemcache.client.rendezvous import RendezvousHash
 from pymemcache.exceptions import (
-    MemcacheError,
     MemcacheServerError,
     MemcacheUnexpectedCloseError,
     MemcacheUnknownError,
@@ -131,9 +130,6 @@ _STORED, _NOT_STORED, _EXISTS, _NOT_FOUND = b"STORED", b"NOT_STORED", b"EXISTS",
 _NO = (_NOT_STORED, _EXISTS, _NOT_FOUND)  # replies that are no errors
 _REFUSAL = re.compile(rb"out of memory (storing|during read)|object too large")
 
-# What pymemcache lets out: its own errors and the socket's; ValueError, KeyError and IndexError
-# for replies that it can't parse; RuntimeError for an exhausted pool.
-_CLIENT_ERRORS = (OSError, MemcacheError, ValueError, KeyError, IndexError, RuntimeError)
 _DROPPED = (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, MemcacheUnexpectedCloseError)
 
 _ADDRESS = re.compile(
@@ -223,7 +219,7 @@ class SizeMismatch(MemchunkError, ValueError):
 
     size: int
     received: int
-    text = "{name!r} was announced with {size} bytes, and its source has {received} or more"
+    text = "{name!r} was announced with {size} bytes, and its source gave {received}"
 
 
 class FileCorrupt(MemchunkError):
@@ -453,6 +449,8 @@ class FileCache:
     ) -> FileInfo:
         """Check and set: replace the file only while it is `version`. Arguments and errors are
         those of `set`, and FileChanged where another is there, FileNotFound where none is."""
+        if not isinstance(version, str):
+            raise TypeError("version is a text, from a FileInfo")
         return self._write(_Order.of("cas", name, size, expire, metadata, version), source)
 
     def create(
@@ -473,7 +471,7 @@ class FileCache:
 
         A state may be resumed more than once, and by several at a time: the same bytes again are
         fine, others are an UploadConflict. Raises FileEvicted where chunks are gone, ValueError
-        where `state` is none, and what `create` raises.
+        where `state` is none. What the verb of the write raises comes in `close`.
         """
         order, info, tail = _Order.unpack(state)
         writer = FileWriter(self, order, info, tail)
@@ -532,6 +530,7 @@ class FileCache:
             # later one, only clocks that agree could tell.
             missing = slot.touch(info, 0)
             if missing:
+                slot.touch(info, slot.exptime(seconds, _SLACK))
                 with contextlib.suppress(FileChanged):  # then on the version that is there now
                     slot.explain(info, missing)
             elif slot.swap(found, info, slot.exptime(seconds)):
@@ -670,8 +669,8 @@ class FileWriter(io.RawIOBase):
 
     `close`, or the end of a `with` block, publishes the file: until then nobody sees it. An error,
     an exception that leaves the `with` block, and `abandon` end it unpublished, and delete what it
-    had stored; what a dropped one had stored ends with its lease. `info` is the published file's
-    FileInfo. What closes the streams that it wraps publishes, too, even after an error: detach an
+    had stored. What a dropped one had stored ends with its lease; so does, after an error, what a
+    resumed one had, as others may go on with it. `info` is the published file's FileInfo. What closes the streams that it wraps publishes, too, even after an error: detach an
     `io.TextIOWrapper` before that.
 
     A write has five steps: (1) refuse early, in `create`; (2) store the chunks, on a lease;
@@ -688,7 +687,9 @@ class FileWriter(io.RawIOBase):
     ) -> None:
         super().__init__()
         self._order, self._slot, self._old = order, cache._slot(order.name), old
-        self._resumed, self._in_doubt = draft is not None, False
+        self._resumed = draft is not None
+        # Whether it may be published: by another who resumed it, or by a step without a reply.
+        self._in_doubt = self._resumed
         self._max_size, self._lease = cache.max_size, cache.lease
         self._capacity, self._memory = cache._limits(self._slot)
         self._started = time.monotonic()
@@ -748,13 +749,17 @@ class FileWriter(io.RawIOBase):
         FileEvicted, FileCorrupt."""
         self._checkClosed()
         self._renew()
-        yield from CachedFile(self._slot, self._draft).chunks()
+        try:
+            yield from CachedFile(self._slot, self._draft).chunks()
+        except FileChanged:  # no manifest has this version, as it is not published
+            self._renew()
+            raise
         yield memoryview(bytes(self._rest))
 
     def suspend(self) -> bytes:
         """Put the upload down: return its state, for `FileCache.resume`, and close this stream.
 
-        The state holds the bytes that don't fill a chunk yet, less than 512 KiB. What was stored
+        The state holds the bytes that don't fill a chunk yet. What was stored
         lives for the cache's `lease`, in seconds from when it was sent or last resumed.
         """
         self._checkClosed()
@@ -780,9 +785,10 @@ class FileWriter(io.RawIOBase):
             self._slot.discard(self._draft)
 
     def _fail(self) -> None:
-        """Abandon; but others may have resumed the same upload, and their chunks are these."""
-        if self._resumed:
+        """Abandon; but where others may have resumed the same upload, their chunks are these."""
+        if self._resumed and not self.closed:
             super().close()
+            self._slot.tidy(lambda: self._hold(range(self._draft.chunks)))
         self.abandon()
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -838,17 +844,18 @@ class FileWriter(io.RawIOBase):
     def _finish(self) -> None:
         """Send what is left. Raises SizeMismatch."""
         length = self.tell()
+        self._check_size(length)
         if self._order.size not in (None, length):
             raise SizeMismatch(name=self._order.name, size=self._order.size, received=length)
-        if not self._draft.chunks:  # the whole file is at hand: its size is known now
+        # Where the whole file is at hand its size is known now; but others who resumed it may have
+        # sent it as it was planned.
+        if not (self._resumed or self._draft.chunks):
             version = self._draft.version
             self._draft = dataclasses.replace(self._plan(length), version=version)
         self._flush()
 
     def _send(self, batch: memoryview) -> None:
-        """2. Store chunks, on a lease. Where both files don't fit, the old one goes first:
-        memcached would evict from it anyway, so that nobody could read it; and would take what is
-        left of it for active, and evict the first chunks of the new one."""
+        """2. Store chunks, on a lease."""
         draft = self._draft
         values: dict[int, tuple[Any, ...]] = {}
         for start in range(0, len(batch), draft._chunk_size):
@@ -856,11 +863,17 @@ class FileWriter(io.RawIOBase):
             values[index] = draft._chunk(index, batch[start : start + draft._chunk_size])
         size, chunks = draft.size + len(batch), draft.chunks + len(values)
         self._draft = dataclasses.replace(draft, size=size, chunks=chunks)
-        if self._old and self._old.size + size > self._memory:
-            self._slot.discard(self._old)
-            self._old = None
+        self._make_room()
         if values:
             self._store(values)
+
+    def _make_room(self) -> None:
+        """Where the old file and the new don't both fit, the old one goes: memcached would evict
+        from it anyway, so that nobody could read it; and would take what is left of it for active,
+        and evict the first chunks of the new one."""
+        if self._old and self._old.size + self._draft.size > self._memory:
+            self._slot.discard(self._old)
+            self._old = None
 
     def _store(self, values: dict[int, tuple[Any, ...]]) -> None:
         """Store chunks until the server keeps all of them. Raises CacheFull, UploadConflict."""
@@ -892,8 +905,11 @@ class FileWriter(io.RawIOBase):
         for _ in range(_ATTEMPTS):
             # Asked now, not before the upload: a server that restarts counts its tokens anew.
             found = slot.lookup()
-            if found.info and found.version == info.version:
-                self.info = found.info  # by another, who resumed the same upload; or reply lost
+            if found.info and found.version == info.version:  # by another who resumed it
+                if found.info.size != info.size:
+                    conflict = min(found.info.chunks, info.chunks)
+                    raise UploadConflict(name=order.name, version=info.version, index=conflict)
+                self.info = found.info
                 return
             order.check(slot, found)
             # 3. A server that is short of memory says STORED, and evicts the first chunks while
@@ -901,14 +917,13 @@ class FileWriter(io.RawIOBase):
             missing = slot.touch(info, slot.exptime(order.expire, _SLACK))
             if missing:
                 raise self._full(missing)
-            self._in_doubt = True  # until `swap` returns, nobody knows whether it is published
-            done = slot.swap(found, info, slot.exptime(order.expire))  # 4. and 5.
-            self._in_doubt = False
-            if done:
+            self._in_doubt = True
+            if slot.swap(found, info, slot.exptime(order.expire)):  # 4. and 5.
                 if self._resumed:  # another, who did so too, may have put them on a lease
                     slot.touch(info, slot.exptime(order.expire, _SLACK))
                 self.info = info
                 return
+            self._in_doubt = self._resumed
         raise slot.full(info.size, [], "contention")
 
     def _full(self, missing: list[int], refusal: bytes = b"") -> CacheFull:
@@ -1125,7 +1140,7 @@ class _Slot:
         if found.info and found.version != version:
             self.discard(found.info)
 
-    def tidy(self, action: Callable[[], None]) -> None:
+    def tidy(self, action: Callable[[], object]) -> None:
         """Clean up after an error, as far as the server answers: what is left has no reader."""
         if not self.server.silent:
             with contextlib.suppress(CacheUnavailable):
@@ -1560,10 +1575,7 @@ class _Adapter:
             self._call("delete_many", keys[start : start + _PIPELINE], noreply=False)
 
     def stats(self, *what: str) -> dict[bytes, Any]:
-        try:
-            return dict(self._call("stats", *what))
-        except (AttributeError, TypeError):  # it has no such method
-            return {}
+        return dict(self._call("stats", *what))
 
     def close(self) -> None:
         self._client.close()
@@ -1596,7 +1608,9 @@ def _translated(server: str) -> Iterator[None]:
     """The seam at which the errors of pymemcache and of sockets become this module's."""
     try:
         yield
-    except _CLIENT_ERRORS as error:
+    except MemchunkError:
+        raise
+    except Exception as error:  # pymemcache's, a socket's, those of a serializer of the user's
         reason = repr(error)
         if isinstance(error, _DROPPED):
             reason += ": it closed the connection, as without tls:// a server with TLS does"
@@ -1652,20 +1666,25 @@ def _size_of(source: Any) -> int | None:
         raise TypeError("files are bytes: encode the text, or open the file in binary mode")
     with contextlib.suppress(TypeError):
         return memoryview(source).nbytes
-    if isinstance(source, io.BytesIO):
+    if type(source) is io.BytesIO:
         return max(source.getbuffer().nbytes - source.tell(), 0)
-    raw = getattr(source, "raw", source)
-    if isinstance(raw, io.FileIO):
-        status = os.fstat(raw.fileno())
+    if _is_file(source):
+        status = os.fstat(source.fileno())
         if stat.S_ISREG(status.st_mode) and status.st_size:  # 0: /proc says so, and has content
             return max(status.st_size - int(source.tell()), 0)
     return None
 
 
+def _is_file(source: Any) -> bool:
+    """Whether `open` made it. What wraps or extends a file may read other bytes than it has."""
+    buffered = type(source) in (io.BufferedReader, io.BufferedRandom)
+    return type(source.raw if buffered else source) is io.FileIO
+
+
 def _pieces(source: Any, size: int, known: int | None) -> Iterator[Any]:
     """The bytes of a source, in pieces that hold until the next one is asked for; of a file whose
     length is known, `size` bytes at a time, read into one buffer."""
-    if known is not None and isinstance(getattr(source, "raw", source), (io.BytesIO, io.FileIO)):
+    if known is not None and (type(source) is io.BytesIO or _is_file(source)):
         buffer = memoryview(bytearray(size))
         while count := source.readinto(buffer):
             yield buffer[:count]
@@ -1691,7 +1710,8 @@ def _score(text: str, seed: int) -> int:
 
 def _seconds(expire: int | datetime.timedelta) -> int:
     if isinstance(expire, datetime.timedelta):
-        expire = math.ceil(expire.total_seconds())
+        seconds = expire.total_seconds()
+        expire = math.ceil(seconds) if seconds >= 0 else -1
     if not 0 <= operator.index(expire) <= _MAX_EXPIRE:
         raise ValueError("expire is a number of seconds from now, 0 for never")
     return operator.index(expire)

@@ -57,6 +57,7 @@ import pytest
 import trustme
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pymemcache import serde
 from pymemcache.client.base import Client, PooledClient
 from pymemcache.client.hash import HashClient
 from pymemcache.client.retrying import RetryingClient
@@ -459,6 +460,9 @@ def test_cas_replaces_only_the_version_that_it_was_told(site: Site) -> None:
         cache.cas("file", OLD, first.version)
     error = caught.value
     assert (error.name, error.version, error.current) == ("file", first.version, second.version)
+    no_version: Any = None
+    with pytest.raises(TypeError):  # it is not any version
+        cache.cas("file", OLD, no_version)
     assert site.holds_only(file=NEW)
 
 
@@ -979,6 +983,46 @@ def test_a_path_that_leads_nowhere_is_the_callers_error(
     assert tcp.keys() == []
 
 
+class Upper(io.BytesIO):
+    """Has other bytes to read than it holds."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        return super().read(size).upper()
+
+
+class Wrapped:
+    """What wraps a file, and is asked for all else of it."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def read(self, size: int = -1) -> bytes:
+        data: bytes = self._file.read(size)
+        return data.upper()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def test_what_a_source_reads_is_stored_not_what_lies_below(
+    cache: FileCache, tmp_path: pathlib.Path
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")
+    cache.set("extended", Upper(b"abc"))
+    with path.open("rb") as file:
+        wrapped: Any = Wrapped(file)
+        cache.set("wrapped", wrapped)
+    assert cache.get("extended") == cache.get("wrapped") == b"ABC"
+
+
+def test_an_unbuffered_file_is_stored(cache: FileCache, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").write_bytes(LONG)
+    with (tmp_path / "file").open("rb", buffering=0) as file:
+        cache.set("file", file)
+    assert cache.get("file") == LONG
+
+
 # Sizes and the limit. What the caller announces is binding.
 
 
@@ -1258,7 +1302,13 @@ def test_a_file_that_would_expire_is_kept_by_touch_and_by_set(tcp: Site, cache: 
 
 
 @pytest.mark.parametrize(
-    ("expire", "error"), [(-1, ValueError), (1.5, TypeError), ("1", TypeError)]
+    ("expire", "error"),
+    [
+        (-1, ValueError),
+        (datetime.timedelta(milliseconds=-1), ValueError),  # not 0, which has no end
+        (1.5, TypeError),
+        ("1", TypeError),
+    ],
 )
 def test_an_expire_that_is_no_number_of_seconds_is_refused(
     cache: FileCache, tcp: Site, expire: Any, error: type[Exception]
@@ -1844,6 +1894,57 @@ def test_two_who_finish_one_state_with_different_tails_never_mix_them(
     with pytest.raises((memchunk.UploadConflict, memchunk.FileExists)):
         two.close()
     assert tcp.holds_only(file=b"one")
+
+
+def test_to_abandon_what_another_published_leaves_the_file(tcp: Site, cache: FileCache) -> None:
+    writer = cache.create("file", size=len(LONG))
+    writer.write(LONG)
+    state = writer.suspend()
+    cache.resume(state).close()
+    cache.resume(state).abandon()
+    cache.abandon(state)
+    assert tcp.holds_only(file=LONG)
+
+
+@pytest.mark.parametrize("tails", [(b"", b"more"), (b"more", b"")], ids=["longer", "shorter"])
+@pytest.mark.parametrize("begin", [b"", LONG], ids=["nothing", "chunks"])
+def test_two_who_finish_one_state_at_different_lengths_conflict(
+    cache: FileCache, begin: bytes, tails: tuple[bytes, bytes]
+) -> None:
+    writer = cache.create("file")
+    writer.write(begin)
+    state = writer.suspend()
+    one, two = cache.resume(state), cache.resume(state)
+    one.write(tails[0])
+    one.close()
+    with pytest.raises(memchunk.UploadConflict), two:
+        two.write(tails[1])
+    assert cache.get("file") == begin + tails[0]
+
+
+def test_the_same_bytes_again_are_fine_however_they_are_cut(cache: FileCache) -> None:
+    writer = cache.create("file")
+    writer.write(b"x")
+    state = writer.suspend()
+    one = cache.resume(state)
+    one.write(LONG)
+    one.suspend()  # and its state is lost
+    with cache.resume(state) as two:
+        two.write(LONG)
+    assert cache.get("file") == b"x" + LONG
+
+
+def test_a_resumed_upload_that_can_not_be_published_ends_with_its_lease(
+    tcp: Site, cache: FileCache, server: Memcached
+) -> None:
+    writer = cache.create("file")
+    writer.write(LONG)
+    resumed = cache.resume(writer.suspend())
+    server.delete(f"memchunk:{resumed.version}:1")
+    with pytest.raises(memchunk.CacheFull):
+        resumed.close()
+    assert all(end <= time.time() + cache.lease + 60 for end in server.expiries().values())
+    assert -1 not in server.expiries().values()
 
 
 def test_a_resumed_upload_that_fails_leaves_what_others_resume(cache: FileCache) -> None:
@@ -2943,6 +3044,15 @@ def test_a_child_does_not_talk_on_its_parents_connections(tcp: Site, cache: File
         os._exit(0 if ok else 1)
     assert all(cache.get("file") == OLD for _ in range(200))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_what_a_serializer_of_the_user_raises_is_translated(server: Memcached) -> None:
+    with FileCache(Client(server.address, serde=serde.compressed_serde)) as cache:
+        info = cache.set("file", bytes(100_000))
+        head = f"set memchunk:{info.version}:0 8 0 4"  # 8: it is compressed, by these flags
+        assert server.command(head, b"none") == b"STORED\r\n"
+        with pytest.raises(memchunk.MemchunkError):
+            cache.get("file")
 
 
 # TLS, as a memcached with -Z speaks it
