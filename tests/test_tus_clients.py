@@ -25,15 +25,7 @@ import memchunk
 import tus
 import wsgi
 from tests.support import HOSTS, MIB, SECONDS, Memcached, Proxy, Server, running, wait_for
-from tests.test_lambda import (
-    LIMIT,
-    Client,
-    apig_wsgi_handler,
-    http_event,
-    mangum_handler,
-    rest_event,
-    serverless_wsgi_handler,
-)
+from tests.test_lambda import LIMIT, Client, documented, http_event, rest_event
 
 PIECE = 4 * MIB
 LAMBDA = 6 * MIB  # bytes of a call's event, and of its answer
@@ -300,12 +292,12 @@ class Request(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(params=[apig_wsgi_handler, serverless_wsgi_handler, mangum_handler])
+@pytest.fixture(params=["apig-wsgi", "serverless-wsgi", "mangum"])
 def handlers(request: Any, cache: Memcached) -> Iterator[list[Any]]:
     """Two instances of one function, with nothing in common but memcached."""
     settings = wsgi.Settings(max_response=LIMIT)
     caches = [memchunk.connect(cache.server) for _ in range(2)]
-    yield [request.param(wsgi.Application(each, settings)) for each in caches]
+    yield [documented(request.param, wsgi.Application(each, settings)) for each in caches]
     for each in caches:
         each.close()
 
