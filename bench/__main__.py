@@ -105,7 +105,7 @@ def report(given: argparse.Namespace) -> dict[str, Any]:
         size=(8 if quick else 50) * MIB,
         rounds=given.rounds or (3 if quick else 15),
         seeds=range(1, 2 if quick else 4),
-        against=given.against,
+        against=given.against or ROOT / "memchunk.py",
     )
     return {
         "command": shlex.join(["python", "-m", "bench", *sys.argv[1:]]),

@@ -36,7 +36,7 @@ class Missing(Exception):
 @dataclasses.dataclass(frozen=True)
 class Options:
     """size: bytes of "the file". rounds: how often a time is taken. seeds: of random sizes.
-    against: another memchunk.py."""
+    against: another memchunk.py, or this one."""
 
     quick: bool
     size: int
