@@ -24,7 +24,7 @@ from tusclient.exceptions import TusCommunicationError, TusUploadFailed
 import memchunk
 import tus
 import wsgi
-from tests.support import HOSTS, MIB, SECONDS, Memcached, Proxy, Server, running, wait_for
+from tests.support import HOSTS, MIB, SECONDS, Memcached, Proxy, Server, running, snippet, wait_for
 from tests.test_lambda import LIMIT, Client, documented, http_event, rest_event
 
 PIECE = 4 * MIB
@@ -223,6 +223,21 @@ def test_a_host_is_killed(cache: Memcached, stream: Any, tmp_path: Any, big: byt
             server.stop()
 
 
+@pytest.mark.parametrize("language", ["curl", "tuspy"])
+def test_what_the_docs_show(
+    server: Server, tmp_path: pathlib.Path, monkeypatch: Any, language: str, big: bytes
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "report.pdf").write_bytes(big[: 6 * MIB])
+    requests.delete(server.url("/files/report.pdf"), timeout=SECONDS)
+    code = snippet("docs/uploads.md", language).replace("http://localhost:8000", server.url(""))
+    if language == "curl":
+        subprocess.run(["sh", "-e", "-c", code], check=True)
+    else:
+        exec(code)
+    assert same(server.url("/files/report.pdf"), big[: 6 * MIB])
+
+
 # Behind Lambda
 
 
@@ -345,28 +360,13 @@ def test_tus_js_client_through_lambda(
     assert gateway.lost
 
 
-TEN_LINES = """\
-import requests
-from tusclient.client import TusClient
-
-with open("bigoldfile.dat", "rb") as file:
-    client = TusClient(site + "/uploads?name=bigoldfile.dat")
-    client.uploader(file_stream=file, chunk_size=4194304, retries=5).upload()
-with open("back.dat", "wb") as file:
-    while not file.tell() or file.tell() < int(part.headers["Content-Range"].split("/")[1]):
-        rest = {"Range": f"bytes={file.tell()}-"}
-        part = requests.get(site + "/files/bigoldfile.dat", headers=rest)
-        file.write(part.content if part.status_code == 206 else exit(part.text))
-"""
-
-
 @pytest.mark.parametrize("gateway", [http_event], indirect=True)
-def test_the_ten_lines_of_the_readme(
+def test_what_the_docs_show_through_lambda(
     gateway: Gateway, tmp_path: pathlib.Path, monkeypatch: Any, big: bytes
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bigoldfile.dat").write_bytes(big)
     requests.delete(gateway.url("/files/bigoldfile.dat"), timeout=SECONDS)
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # tuspy's, between attempts
-    exec(TEN_LINES, {"site": gateway.url("")})
+    exec(snippet("docs/lambda.md", "lambda"), {"site": gateway.url("")})
     assert (tmp_path / "back.dat").read_bytes() == big
