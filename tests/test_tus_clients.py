@@ -108,7 +108,7 @@ def stored(uploader: Any) -> str:
     """Where the file is, as a HEAD tells whoever lost the last answer."""
     answer = requests.head(uploader.url, headers=uploader.get_headers(), timeout=SECONDS)
     assert answer.headers["Upload-Offset"] == answer.headers["Upload-Length"]
-    return urljoin(uploader.url, answer.headers["Content-Location"])
+    return urljoin(str(uploader.url), answer.headers["Content-Location"])
 
 
 # On hosts
