@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import os
-import pathlib
 from collections.abc import Iterator
 from typing import Any, Callable
 from urllib.parse import parse_qsl, quote, urljoin
@@ -15,7 +14,7 @@ from mangum import Mangum
 
 import memchunk
 import wsgi
-from tests.support import HOSTS, MIB, Memcached, running, snippet
+from tests.support import Memcached, snippet
 
 LIMIT = 4_500_000  # bytes that fit, as base64 and with the rest of the event, in Lambda's 6 MB
 
@@ -225,16 +224,3 @@ def test_names(adapter: Handler, client: Client) -> None:
     status, _, answer = client("PUT", "/files/" + quote(name), name.encode())
     assert status in (200, 201), answer
     assert client("GET", "/files/" + quote(name))[2] == name.encode()
-
-
-def test_what_the_docs_show_for_large_files(
-    tmp_path: pathlib.Path, cache: Memcached, monkeypatch: Any
-) -> None:
-    data = os.urandom(50 * MIB)
-    with running(
-        HOSTS["gunicorn-threads"], cache, tmp_path, MEMCHUNK_MAX_RESPONSE=str(LIMIT)
-    ) as server:
-        (tmp_path / "bigoldfile.dat").write_bytes(data)
-        monkeypatch.chdir(tmp_path)
-        exec(snippet("docs/lambda.md", "lambda"), {"site": server.url("")})
-    assert (tmp_path / "back.dat").read_bytes() == data
