@@ -530,7 +530,6 @@ class FileCache:
             # later one, only clocks that agree could tell.
             missing = slot.touch(info, 0)
             if missing:
-                slot.touch(info, slot.exptime(seconds, _SLACK))
                 with contextlib.suppress(FileChanged):  # then on the version that is there now
                     slot.explain(info, missing)
             elif slot.swap(found, info, slot.exptime(seconds)):
@@ -670,7 +669,8 @@ class FileWriter(io.RawIOBase):
     `close`, or the end of a `with` block, publishes the file: until then nobody sees it. An error,
     an exception that leaves the `with` block, and `abandon` end it unpublished, and delete what it
     had stored. What a dropped one had stored ends with its lease; so does, after an error, what a
-    resumed one had, as others may go on with it. `info` is the published file's FileInfo. What closes the streams that it wraps publishes, too, even after an error: detach an
+    resumed one had, as others may go on with it. `info` is the published file's FileInfo. What
+    closes the streams that it wraps publishes, too, even after an error: detach an
     `io.TextIOWrapper` before that.
 
     A write has five steps: (1) refuse early, in `create`; (2) store the chunks, on a lease;
@@ -951,12 +951,11 @@ class CachedFile(io.RawIOBase):
         2 MiB of them at a time. Leaves the stream's position alone."""
         self._checkClosed()
         start, stop, _ = slice(start, stop).indices(self.info.size)
-        return (piece for piece, _ in self._pieces(start, stop))
+        return self._pieces(start, stop)
 
-    def _pieces(
-        self, start: int, stop: int
-    ) -> Iterator[tuple[memoryview, tuple[int, memoryview]]]:
-        """What is between `start` and `stop`, each piece with the chunk that it is part of."""
+    def _pieces(self, start: int, stop: int) -> Iterator[memoryview]:
+        """What is between `start` and `stop`, a piece from each chunk, which is held until the
+        next one."""
         size, batch = self.info._chunk_size, self.info._per_batch(_READ_BATCH)
         indices = range(start // size, -(-stop // size) if start < stop else 0)
         while indices:
@@ -965,8 +964,8 @@ class CachedFile(io.RawIOBase):
             else:
                 payloads = self._slot.fetch(self.info, indices[:batch])
             for index, payload in zip(indices, payloads):
-                offset = index * size
-                yield payload[max(start - offset, 0) : stop - offset], (index, payload)
+                self._held, offset = (index, payload), index * size
+                yield payload[max(start - offset, 0) : stop - offset]
             indices = indices[len(payloads) :]
             # Now, so that the next batch is received into the same memory: to get fresh pages from
             # the system takes as long as the CRC.
@@ -977,10 +976,9 @@ class CachedFile(io.RawIOBase):
         self._checkClosed()
         target = memoryview(buffer).cast("B")
         filled, stop = 0, min(self._position + len(target), self.info.size)
-        for piece, chunk in self._pieces(self._position, stop):
+        for piece in self._pieces(self._position, stop):
             target[filled : filled + len(piece)] = piece
             filled += len(piece)
-            self._held = chunk
         self._position += filled
         return filled
 
@@ -1008,10 +1006,17 @@ class CachedFile(io.RawIOBase):
         self._checkClosed()
         start, size = self._position, self.info._chunk_size
         stop = min(start + _LINE, start - start % size + size, self.info.size)  # of one chunk
-        for piece, chunk in self._pieces(start, stop):
-            self._held = chunk
+        for piece in self._pieces(start, stop):
             return bytes(piece)
         return b""
+
+    def readline(self, size: int | None = -1) -> bytes:
+        """The next line, or its first `size` bytes. IOBase's own counts `size` anew each time that
+        it peeks: what it took too much is given back."""
+        limit = self.info.size if size is None or size < 0 else size
+        line = super().readline(limit)
+        self._position -= max(len(line) - limit, 0)
+        return line[:limit]
 
     def readable(self) -> bool:
         self._checkClosed()
