@@ -63,10 +63,27 @@ from pymemcache.exceptions import (
 )
 
 __all__ = [
-    "CacheFull", "CacheMiss", "CacheUnavailable", "CachedFile", "FileCache", "FileChanged",
-    "FileCorrupt", "FileEvicted", "FileExists", "FileInfo", "FileNotFound", "FileTooLarge",
-    "FileWriter", "InvalidName", "MAX_SIZE", "MemcacheClient", "MemchunkError", "SizeMismatch",
-    "Source", "UploadConflict", "connect",
+    "CacheFull",
+    "CacheMiss",
+    "CacheUnavailable",
+    "CachedFile",
+    "FileCache",
+    "FileChanged",
+    "FileCorrupt",
+    "FileEvicted",
+    "FileExists",
+    "FileInfo",
+    "FileNotFound",
+    "FileTooLarge",
+    "FileWriter",
+    "InvalidName",
+    "MAX_SIZE",
+    "MemcacheClient",
+    "MemchunkError",
+    "SizeMismatch",
+    "Source",
+    "UploadConflict",
+    "connect",
 ]
 
 MAX_SIZE = 50 * 1024 * 1024  # bytes, inclusive: the largest file unless `max_size` says otherwise
@@ -382,8 +399,12 @@ class FileCache:
     """
 
     def __init__(
-        self, client: MemcacheClient | HashClient | Mapping[str, MemcacheClient], *,
-        namespace: str = "memchunk", max_size: int = MAX_SIZE, chunk_size: int | None = None,
+        self,
+        client: MemcacheClient | HashClient | Mapping[str, MemcacheClient],
+        *,
+        namespace: str = "memchunk",
+        max_size: int = MAX_SIZE,
+        chunk_size: int | None = None,
         lease: int = LEASE,
     ) -> None:
         if not re.fullmatch(r"[!-~]{1,100}", namespace):
@@ -417,8 +438,12 @@ class FileCache:
         self.close()
 
     def add(
-        self, name: str, source: Source, size: int | None = None,
-        expire: int | datetime.timedelta = 0, metadata: bytes = b"",
+        self,
+        name: str,
+        source: Source,
+        size: int | None = None,
+        expire: int | datetime.timedelta = 0,
+        metadata: bytes = b"",
     ) -> FileInfo:
         """Store a new file; return its FileInfo.
 
@@ -435,8 +460,12 @@ class FileCache:
         return self._write(_Order.of("add", name, size, expire, metadata), source)
 
     def set(
-        self, name: str, source: Source, size: int | None = None,
-        expire: int | datetime.timedelta = 0, metadata: bytes = b"",
+        self,
+        name: str,
+        source: Source,
+        size: int | None = None,
+        expire: int | datetime.timedelta = 0,
+        metadata: bytes = b"",
     ) -> FileInfo:
         """Store a file, replacing what is there: until it returns, and where it raises, readers
         get the old file. Only where the server's memory can't hold both, the old one goes first.
@@ -444,8 +473,13 @@ class FileCache:
         return self._write(_Order.of("set", name, size, expire, metadata), source)
 
     def cas(
-        self, name: str, source: Source, version: str, size: int | None = None,
-        expire: int | datetime.timedelta = 0, metadata: bytes = b"",
+        self,
+        name: str,
+        source: Source,
+        version: str,
+        size: int | None = None,
+        expire: int | datetime.timedelta = 0,
+        metadata: bytes = b"",
     ) -> FileInfo:
         """Check and set: replace the file only while it is `version`. Arguments and errors are
         those of `set`, and FileChanged where another is there, FileNotFound where none is."""
@@ -454,8 +488,14 @@ class FileCache:
         return self._write(_Order.of("cas", name, size, expire, metadata, version), source)
 
     def create(
-        self, name: str, size: int | None = None, expire: int | datetime.timedelta = 0,
-        metadata: bytes = b"", *, replace: bool = False, version: str | None = None,
+        self,
+        name: str,
+        size: int | None = None,
+        expire: int | datetime.timedelta = 0,
+        metadata: bytes = b"",
+        *,
+        replace: bool = False,
+        version: str | None = None,
     ) -> FileWriter:
         """A binary stream to write a file into; its `close` publishes the file.
 
@@ -628,8 +668,13 @@ class _Order:
 
     @classmethod
     def of(
-        cls, verb: str, name: str, size: int | None, expire: int | datetime.timedelta,
-        metadata: bytes, version: str | None = None,
+        cls,
+        verb: str,
+        name: str,
+        size: int | None,
+        expire: int | datetime.timedelta,
+        metadata: bytes,
+        version: str | None = None,
     ) -> _Order:
         """From what a caller gave. Raises ValueError and TypeError for what makes no sense."""
         metadata = bytes(memoryview(metadata))
@@ -682,7 +727,11 @@ class FileWriter(io.RawIOBase):
     batch_size: int  # bytes that `write` sends as they lie in memory, where it gets them at once
 
     def __init__(
-        self, cache: FileCache, order: _Order, draft: FileInfo | None = None, tail: bytes = b"",
+        self,
+        cache: FileCache,
+        order: _Order,
+        draft: FileInfo | None = None,
+        tail: bytes = b"",
         old: FileInfo | None = None,
     ) -> None:
         super().__init__()
@@ -1246,9 +1295,7 @@ class _Slot:
         needed = {b"item_size_max", b"slab_chunk_max", b"maxbytes"}
         return settings if needed <= settings.keys() else {}
 
-    def full(
-        self, size: int, missing: list[int], cause: str, refusal: bytes = b""
-    ) -> CacheFull:
+    def full(self, size: int, missing: list[int], cause: str, refusal: bytes = b"") -> CacheFull:
         """The error for a file of `size` bytes. cause: "" to ask the server for it."""
         said, why = refusal.decode(errors="replace"), _REASONS.get(cause)
         if not why:
@@ -1313,8 +1360,9 @@ class _Server(Protocol):
     def store(
         self, verb: str, items: Mapping[str, tuple[Any, ...]], exptime: int, token: Any = None
     ) -> list[bytes]:
-        """"set", "add" or "cas" items, their values in parts; return memcached's replies: STORED,
-        NOT_STORED, EXISTS, NOT_FOUND, or a refusal. Only "set" is repeated by itself."""
+        """Store items by the verb "set", "add" or "cas", their values in parts; return memcached's
+        replies: STORED, NOT_STORED, EXISTS, NOT_FOUND, or a refusal. Only "set" is repeated by
+        itself."""
 
     def read(self, keys: list[str], verify: Callable[[str, Any], _T]) -> dict[str, _T]:
         """What `verify` makes of each key and value that is there."""
@@ -1501,7 +1549,11 @@ class _Connection(Client):
             self._verify = None
 
     def _extract_value(
-        self, expect_cas: bool, line: bytes, buf: bytes, remapped_keys: dict[bytes, Any],
+        self,
+        expect_cas: bool,
+        line: bytes,
+        buf: bytes,
+        remapped_keys: dict[bytes, Any],
         prefixed_keys: list[bytes],
     ) -> tuple[Any, Any, bytes]:
         """One value of a reply; to be replaced by subclasses, as pymemcache's docstring says."""
