@@ -835,6 +835,17 @@ def test_chunked_transfer_coding(client: Any) -> None:
         assert client.get("/files/a").data == data
 
 
+@pytest.mark.parametrize("coding", ["gzip", "gzip, chunked", "chunked, gzip", ""])
+def test_another_transfer_coding_is_refused(
+    client: Any, memcached: Memcached, coding: str
+) -> None:
+    environ = {"wsgi.input_terminated": True, "HTTP_TRANSFER_ENCODING": coding}
+    for body in (b"", b"xx"):  # gunicorn 23 shows none of it
+        answer = send(client, "PUT", "/files/a", io.BytesIO(body), None, environ=environ)
+        is_problem(answer, 400)
+    assert memcached.keys() == []
+
+
 def test_a_body_that_cannot_be_read(client: Any, memcached: Memcached) -> None:
     def fail() -> None:
         raise OSError("Invalid chunk header")

@@ -290,9 +290,12 @@ class Body:
         length = environ.get("CONTENT_LENGTH") or ""
         self._problem: Problem | None = None
         self.size: int | None = None if ends else 0  # 0: without a word about it there is none
-        if "HTTP_TRANSFER_ENCODING" in environ:
+        coding = environ.get("HTTP_TRANSFER_ENCODING")
+        if coding is not None:
             if not ends:
                 self._problem = Problem(411, "Send a Content-Length: this host needs one.")
+            elif coding.strip().lower() != "chunked":  # some hosts show the body of any as empty
+                self._problem = Problem(400, "The only Transfer-Encoding is chunked.")
         elif re.fullmatch("[0-9]{1,18}", length):
             self.size = int(length)
         elif length:
