@@ -554,6 +554,7 @@ def test_ranges(client: Any, header: str, start: int, stop: int) -> None:
         "lines=0-1",
         "bytes=2-1",
         "bytes=-",
+        "bytes= -",
         "bytes",
         "bytes=a-b",
         "0-1",
@@ -1072,6 +1073,7 @@ def test_a_form_field_without_a_file_name(client: Any) -> None:
         form(("file", "a", b"1"), ("other", None, b"x" * 70_000)),
         b"--XbX\r\n" + b"x" * 100_000,
         b"--XbX\r\nContent-Disposition: form-data; name=file\r\n\r\nabc",
+        b"--XbX\r\n\r\nContent-Disposition: form-data; name=file\r\n\r\nabc\r\n--XbX--\r\n",
     ],
     ids=len,
 )

@@ -10,6 +10,7 @@ requests that go on at one place, one wins.
 from __future__ import annotations
 
 import base64
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -93,23 +94,19 @@ class Uploads:
             raise wsgi.Problem(409, detail) from error
 
     def on_post(self, request: Request, body: wsgi.Body) -> Response:
-        headers, length = request.headers, request.headers.get("Upload-Length", "")
-        is_length = re.fullmatch("[0-9]{1,18}", length) and "Upload-Concat" not in headers
+        length = request.headers.get("Upload-Length", "")
+        is_length = re.fullmatch("[0-9]{1,18}", length) and "Upload-Concat" not in request.headers
         _check(is_length, 400, "Send an Upload-Length: it can't come later, nor in other uploads.")
         if int(length) > self.cache.max_size:
             raise wsgi._too_large(self.cache.max_size)
-        metadata, digest = headers.get("Upload-Metadata", ""), headers.get("Repr-Digest", "")
-        _check(len(metadata + digest) <= MAX_HEADERS, 431, "The upload's headers are too long.")
-        wsgi._expected_digests(digest)
-        label = wsgi._pack(*_type_and_filename(metadata))
-        expire = self.application.expire(wsgi._query(request, "expire"))
-        # 128 random bits each: who has the file's address can't delete it by the upload's.
-        name = wsgi._query(request, "name") or secrets.token_hex(16)
-        _check(RESERVED not in name, 400, "The name is not UTF-8.")
-        writer = self.cache.create(name, int(length), expire, label)
-        upload = Upload(secrets.token_hex(16), name, int(length), writer.version, metadata, digest)
-        content = self.content(request, body) if request.mimetype == TYPE else ()
-        upload = self.append(self.save(upload, writer), content)
+        content = self.content(request, body, int(length)) if request.mimetype == TYPE else ()
+        upload = self.start(request, int(length))
+        try:
+            upload = self.append(upload, content)
+        except (wsgi.Problem, memchunk.CacheFull):  # its sender is not told where it is
+            with contextlib.suppress(memchunk.FileNotFound):
+                self.remove(upload)
+            raise
         location = self.application.url(request, "upload", upload_id=upload.id)
         return self.progress(request, upload, 201, Location=location)
 
@@ -123,8 +120,8 @@ class Uploads:
         _check(re.fullmatch("[0-9]{1,18}", text), 400, "The Upload-Offset is not a number.")
         upload, offset = self.find(upload_id), int(text)
         _check(offset == upload.offset, 409, f"The upload has {upload.offset} bytes: go on there.")
-        _check(offset + (body.size or 0) <= upload.length, 413, BEYOND)
-        return self.progress(request, self.append(upload, self.content(request, body)), 204)
+        content = self.content(request, body, upload.length - offset)
+        return self.progress(request, self.append(upload, content), 204)
 
     def on_delete(self, request: Request, body: wsgi.Body, upload_id: str) -> Response:
         self.remove(self.find(upload_id))
@@ -139,25 +136,16 @@ class Uploads:
             headers["Upload-Expires"] = http_date(upload.record.expires)
         return wsgi._empty({**headers, **more, "Cache-Control": "no-store"}, status)
 
-    def content(self, request: Request, body: wsgi.Body) -> Iterator[bytes]:
-        """What comes of the body, to where it ends or breaks off; with a checksum, once all of it
-        is there and right: what is stored can't be taken back. Raises Problem."""
+    def content(self, request: Request, body: wsgi.Body, room: int) -> Iterator[bytes]:
+        """What comes of the body, to where it ends or breaks off, of up to `room` bytes. Raises
+        Problem; at once, where the headers say enough."""
+        _check((body.size or 0) <= room, 413, BEYOND)
         header = request.headers.get("Upload-Checksum")
         if header is None:
-            yield from body.arrived()
-            return
-        algorithm, _, expected = header.partition(" ")
+            return _limited(body.arrived(), room)
         is_known = re.fullmatch("(sha1|sha256|sha512) [A-Za-z0-9+/]+=*", header)
         _check(is_known, 400, "Send an Upload-Checksum of sha1, sha256 or sha512: 'sha1 BASE64'.")
-        digest = hashlib.new(algorithm, usedforsecurity=False)
-        with tempfile.SpooledTemporaryFile(BLOCK) as held:  # in memory, more on disk
-            for piece in body.arrived():
-                held.write(piece)
-                digest.update(piece)
-            is_right = base64.b64encode(digest.digest()).decode() == expected
-            _check(is_right, 460, "The body has another checksum. Send it again.")
-            held.seek(0)
-            yield from iter(lambda: held.read(wsgi.PIECE), b"")
+        return _checked(_limited(body.arrived(), room), *header.split())
 
     def find(self, upload_id: str) -> Upload:
         """The upload as it is. Raises FileNotFound."""
@@ -175,6 +163,21 @@ class Uploads:
                 return dataclasses.replace(upload, offset=upload.length, done=True)
         return upload
 
+    def start(self, request: Request, length: int) -> Upload:
+        """A new upload, of no bytes yet. Raises Problem."""
+        metadata = request.headers.get("Upload-Metadata", "")
+        digest = request.headers.get("Repr-Digest", "")
+        _check(len(metadata + digest) <= MAX_HEADERS, 431, "The upload's headers are too long.")
+        wsgi._expected_digests(digest)
+        label = wsgi._pack(*_type_and_filename(metadata))
+        expire = self.application.expire(wsgi._query(request, "expire"))
+        # 128 random bits each: who has the file's address can't delete it by the upload's.
+        name = wsgi._query(request, "name") or secrets.token_hex(16)
+        _check(RESERVED not in name, 400, "The name is not UTF-8.")
+        writer = self.cache.create(name, length, expire, label)
+        upload = Upload(secrets.token_hex(16), name, length, writer.version, metadata, digest)
+        return self.save(upload, writer)
+
     def save(self, upload: Upload, writer: memchunk.FileWriter | None) -> Upload:
         """Write the record: what the writer has, or, without one, that the file is published.
         Raises FileChanged where another request has written it, FileNotFound where it is gone."""
@@ -183,18 +186,23 @@ class Uploads:
         kept = {key: getattr(changed, key) for key in KEPT}
         metadata = json.dumps({**kept, "state": len(state)}).encode()
         name, version = RESERVED + upload.id, upload.record.version if upload.record else None
-        with self.cache.create(name, None, EXPIRE, metadata, version=version) as record:
-            record.write(state and state.ljust(min(RECORD, upload.length)))
+        try:
+            with self.cache.create(name, None, EXPIRE, metadata, version=version) as record:
+                record.write(state and state.ljust(min(RECORD, upload.length)))
+        except memchunk.FileNotFound:  # the upload was deleted while this came
+            if state:
+                self.cache.abandon(state)
+            raise
         return dataclasses.replace(changed, record=record.info)
 
     def append(self, upload: Upload, content: Iterable[bytes]) -> Upload:
         """Write the content behind what is there; it counts block by block."""
         if upload.done:
+            collections.deque(content, 0)  # which has no room, and refuses any bytes
             return upload
         _check(upload.state, *wsgi.ERRORS[memchunk.FileEvicted])
         writer = self.cache.resume(upload.state)
         for piece in content:
-            _check(writer.tell() + len(piece) <= upload.length, 413, BEYOND)
             writer.write(piece)
             if writer.tell() - upload.offset >= BLOCK and writer.tell() < upload.length:
                 upload = self.save(upload, writer)
@@ -232,6 +240,26 @@ class Uploads:
 def _check(condition: object, status: int, detail: str) -> None:
     if not condition:
         raise wsgi.Problem(status, detail)
+
+
+def _limited(pieces: Iterable[bytes], room: int) -> Iterator[bytes]:
+    for piece in pieces:
+        room -= len(piece)
+        _check(room >= 0, 413, BEYOND)
+        yield piece
+
+
+def _checked(pieces: Iterable[bytes], algorithm: str, expected: str) -> Iterator[bytes]:
+    """The pieces, once all are there and right: what is stored can't be taken back."""
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    with tempfile.SpooledTemporaryFile(BLOCK) as held:  # in memory, more on disk
+        for piece in pieces:
+            held.write(piece)
+            digest.update(piece)
+        is_right = base64.b64encode(digest.digest()).decode() == expected
+        _check(is_right, 460, "The body has another checksum. Send it again.")
+        held.seek(0)
+        yield from iter(lambda: held.read(wsgi.PIECE), b"")
 
 
 def _type_and_filename(header: str) -> tuple[str, str]:

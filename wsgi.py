@@ -427,6 +427,7 @@ class Form:
             return None
         if start:
             raise Problem(400, "The form is broken: text follows a boundary.")
+        self._at -= 2  # where there are no headers, their end begins with that of the line before
         lines = self._text(b"\r\n\r\n").split("\r\n")
         fields = (line.partition(":") for line in lines)
         headers = {key.strip().lower(): value.strip() for key, _, value in fields}
@@ -1016,7 +1017,7 @@ def _range(request: Request, info: memchunk.FileInfo) -> tuple[int, int] | None:
     ranges are to be ignored. Raises Problem. Werkzeug's parser takes "bytes=-0" for all bytes."""
     header = request.headers.get("Range", "")
     match = re.fullmatch(r"bytes *= *([0-9]{0,99})-([0-9]{0,99})", header, re.IGNORECASE)
-    if not match or match[0].endswith("=-") or not _if_range(request, info):
+    if not match or not any(match.groups()) or not _if_range(request, info):
         return None
     first, last = match.groups()
     if not first:

@@ -40,6 +40,7 @@ from tests.support import Memcached, opened, wait_for
 
 TUS = {"Tus-Resumable": "1.0.0"}
 TYPE = "application/offset+octet-stream"
+CHUNKED = {"wsgi.input_terminated": True, "HTTP_TRANSFER_ENCODING": "chunked"}
 
 
 @pytest.fixture
@@ -169,9 +170,8 @@ def test_the_limit(memcached: Memcached) -> None:
 def test_more_than_announced(client: Any) -> None:
     path = start(client, 10)
     is_problem(patch(client, path, 0, bytes(11)), 413)
-    chunked = {"wsgi.input_terminated": True, "HTTP_TRANSFER_ENCODING": "chunked"}
     headers = {**TUS, "Upload-Offset": "0"}
-    options = {"headers": headers, "content_type": TYPE, "environ": chunked}
+    options = {"headers": headers, "content_type": TYPE, "environ": CHUNKED}
     is_problem(send(client, "PATCH", path, io.BytesIO(bytes(11)), None, **options), 413)
     assert offset(client, path) == 0
     answer = send(client, "PATCH", path, io.BytesIO(content(10)), None, **options)
@@ -382,6 +382,39 @@ def test_checksums(client: Any, memcached: Memcached, algorithm: str) -> None:
         right = patch(client, path, begin, part, Upload_Checksum=checksum(part, algorithm))
         assert right.status_code == 204
     assert client.get(right.headers["Content-Location"]).data == b"abcdef"
+
+
+@pytest.mark.parametrize(
+    ("sent", "checksum_of", "status"),
+    [(b"abc", b"abd", 460), (b"abc", None, 400), (b"abcdefg", b"abcdefg", 413)],
+)
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_a_refused_creation_with_bytes_stores_nothing(
+    client: Any, memcached: Memcached, sent: bytes, checksum_of: Any, status: int, is_chunked: bool
+) -> None:
+    """Its sender would not be told the address at which to delete it."""
+    wanted = "md4 AAAA" if checksum_of is None else checksum(checksum_of)
+    headers = {**TUS, "Upload-Length": "6", "Upload-Checksum": wanted}
+    length, environ = (None, CHUNKED) if is_chunked else (len(sent), {})
+    options = {"headers": headers, "content_type": TYPE, "environ": environ}
+    is_problem(send(client, "POST", "/uploads", io.BytesIO(sent), length, **options), status)
+    assert memcached.keys() == []
+
+
+def test_more_than_was_announced_is_refused_before_its_checksum(client: Any) -> None:
+    path = start(client, 6)
+    headers = {**TUS, "Upload-Offset": "0", "Upload-Checksum": checksum(b"")}
+    options = {"headers": headers, "content_type": TYPE, "environ": CHUNKED}
+    is_problem(send(client, "PATCH", path, io.BytesIO(b"abcdefg"), None, **options), 413)
+
+
+def test_a_whole_upload_takes_no_more(client: Any) -> None:
+    path = start(client, 3)
+    last = patch(client, path, 0, b"abc")
+    headers = {**TUS, "Upload-Offset": "3"}
+    options = {"headers": headers, "content_type": TYPE, "environ": CHUNKED}
+    is_problem(send(client, "PATCH", path, io.BytesIO(b"d"), None, **options), 413)
+    assert client.get(last.headers["Content-Location"]).data == b"abc"
 
 
 def test_a_checksum_of_several_blocks(memcached: Memcached) -> None:
@@ -621,12 +654,12 @@ def files(memcached: Memcached, response: TestResponse) -> list[str]:
     return [key for key in sorted(memcached.keys()) if any(part in key for part in parts)]
 
 
-@pytest.mark.parametrize("length", [3, 10])
-def test_deleted_during_a_patch(client: Any, memcached: Memcached, length: int) -> None:
+@pytest.mark.parametrize(("length", "sent"), [(3, 3), (10, 3), (20 * CHUNK, 12 * CHUNK)])
+def test_deleted_during_a_patch(client: Any, memcached: Memcached, length: int, sent: int) -> None:
     path = start(client, length)
-    body = Meanwhile(b"abc", lambda: client.delete(path, headers=TUS))
+    body = Meanwhile(content(sent), lambda: client.delete(path, headers=TUS))
     headers = {**TUS, "Upload-Offset": "0"}
-    late = send(client, "PATCH", path, body, 3, headers=headers, content_type=TYPE)
+    late = send(client, "PATCH", path, body, sent, headers=headers, content_type=TYPE)
     is_problem(late, 404)
     assert memcached.keys() == []
 
