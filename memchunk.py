@@ -25,8 +25,8 @@ memcached is a cache: it evicts. What was evicted is `FileNotFound` or `FileEvic
 Copy this one file; it needs Python 3.9 and pymemcache 4, and nothing else.
 
 Read it in this order: `FileCache` (what can be asked), `FileWriter` (a write, in five steps),
-`CachedFile` (a read), `_Slot` (the steps that both share), and, behind the seam of six verbs that
-is called `_Server`, the two ways to talk to memcached: `_Pool` and `_Adapter`.
+`CachedFile` (a read), `_Slot` (the steps that both share), and the two ways to talk to memcached:
+`_Server`, six verbs through any client, and `_Pool`, the same by faster connections.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ import struct
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import IO, Any, Callable, NamedTuple, NoReturn, Protocol, TypeVar, Union
+from typing import IO, Any, Callable, NamedTuple, NoReturn, Protocol, Union
 
 from pymemcache.client.base import Client
 from pymemcache.client.hash import HashClient
@@ -155,8 +155,6 @@ _ADDRESS = re.compile(
 
 Source = Union[bytes, bytearray, memoryview, IO[bytes], Iterable[bytes], "os.PathLike[str]"]
 """What can be stored: a bytes-like object, a binary file, an iterable of these, or a path."""
-
-_T = TypeVar("_T")
 
 
 class MemchunkError(Exception):
@@ -770,39 +768,28 @@ class FileWriter(io.RawIOBase):
         Raises FileTooLarge, SizeMismatch, CacheFull; whatever it raises ends the upload.
         """
         self._checkClosed()
-        try:
+        with self._ending():
             view = memoryview(data)
             view = view.cast("B") if view.c_contiguous else memoryview(view.tobytes())
             self._check_size(self.tell() + len(view))
             self._take(view)
-        except BaseException:
-            self._fail()
-            raise
         return len(view)
 
     def close(self) -> None:
         """Publish the file. Raises SizeMismatch, CacheFull, and what the verb of the write raises:
         FileExists, FileChanged, FileNotFound. Then, as after any error, it is abandoned."""
-        if self.closed:
-            return
-        try:
-            self._finish()
-            self._publish()
-        except BaseException:
-            self._fail()
-            raise
-        super().close()
+        if not self.closed:
+            with self._ending():
+                self._finish()
+                self._publish()
+            super().close()
 
     def chunks(self) -> Iterator[memoryview]:
         """What was written so far, in verified buffers, read back from where it is stored. Raises
         FileEvicted, FileCorrupt."""
         self._checkClosed()
         self._renew()
-        try:
-            yield from CachedFile(self._slot, self._draft).chunks()
-        except FileChanged:  # no manifest has this version, as it is not published
-            self._renew()
-            raise
+        yield from CachedFile(self._slot, self._draft).chunks()
         yield memoryview(bytes(self._rest))
 
     def suspend(self) -> bytes:
@@ -812,13 +799,10 @@ class FileWriter(io.RawIOBase):
         lives for the cache's `lease`, in seconds from when it was sent or last resumed.
         """
         self._checkClosed()
-        try:
+        with self._ending():
             full = len(self._rest) - len(self._rest) % self._draft._chunk_size
             self._send(memoryview(self._rest)[:full])
             state = self._order.pack(self._draft, self._rest[full:])
-        except BaseException:
-            self._fail()
-            raise
         super().close()
         return state
 
@@ -827,18 +811,30 @@ class FileWriter(io.RawIOBase):
         if self.closed:
             return
         super().close()
-        self._slot.tidy(self._delete)
-
-    def _delete(self) -> None:
-        if not (self._in_doubt and self._slot.lookup().version == self._draft.version):
-            self._slot.discard(self._draft)
+        with contextlib.suppress(CacheUnavailable):
+            if not (self._in_doubt and self._slot.lookup().version == self._draft.version):
+                self._slot.discard(self._draft)
 
     def _fail(self) -> None:
         """Abandon; but where others may have resumed the same upload, their chunks are these."""
         if self._resumed and not self.closed:
             super().close()
-            self._slot.tidy(lambda: self._hold(range(self._draft.chunks)))
+            with contextlib.suppress(CacheUnavailable):
+                self._hold(range(self._draft.chunks))
         self.abandon()
+
+    @contextlib.contextmanager
+    def _ending(self) -> Iterator[None]:
+        """What goes wrong ends the upload. An interrupt (Ctrl-C, a gevent time-out) does as a kill
+        would: the server may still be at work on what it was sent, so nothing more is sent."""
+        try:
+            yield
+        except Exception:
+            self._fail()
+            raise
+        except BaseException:
+            super().close()
+            raise
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
@@ -927,12 +923,12 @@ class FileWriter(io.RawIOBase):
     def _store(self, values: dict[int, tuple[Any, ...]]) -> None:
         """Store chunks until the server keeps all of them. Raises CacheFull, UploadConflict."""
         slot, draft, deadline = self._slot, self._draft, time.monotonic() + _PATIENCE
-        verb = "add" if self._resumed else "set"
+        store = slot.add if self._resumed else slot.store
         # A file of more than half the server's memory needs what its old version holds.
         size = self._max_size if self._order.size is None else self._order.size
         is_tight = 2 * size > self._memory
         while True:
-            refusal = slot.store(verb, draft, values, self._lease)
+            refusal = store(draft, values, self._lease)
             if not (refusal or is_tight):
                 return
             # What was asked for twice is active in the eyes of memcached's LRU, like the chunks of
@@ -1155,19 +1151,13 @@ class _Slot:
         """Put `info`, or nothing, in the place of what was found: the one atomic step; then delete
         the chunks that nothing leads to any more. False: another was quicker, and nothing is done.
         Raises CacheFull, and CacheUnavailable where nobody can tell whether it was done."""
-        try:
-            done = self._replace(found, info, exptime)
-        except BaseException:
-            # It may have been done all the same, and then nobody else would delete the chunks.
-            self.tidy(lambda: self._discard_replaced(found, self.lookup().version))
-            raise
+        done = self._replace(found, info._pack() if info else b"", exptime)
         if done:
             self._discard_replaced(found, info.version if info else None)
         return done
 
-    def _replace(self, found: _Found, info: FileInfo | None, exptime: int) -> bool:
+    def _replace(self, found: _Found, value: bytes, exptime: int) -> bool:
         """The step itself; where its reply is lost, whether it was done."""
-        value = info._pack() if info else b""
         try:
             return self._put(found, value, exptime)
         except CacheUnavailable:
@@ -1175,12 +1165,15 @@ class _Slot:
             if now.token is not None and now.token == found.token:
                 # It is not done, or not yet. Once more: should memcached do the first one late, it
                 # won't do both.
-                if self._put(found, value, exptime):
-                    return True
+                with contextlib.suppress(CacheUnavailable):
+                    if self._put(found, value, exptime):
+                        return True
                 now = self.lookup()
             if now.value == (value or None):
                 return True
-            raise  # perhaps done, and undone by a writer who deleted our chunks
+            # Perhaps done, and undone by a writer who deleted our chunks, not what we replaced.
+            self._discard_replaced(found, now.version)
+            raise
 
     def _put(self, found: _Found, value: bytes, exptime: int) -> bool:
         verb = "add" if found.value is None else "cas"
@@ -1194,30 +1187,28 @@ class _Slot:
         if found.info and found.version != version:
             self.discard(found.info)
 
-    def tidy(self, action: Callable[[], object]) -> None:
-        """Clean up after an error, as far as the server answers: what is left has no reader."""
-        if not self.server.silent:
-            with contextlib.suppress(CacheUnavailable):
-                action()
-
-    def store(
-        self, verb: str, info: FileInfo, values: Mapping[int, tuple[Any, ...]], lease: int
-    ) -> bytes:
-        """Store chunks, by index, for `lease` seconds; return the first reply that is no yes.
-        Raises UploadConflict where "add" meets other bytes."""
-        if verb == "add" and len(values) > 1:
-            # One by one, so that who meets other bytes has stored none behind them: those would be
-            # in the way of the writer who came first, and nobody could go on.
-            each = [self.store(verb, info, {i: value}, lease) for i, value in values.items()]
-            return next(filter(None, each), b"")
+    def store(self, info: FileInfo, values: Mapping[int, tuple[Any, ...]], lease: int) -> bytes:
+        """Store chunks, by index, for `lease` seconds; return the first reply that is no yes."""
         items = {self.chunk_key(info.version, index): parts for index, parts in values.items()}
-        replies = self._ask("store", verb, items, lease)
-        for index, key, reply in zip(values, items, replies):
-            if verb == "add" and reply == _NOT_STORED:
-                there = self._ask("read", [key], lambda _, value: bytes(value)).get(key)
-                if there not in (None, b"".join(items[key])):
-                    raise UploadConflict(name=self.name, version=info.version, index=index)
+        replies = self._ask("store", "set", items, lease)
         return next((reply for reply in replies if reply != _STORED), b"")
+
+    def add(self, info: FileInfo, values: Mapping[int, tuple[Any, ...]], lease: int) -> bytes:
+        """`store`, where others may do so too. Raises UploadConflict where other bytes are.
+
+        One by one, so that who meets other bytes has stored none behind them: those would be in
+        the way of the writer who came first, and nobody could go on.
+        """
+        refusals = []
+        for index, parts in values.items():
+            key = self.chunk_key(info.version, index)
+            replies = self._ask("store", "add", {key: parts}, lease)
+            if replies == [_NOT_STORED]:
+                there = self._ask("read", [key], lambda _, value: bytes(value)).get(key)
+                if there not in (None, b"".join(parts)):
+                    raise UploadConflict(name=self.name, version=info.version, index=index)
+            refusals += [reply for reply in replies if reply != _STORED]
+        return refusals[0] if refusals else b""
 
     def fetch(self, info: FileInfo, indices: range) -> list[memoryview]:
         """Verified payloads. Raises FileEvicted, FileChanged, FileCorrupt."""
@@ -1255,14 +1246,12 @@ class _Slot:
 
     def discard(self, info: FileInfo) -> None:
         """Delete the chunks of a version that no manifest names. Failure is no error, as nothing
-        depends on it; but nobody else will ever do it, so it is tried again, after Ctrl-C too."""
+        depends on it; but nobody else will ever do it, so it is tried twice."""
         keys = [self.chunk_key(info.version, index) for index in range(info.chunks)]
-        try:
-            self._ask("delete", keys)
-        except BaseException as error:
-            self.tidy(lambda: self._ask("delete", keys))
-            if not isinstance(error, CacheUnavailable):
-                raise
+        for _ in range(2):
+            with contextlib.suppress(CacheUnavailable):
+                self._ask("delete", keys)
+                break
 
     def exptime(self, expire: int, slack: int = 0) -> int:
         """What to tell memcached so that an item ends `slack` seconds after those of `expire`.
@@ -1347,44 +1336,109 @@ def _diagnose(
     return "pressure", f"other items fill its memory (-m) of {memory} bytes"
 
 
-class _Server(Protocol):
-    """The seam: one memcached, behind `_Pool` or `_Adapter`. Errors are CacheUnavailable."""
+class _Server:
+    """The seam: one memcached, through any client of pymemcache's. Errors are CacheUnavailable.
 
-    name: str
-    key_prefix: bytes  # what the client puts before every key
-    silent: bool  # it did not even react to the end of a connection, after Ctrl-C
+    Items are stored one by one: pymemcache's `set_many` stops at the first refusal, while the
+    server goes on to store what was sent behind it, perhaps after the command that cleans up.
+    """
+
+    key_prefix = b""  # what the client puts before every key
+
+    def __init__(self, name: str, client: Any) -> None:
+        self.name = name
+        self._client = client
+        # A RetryingClient has its client's methods, but not its attributes.
+        inner = getattr(client, "__dict__", {}).get("_client", client)
+        if getattr(inner, "ignore_exc", False):
+            raise ValueError("ignore_exc=True makes a client call a server that is down a miss")
+        if isinstance(inner, HashClient):
+            raise ValueError("a HashClient calls a server that is down a miss: give it unwrapped")
+        prefix = getattr(inner, "key_prefix", b"")
+        self.key_prefix = prefix.encode() if isinstance(prefix, str) else prefix
 
     def gets(self, key: str) -> tuple[Any, Any]:
         """Value and cas token, None and None for a miss."""
+        value, token = self._call("gets", key)
+        return value, token
 
     def store(
         self, verb: str, items: Mapping[str, tuple[Any, ...]], exptime: int, token: Any = None
     ) -> list[bytes]:
         """Store items by the verb "set", "add" or "cas", their values in parts; return memcached's
-        replies: STORED, NOT_STORED, EXISTS, NOT_FOUND, or a refusal. Only "set" is repeated by
-        itself."""
+        replies: STORED, NOT_STORED, EXISTS, NOT_FOUND, or a refusal."""
+        joined = ((key, b"".join(parts)) for key, parts in items.items())
+        return [self._store(verb, key, value, exptime, token) for key, value in joined]
 
-    def read(self, keys: list[str], verify: Callable[[str, Any], _T]) -> dict[str, _T]:
+    def _store(self, verb: str, key: str, value: bytes, exptime: int, token: Any) -> bytes:
+        ask = functools.partial(self._call, again=verb == "set", expire=exptime, noreply=False)
+        try:
+            if verb == "set":  # by `set_many`, for `set` is True even where it was refused
+                return _NOT_STORED if ask("set_many", {key: value}) else _STORED
+            if verb == "add":
+                return _STORED if ask("add", key, value) else _NOT_STORED
+            done = ask("cas", key, value, token)
+            return _STORED if done else _NOT_FOUND if done is None else _EXISTS
+        except CacheUnavailable as error:
+            refusal = str(error.__cause__).encode()
+            if isinstance(error.__cause__, MemcacheServerError) and _REFUSAL.search(refusal):
+                return refusal
+            raise
+
+    def read(self, keys: list[str], verify: Callable[[str, Any], Any]) -> dict[str, Any]:
         """What `verify` makes of each key and value that is there."""
+        return {key: verify(key, value) for key, value in self._call("get_many", keys).items()}
 
     def touch(self, keys: list[str], exptime: int) -> list[bool]:
         """Set the expiry of items; return which of them are there."""
+        return [self._call("touch", key, expire=exptime, noreply=False) for key in keys]
 
-    def delete(self, keys: list[str]) -> None: ...
+    def delete(self, keys: list[str]) -> None:
+        for start in range(0, len(keys), _PIPELINE):
+            self._call("delete_many", keys[start : start + _PIPELINE], noreply=False)
 
-    def stats(self, *what: str) -> dict[bytes, Any]: ...
+    def stats(self, *what: str) -> dict[bytes, Any]:
+        return dict(self._call("stats", *what))
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self._client.close()
+
+    def _call(self, command: str, *args: Any, again: bool = True, **options: Any) -> Any:
+        """Have a client do a command; where it can be done twice, `again` on the next connection
+        when one turns out to be broken. After a restart of the server, all that idle are."""
+        left = 1 + self._idling() if again else 0
+        with _translated(self.name):
+            while True:
+                try:
+                    return self._do(command, *args, **options)
+                except _DROPPED:
+                    left -= 1
+                    if left < 0:
+                        raise
+
+    def _idling(self) -> int:
+        """How many connections idle in the client's pool."""
+        return len(getattr(getattr(self._client, "client_pool", None), "free", ()))
+
+    def _do(self, command: str, *args: Any, **options: Any) -> Any:
+        try:
+            return getattr(self._client, command)(*args, **options)
+        except Exception:
+            raise
+        except BaseException:
+            # In mid-reply, the rest of which nobody may read for another's. pymemcache's client
+            # closes its connection after an Exception only; its pool does not reuse it.
+            if not hasattr(self._client, "client_pool"):
+                self._client.close()
+            raise
 
 
-class _Pool:
+class _Pool(_Server):
     """One server as `connect` speaks to it: fast connections, kept for the next call. Safe for
     threads, each of which takes a connection of its own, and for processes that fork."""
 
-    key_prefix = b""
-
     def __init__(self, name: str, timeout: float, tls: ssl.SSLContext | None) -> None:
-        self.name, self.silent = name, False
+        self.name = name
         address, wants_tls = _address(name)
         if isinstance(address, str):
             tls = None  # a Unix socket
@@ -1394,58 +1448,38 @@ class _Pool:
         self._idle: collections.deque[tuple[float, _Connection]] = collections.deque()
         self._pid = os.getpid()
 
-    def gets(self, key: str) -> tuple[Any, Any]:
-        found: tuple[Any, Any] = self._call(lambda connection: connection.gets(key))
-        return found
-
     def store(
         self, verb: str, items: Mapping[str, tuple[Any, ...]], exptime: int, token: Any = None
     ) -> list[bytes]:
-        return self._call(lambda each: each.store(verb, items, exptime, token), verb == "set")
+        replies = self._call("store", verb, items, exptime, token, again=verb == "set")
+        return list(replies)
 
-    def read(self, keys: list[str], verify: Callable[[str, Any], _T]) -> dict[str, _T]:
-        return self._call(lambda connection: connection.read(keys, verify))
+    def read(self, keys: list[str], verify: Callable[[str, Any], Any]) -> dict[str, Any]:
+        return dict(self._call("read", keys, verify))
 
     def touch(self, keys: list[str], exptime: int) -> list[bool]:
         commands = [(f"touch {key} {exptime}\r\n".encode(),) for key in keys]
-        replies = self._call(lambda connection: connection.ask(commands, b"TOUCHED"))
-        return [reply == b"TOUCHED" for reply in replies]
+        return [reply == b"TOUCHED" for reply in self._call("ask", commands, b"TOUCHED")]
 
     def delete(self, keys: list[str]) -> None:
-        commands = [(f"delete {key}\r\n".encode(),) for key in keys]
-        self._call(lambda connection: connection.ask(commands, b"DELETED"))
-
-    def stats(self, *what: str) -> dict[bytes, Any]:
-        return dict(self._call(lambda connection: connection.stats(*what)))
+        self._call("ask", [(f"delete {key}\r\n".encode(),) for key in keys], b"DELETED")
 
     def close(self) -> None:
         with contextlib.suppress(IndexError):  # another thread may be taking them
             while True:
                 self._idle.pop()[1].close()
 
-    def _call(self, operation: Callable[[Any], _T], again: bool = True) -> _T:
-        """Do it; `again` on a fresh connection, where the first turns out to be broken."""
-        with _translated(self.name):
-            try:
-                return self._try(operation)
-            except _DROPPED:
-                self.close()  # after a restart of the server, all that are idle are broken
-                if not again:
-                    raise
-                return self._try(operation)
+    def _idling(self) -> int:
+        return len(self._idle)
 
-    def _try(self, operation: Callable[[Any], _T]) -> _T:
+    def _do(self, command: str, *args: Any, **options: Any) -> Any:
         connection = self._take()
         try:
-            result = operation(connection)
-        except BaseException as error:
-            # Perhaps in mid-reply: nobody may read the rest for the reply to another command.
-            if not isinstance(error, Exception):
-                self.silent = not _await_end(connection)
+            result = getattr(connection, command)(*args, **options)
+        except BaseException:  # perhaps in mid-reply
             connection.close()
             raise
         self._idle.append((time.monotonic(), connection))
-        self.silent = False
         return result
 
     def _take(self) -> _Connection:
@@ -1539,7 +1573,7 @@ class _Connection(Client):
             raise MemcacheUnknownError(received[:64])
         return lines
 
-    def read(self, keys: list[str], verify: Callable[[str, Any], _T]) -> dict[str, _T]:
+    def read(self, keys: list[str], verify: Callable[[str, Any], Any]) -> dict[str, Any]:
         """`get_many`, which verifies each value while the next arrives."""
         self._verify = verify
         try:
@@ -1575,91 +1609,6 @@ class _Connection(Client):
         return name, self._verify(name, value) if self._verify else value, buf
 
 
-class _Adapter:
-    """One server through a client of the user's, which may be any: slower, and as safe as it is.
-
-    Items are sent one by one: pymemcache's `set_many` stops at the first refusal, while the server
-    goes on to store what was sent behind it, perhaps after the command that cleans up.
-    """
-
-    def __init__(self, name: str, client: Any) -> None:
-        self.name, self.silent = name, False
-        self._client = client
-        # A RetryingClient has its client's methods, but not its attributes.
-        inner = getattr(client, "__dict__", {}).get("_client", client)
-        if getattr(inner, "ignore_exc", False):
-            raise ValueError("ignore_exc=True makes a client call a server that is down a miss")
-        if isinstance(inner, HashClient):
-            raise ValueError("a HashClient calls a server that is down a miss: give it unwrapped")
-        prefix = getattr(inner, "key_prefix", b"")
-        self.key_prefix: bytes = prefix.encode() if isinstance(prefix, str) else prefix
-
-    def gets(self, key: str) -> tuple[Any, Any]:
-        value, token = self._call("gets", key)
-        return value, token
-
-    def store(
-        self, verb: str, items: Mapping[str, tuple[Any, ...]], exptime: int, token: Any = None
-    ) -> list[bytes]:
-        joined = ((key, b"".join(parts)) for key, parts in items.items())
-        return [self._store(verb, key, value, exptime, token) for key, value in joined]
-
-    def _store(self, verb: str, key: str, value: bytes, exptime: int, token: Any) -> bytes:
-        options = {"expire": exptime, "noreply": False}
-        try:
-            if verb == "set":  # by `set_many`, for `set` is True even where it was refused
-                failed = self._call("set_many", {key: value}, **options)
-                return _NOT_STORED if failed else _STORED
-            if verb == "add":
-                return _STORED if self._call("add", key, value, **options) else _NOT_STORED
-            done = self._call("cas", key, value, token, **options)
-            return _STORED if done else _NOT_FOUND if done is None else _EXISTS
-        except CacheUnavailable as error:
-            refusal = str(error.__cause__).encode()
-            if isinstance(error.__cause__, MemcacheServerError) and _REFUSAL.search(refusal):
-                return refusal
-            raise
-
-    def read(self, keys: list[str], verify: Callable[[str, Any], _T]) -> dict[str, _T]:
-        values = self._call("get_many", keys)
-        return {key: verify(key, value) for key, value in values.items()}
-
-    def touch(self, keys: list[str], exptime: int) -> list[bool]:
-        return [self._call("touch", key, expire=exptime, noreply=False) for key in keys]
-
-    def delete(self, keys: list[str]) -> None:
-        for start in range(0, len(keys), _PIPELINE):
-            self._call("delete_many", keys[start : start + _PIPELINE], noreply=False)
-
-    def stats(self, *what: str) -> dict[bytes, Any]:
-        return dict(self._call("stats", *what))
-
-    def close(self) -> None:
-        self._client.close()
-
-    def _call(self, command: str, *args: Any, **options: Any) -> Any:
-        """Call the client; again, unless that might do it twice, where its connection turns out to
-        be broken. After a restart of the server, all that idle in a pool are."""
-        pool = getattr(self._client, "client_pool", None)
-        idle = len(getattr(pool, "free", ()))
-        for left in range(0 if command in ("add", "cas") else 1 + idle, -1, -1):
-            try:
-                with _translated(self.name):
-                    result = getattr(self._client, command)(*args, **options)
-                    break
-            except CacheUnavailable as error:
-                if not (left and isinstance(error.__cause__, _DROPPED)):
-                    raise
-            except BaseException as error:
-                # pymemcache closes a connection after an Exception only; a pool won't reuse it.
-                if not isinstance(error, Exception) and pool is None:
-                    self.silent = not (command.startswith("get") or _await_end(self._client))
-                    self._client.close()
-                raise
-        self.silent = False
-        return result
-
-
 @contextlib.contextmanager
 def _translated(server: str) -> Iterator[None]:
     """The seam at which the errors of pymemcache and of sockets become this module's."""
@@ -1676,22 +1625,6 @@ def _translated(server: str) -> Iterator[None]:
         raise CacheUnavailable(name="", server=server, reason=reason) from error
 
 
-def _await_end(client: Any) -> bool:
-    """After Ctrl-C or a gevent time-out in mid-command: end our side of the connection, and return
-    when the server has ended its own, and thus has done, or dropped, all that it was sent. Else it
-    might do a command after those by which its sender cleans up. False: it did not in time."""
-    try:
-        client.sock.settimeout(_PATIENCE)
-        client.sock.shutdown(socket.SHUT_WR)
-        while client.sock.recv(65536):
-            pass
-    except socket.timeout:
-        return False
-    except (OSError, AttributeError):  # there may be no socket
-        pass
-    return True
-
-
 def _servers(client: Any) -> list[_Server]:
     """The servers behind what `FileCache` was given."""
     if isinstance(client, HashClient):
@@ -1700,7 +1633,7 @@ def _servers(client: Any) -> list[_Server]:
         client = client.clients
     clients = client if isinstance(client, Mapping) else {"memcached": client}
     return [
-        each if isinstance(each, _Pool) else _Adapter(str(name), each)
+        each if isinstance(each, _Pool) else _Server(str(name), each)
         for name, each in clients.items()
     ]
 

@@ -180,7 +180,7 @@ def test_an_interrupt_at_any_moment(
     server.flush()
     dice = random.Random(7)
     # pymemcache's own pool keeps the connection of an interrupted command open, which limits how
-    # many there may be; and the server may do the command late (see the README's limits).
+    # many there may be.
     interrupts = min(INTERRUPTS, 400) if kind == "PooledClient" else INTERRUPTS
     with no_connection_left(server), closing(KINDS[kind](server)) as cache:
         stored, maybe = b"0" * 500, list[bytes]()
@@ -189,7 +189,7 @@ def test_an_interrupt_at_any_moment(
         with interrupting(error):
             for number in range(interrupts):
                 data = str(number).encode() * dice.randrange(1, 300)
-                writes, before = dice.random() < 0.5, struck
+                writes = dice.random() < 0.5
                 try:
                     signal.setitimer(signal.ITIMER_REAL, dice.uniform(1e-5, 3e-3))
                     cache.set("file", data) if writes else cache.get("file")
@@ -200,13 +200,10 @@ def test_an_interrupt_at_any_moment(
                     struck += 1
                     maybe += [data] * writes
                 found = result(lambda: cache.get("file"))
-                if kind == "PooledClient" and struck > before and found == "FileEvicted":
-                    cache.set("file", data)
-                    stored, maybe, found = data, [], data
                 assert found in (stored, *maybe)
                 # What was interrupted before another file was published can't be any more: its
-                # cas is of an older version.
-                if found != stored or kind != "PooledClient":
+                # cas is of an older version. Else the server may do it yet.
+                if found != stored:
                     stored, maybe = found, []
         counts[f"interrupts of {kind}"] += struck
         assert struck > interrupts // 20

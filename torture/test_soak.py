@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Callable, NamedTuple, Optional
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import pytest
 
@@ -270,7 +270,7 @@ class Client:
         answer = self.ask("POST", "/uploads", b"", {**tus, "Upload-Length": str(len(data))})
         if not self.is_fine(answer, 201):
             return
-        path, hung_up = urlsplit(answer.headers["Location"]).path, False
+        path, hung_up = urljoin("/uploads", answer.headers["Location"]), False
         while "Content-Location" not in answer.headers:
             offset = int(answer.headers["Upload-Offset"])
             piece = data[offset : offset + self.dice.choice([MIB, 5 * MIB, 6 * MIB])]
