@@ -413,9 +413,7 @@ class FileCache:
             raise ValueError(f"lease is 1 to {_RELATIVE_LIMIT} seconds")
         if operator.index(max_size) < 0:
             raise ValueError("max_size is a number of bytes")
-        self._servers = {each.name: each for each in _servers(client)}
-        if not self._servers:
-            raise ValueError("no memcached server is given")
+        self._servers = _servers(client)
         for server in self._servers.values():
             if len(server.key_prefix) + len(namespace) + len(":") + 64 > _MAX_KEY:
                 raise ValueError("key_prefix and namespace make keys longer than memcached's 250")
@@ -455,7 +453,7 @@ class FileCache:
         (one that lost chunks is replaced); FileTooLarge; SizeMismatch; CacheFull; TypeError for
         text.
         """
-        return self._write(_Order.of("add", name, size, expire, metadata), source)
+        return self._write(_Order("add", name, size, _seconds(expire), metadata), source)
 
     def set(
         self,
@@ -468,7 +466,7 @@ class FileCache:
         """Store a file, replacing what is there: until it returns, and where it raises, readers
         get the old file. Only where the server's memory can't hold both, the old one goes first.
         Arguments and errors are those of `add`, but FileExists."""
-        return self._write(_Order.of("set", name, size, expire, metadata), source)
+        return self._write(_Order("set", name, size, _seconds(expire), metadata), source)
 
     def cas(
         self,
@@ -483,7 +481,8 @@ class FileCache:
         those of `set`, and FileChanged where another is there, FileNotFound where none is."""
         if not isinstance(version, str):
             raise TypeError("version is a text, from a FileInfo")
-        return self._write(_Order.of("cas", name, size, expire, metadata, version), source)
+        order = _Order("cas", name, size, _seconds(expire), metadata, version)
+        return self._write(order, source)
 
     def create(
         self,
@@ -501,7 +500,7 @@ class FileCache:
         those of `cas`. Errors come here, in `write` or in `close`, as soon as they are known.
         """
         verb = "cas" if version is not None else "set" if replace else "add"
-        return self._create(_Order.of(verb, name, size, expire, metadata, version))
+        return self._create(_Order(verb, name, size, _seconds(expire), metadata, version))
 
     def resume(self, state: bytes) -> FileWriter:
         """The writer that `FileWriter.suspend` put down, here or in another process, on the same
@@ -617,7 +616,7 @@ class FileCache:
                 return self._write(order, file)
         known = _size_of(source)
         if order.size is None:
-            order = dataclasses.replace(order, size=known)
+            order.size = known
         elif known not in (None, order.size):
             raise SizeMismatch(name=order.name, size=order.size, received=known)
         with self._create(order) as writer:
@@ -653,7 +652,7 @@ class FileCache:
         return limits
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Order:
     """What a writer was asked for. verb: "add", "set" or "cas", that of `version`."""
 
@@ -662,24 +661,14 @@ class _Order:
     size: int | None
     expire: int
     metadata: bytes
-    version: str | None
+    version: str | None = None
 
-    @classmethod
-    def of(
-        cls,
-        verb: str,
-        name: str,
-        size: int | None,
-        expire: int | datetime.timedelta,
-        metadata: bytes,
-        version: str | None = None,
-    ) -> _Order:
-        """From what a caller gave. Raises ValueError and TypeError for what makes no sense."""
-        metadata = bytes(memoryview(metadata))
-        if len(metadata) > MAX_METADATA:
+    def __post_init__(self) -> None:
+        self.metadata = bytes(memoryview(self.metadata))
+        if len(self.metadata) > MAX_METADATA:
             raise ValueError(f"metadata is limited to {MAX_METADATA} bytes")
-        size = None if size is None else operator.index(size)
-        return cls(verb, name, size, _seconds(expire), metadata, version)
+        if self.size is not None:
+            self.size = operator.index(self.size)
 
     def check(self, slot: _Slot, found: _Found) -> None:
         """Raise where what is at the manifest's key forbids the write."""
@@ -1625,17 +1614,19 @@ def _translated(server: str) -> Iterator[None]:
         raise CacheUnavailable(name="", server=server, reason=reason) from error
 
 
-def _servers(client: Any) -> list[_Server]:
-    """The servers behind what `FileCache` was given."""
+def _servers(client: Any) -> dict[str, _Server]:
+    """The servers behind what `FileCache` was given, by name. Raises ValueError."""
     if isinstance(client, HashClient):
         # Its own routing calls a server that is down a miss, and what it put on another instead is
         # stale when the first returns. Its clients are sound, one by one.
         client = client.clients
     clients = client if isinstance(client, Mapping) else {"memcached": client}
-    return [
-        each if isinstance(each, _Pool) else _Server(str(name), each)
+    if not clients:
+        raise ValueError("no memcached server is given")
+    return {
+        str(name): each if isinstance(each, _Pool) else _Server(str(name), each)
         for name, each in clients.items()
-    ]
+    }
 
 
 def _address(server: str) -> tuple[str | tuple[str, int], bool]:
