@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import dataclasses
 import datetime
 import functools
@@ -55,7 +56,6 @@ from typing import IO, Any, Callable, NamedTuple, NoReturn, Protocol, Union
 
 from pymemcache.client.base import Client
 from pymemcache.client.hash import HashClient
-from pymemcache.client.rendezvous import RendezvousHash
 from pymemcache.exceptions import (
     MemcacheServerError,
     MemcacheUnexpectedCloseError,
@@ -134,7 +134,7 @@ _RELATIVE_LIMIT = 30 * 24 * 3600  # memcached reads more seconds than this as an
 _OVER = _RELATIVE_LIMIT + 1  # thus a day in 1970; -1 ends at once too, but twemproxy refuses it
 _ABSOLUTE_LIMIT = 2**31 - 1  # and keeps times in 32 bits; what ends later never ends
 _MAX_EXPIRE = 2**62  # seconds: with the time of day added, it fits the manifest's 64 bits
-_NO_TOKEN = b"%d" % (2**64 - 1)  # a cas token that memcached's counter never reaches
+_NO_TOKEN = b"%d" % (2**64 - 1)  # a cas token that memcached's counter never reaches: a question
 
 _CHUNK = struct.Struct(">III")  # index, total, CRC
 # magic, format, chunk_size, floor, total, size, created, expires (0: never), version, length of
@@ -298,15 +298,6 @@ class FileInfo:
     _floor: int = dataclasses.field(repr=False, compare=False)
     _total: int = dataclasses.field(repr=False, compare=False)
 
-    @classmethod
-    def _plan(cls, name: str, size: int | None, capacity: int, metadata: bytes) -> FileInfo:
-        """A new version, yet without chunks, for `size` bytes (None: unknown) in chunks of at most
-        `capacity`."""
-        total = -(-max(size or 0, 0) // capacity)
-        chunk_size = -(-size // total) if size and total else capacity
-        floor = 0 if total == 1 else int(capacity * _LEAST_FILL)
-        return cls(name, 0, 0, secrets.token_hex(8), 0, None, metadata, chunk_size, floor, total)
-
     def _per_batch(self, size: int) -> int:
         """How many chunks travel together in `size` bytes."""
         return max(1, min(_PIPELINE, size // self._chunk_size))
@@ -347,22 +338,21 @@ class FileInfo:
     def _unpack(cls, name: str, value: object) -> FileInfo:
         """Raises FileCorrupt unless `value` is, byte for byte, a manifest of the file `name`."""
         body = bytes(value[: -_CRC.size]) if isinstance(value, (bytes, bytearray)) else b""
-        if value != body + _CRC.pack(zlib.crc32(body)) or not body.startswith(_MAGIC):
-            raise FileCorrupt(name=name, index=None)
-        found = int.from_bytes(body[len(_MAGIC) : len(_MAGIC) + 1], "big")
-        if found != _FORMAT:
-            raise _UnknownFormat(name=name, index=None, format=found)
-        if len(body) < _MANIFEST.size:
-            raise FileCorrupt(name=name, index=None)
-        fields, tail = _MANIFEST.unpack_from(body)[2:], body[_MANIFEST.size :]
-        chunk_size, floor, total, size, created, expires, version, length = fields
-        sound = 0 < chunk_size <= _MAX_CHUNK and size <= chunk_size * _MAX_CHUNKS
-        if tail[:length] != name.encode() or not sound:
-            raise FileCorrupt(name=name, index=None)
-        return cls(
-            *(name, size, -(-size // chunk_size), version.hex(), created, expires or None),
-            *(tail[length:], chunk_size, floor, total),
-        )
+        head, tail = body[: _MANIFEST.size], body[_MANIFEST.size :]
+        if value == body + _CRC.pack(zlib.crc32(body)) and head.startswith(_MAGIC):
+            found = int.from_bytes(head[len(_MAGIC) : len(_MAGIC) + 1], "big")
+            if found != _FORMAT:
+                raise _UnknownFormat(name=name, index=None, format=found)
+            if len(head) == _MANIFEST.size:
+                fields = _MANIFEST.unpack(head)[2:]
+                chunk_size, floor, total, size, created, expires, version, length = fields
+                sound = 0 < chunk_size <= _MAX_CHUNK and size <= chunk_size * _MAX_CHUNKS
+                if sound and tail[:length] == name.encode():
+                    return cls(
+                        *(name, size, -(-size // chunk_size), version.hex(), created),
+                        *(expires or None, tail[length:], chunk_size, floor, total),
+                    )
+        raise FileCorrupt(name=name, index=None)
 
 
 class MemcacheClient(Protocol):
@@ -417,7 +407,6 @@ class FileCache:
         for server in self._servers.values():
             if len(server.key_prefix) + len(namespace) + len(":") + 64 > _MAX_KEY:
                 raise ValueError("key_prefix and namespace make keys longer than memcached's 250")
-        self._ring = RendezvousHash(list(self._servers), hash_function=_score)
         self._known_limits: dict[str, tuple[int, float]] = {}
         self._chunk_size = chunk_size
         self.namespace = namespace
@@ -516,8 +505,9 @@ class FileCache:
         return writer
 
     def abandon(self, state: bytes) -> None:
-        """Delete what is stored of an upload that `FileWriter.suspend` put down, here or by others
-        who resumed it, unless it is published. Raises ValueError where `state` is none."""
+        """Delete what is stored of an upload that `FileWriter.suspend` put down, by others who
+        resumed it too as far as its size is known, unless it is published. Raises ValueError where
+        `state` is none."""
         order, info, _ = _Order.unpack(state)
         slot = self._slot(order.name)
         if slot.lookup().version != info.version:
@@ -564,8 +554,8 @@ class FileCache:
             found = slot.lookup()
             info = dataclasses.replace(found.require(), expires=_end(seconds))
             # While the manifest changes, the chunks have no end: which of its two ends is the
-            # later one, only clocks that agree could tell.
-            missing = slot.touch(info, 0)
+            # later one, only clocks that agree could tell. Those of a dead file keep theirs.
+            missing = slot.missing(info) or slot.touch(info, 0)
             if missing:
                 with contextlib.suppress(FileChanged):  # then on the version that is there now
                     slot.explain(info, missing)
@@ -606,7 +596,8 @@ class FileCache:
         encoded = name.encode(errors="ignore") if isinstance(name, str) else b""
         if not 1 <= len(encoded) <= MAX_NAME or encoded.decode() != name:
             raise InvalidName(name=name)
-        server = self._servers[self._ring.get_node(_digest(name))]
+        digest = _digest(name)  # rendezvous hashing: the highest score wins
+        server = max(self._servers.values(), key=lambda each: _digest(f"{each.name}-{digest}"))
         return _Slot(server, self.namespace, name)
 
     def _write(self, order: _Order, source: Any) -> FileInfo:
@@ -638,16 +629,13 @@ class FileCache:
         name = slot.server.name
         if name in self._known_limits:
             return self._known_limits[name]
-        largest, memory = _LARGEST_ITEM, math.inf
-        # What a server or proxy does not tell now, it is asked again.
-        settings = slot.settings()
-        if settings:
-            largest = min(settings[b"item_size_max"], settings[b"slab_chunk_max"], _LARGEST_ITEM)
-            memory = settings[b"maxbytes"]
+        settings = slot.settings()  # all or none
+        told = (settings.get(key, _LARGEST_ITEM) for key in (b"item_size_max", b"slab_chunk_max"))
+        largest = min(_LARGEST_ITEM, *told)
         longest_key = len(slot.server.key_prefix) + len(slot.chunk_key("0" * 16, _MAX_CHUNKS))
         capacity = max(largest - _ITEM_OVERHEAD - longest_key - _CHUNK.size, 1)
-        limits = self._chunk_size or capacity, memory
-        if settings:
+        limits = self._chunk_size or capacity, settings.get(b"maxbytes", math.inf)
+        if settings:  # what a server or proxy does not tell now, it is asked again
             self._known_limits[name] = limits
         return limits
 
@@ -691,7 +679,7 @@ class _Order:
             for part in (parts := json.loads(head)):
                 part["metadata"] = bytes.fromhex(part["metadata"])
             return _Order(**parts[0]), FileInfo(**parts[1]), tail
-        except (ValueError, TypeError, KeyError, IndexError) as error:
+        except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
             raise ValueError("this is not the state of a writer") from error
 
 
@@ -702,8 +690,8 @@ class FileWriter(io.RawIOBase):
     an exception that leaves the `with` block, and `abandon` end it unpublished, and delete what it
     had stored. What a dropped one had stored ends with its lease; so does, after an error, what a
     resumed one had, as others may go on with it. `info` is the published file's FileInfo. What
-    closes the streams that it wraps publishes, too, even after an error: detach an
-    `io.TextIOWrapper` before that.
+    closes the streams that it wraps publishes, too, even after an error, or when it is dropped, as
+    an `io.TextIOWrapper` does: detach that first.
 
     A write has five steps: (1) refuse early, in `create`; (2) store the chunks, on a lease;
     (3) touch every chunk with its final expiry, which proves that each is still there; (4) publish
@@ -711,6 +699,7 @@ class FileWriter(io.RawIOBase):
     """
 
     info: FileInfo
+    _error: Exception | None = None  # that ended the upload
     batch_size: int  # bytes that `write` sends as they lie in memory, where it gets them at once
 
     def __init__(
@@ -735,7 +724,17 @@ class FileWriter(io.RawIOBase):
         self.batch_size = self._draft._chunk_size * self._draft._per_batch(_WRITE_BATCH)
 
     def _plan(self, size: int | None) -> FileInfo:
-        return FileInfo._plan(self._order.name, size, self._capacity, self._order.metadata)
+        """A new version, yet without chunks, for `size` bytes (None: unknown)."""
+        order, capacity, version = self._order, self._capacity, secrets.token_hex(8)
+        total = -(-max(size or 0, 0) // capacity)
+        cut = -(-size // total) if size and total else capacity
+        floor = 0 if total == 1 else int(capacity * _LEAST_FILL)
+        return FileInfo(order.name, 0, 0, version, 0, None, order.metadata, cut, floor, total)
+
+    def _checkClosed(self) -> None:  # noqa: N802 - as io names it
+        if self._error:  # to a zipfile, say, that goes on after it, and would raise something else
+            raise self._error
+        super()._checkClosed()
 
     def writable(self) -> bool:
         self._checkClosed()
@@ -759,7 +758,9 @@ class FileWriter(io.RawIOBase):
         self._checkClosed()
         with self._ending():
             view = memoryview(data)
-            view = view.cast("B") if view.c_contiguous else memoryview(view.tobytes())
+            view = (
+                view.cast("B") if view.nbytes and view.c_contiguous else memoryview(view.tobytes())
+            )
             self._check_size(self.tell() + len(view))
             self._take(view)
         return len(view)
@@ -778,8 +779,13 @@ class FileWriter(io.RawIOBase):
         FileEvicted, FileCorrupt."""
         self._checkClosed()
         self._renew()
-        yield from CachedFile(self._slot, self._draft).chunks()
-        yield memoryview(bytes(self._rest))
+        rest = memoryview(bytes(self._rest))
+        try:
+            yield from CachedFile(self._slot, self._draft).chunks()
+        except FileChanged:  # there is no manifest yet
+            self._renew()
+            raise
+        yield rest
 
     def suspend(self) -> bytes:
         """Put the upload down: return its state, for `FileCache.resume`, and close this stream.
@@ -805,12 +811,14 @@ class FileWriter(io.RawIOBase):
                 self._slot.discard(self._draft)
 
     def _fail(self) -> None:
-        """Abandon; but where others may have resumed the same upload, their chunks are these."""
-        if self._resumed and not self.closed:
+        """Abandon; but where others may have resumed the same upload, their chunks are these, and
+        stay for the lease."""
+        if not self._resumed:
+            self.abandon()
+        elif not self.closed:
             super().close()
             with contextlib.suppress(CacheUnavailable):
                 self._hold(range(self._draft.chunks))
-        self.abandon()
 
     @contextlib.contextmanager
     def _ending(self) -> Iterator[None]:
@@ -818,7 +826,8 @@ class FileWriter(io.RawIOBase):
         would: the server may still be at work on what it was sent, so nothing more is sent."""
         try:
             yield
-        except Exception:
+        except Exception as error:
+            self._error = copy.copy(error)  # without the traceback, which holds the caller's data
             self._fail()
             raise
         except BaseException:
@@ -843,17 +852,24 @@ class FileWriter(io.RawIOBase):
             raise FileEvicted(name=self._order.name, info=self._draft, missing=missing)
 
     def _hold(self, indices: Iterable[int]) -> list[int]:
-        """Put chunks on a lease; return the indices of those that are gone. Another, who resumed
-        the same upload, may have published it: then they have no end, which is never too early."""
+        """Put chunks on a lease; return the indices of those that are gone. Where another, who
+        resumed the same upload, has published it, they keep their end; where that happens
+        meanwhile they get none, which is never too early."""
+        if self._is_published():
+            return self._slot.missing(self._draft, indices)
         missing = self._slot.touch(self._draft, self._lease, indices)
-        if self._resumed and self._slot.lookup().version == self._draft.version:
+        if self._is_published():
             self._slot.touch(self._draft, 0, indices)
         return missing
 
+    def _is_published(self) -> bool:
+        return self._resumed and self._slot.lookup().version == self._draft.version
+
     def _check_size(self, length: int) -> None:
         """Raise where the file may not have `length` bytes."""
-        name, size, limit = self._order.name, self._order.size, self._max_size
-        if length > min(limit, self._capacity * _MAX_CHUNKS):
+        name, size = self._order.name, self._order.size
+        limit = min(self._max_size, self._draft._chunk_size * _MAX_CHUNKS)
+        if length > limit:
             raise FileTooLarge(name=name, size=length, limit=limit)
         if size is not None and length > size:
             raise SizeMismatch(name=name, size=size, received=length)
@@ -897,17 +913,14 @@ class FileWriter(io.RawIOBase):
             values[index] = draft._chunk(index, batch[start : start + draft._chunk_size])
         size, chunks = draft.size + len(batch), draft.chunks + len(values)
         self._draft = dataclasses.replace(draft, size=size, chunks=chunks)
-        self._make_room()
-        if values:
-            self._store(values)
-
-    def _make_room(self) -> None:
-        """Where the old file and the new don't both fit, the old one goes: memcached would evict
-        from it anyway, so that nobody could read it; and would take what is left of it for active,
-        and evict the first chunks of the new one."""
-        if self._old and self._old.size + self._draft.size > self._memory:
+        # Where the old file and the new don't both fit, the old one goes: memcached would evict
+        # from it anyway, so that nobody could read it; and would take what is left of it for
+        # active, and evict the first chunks of the new one.
+        if self._old and self._old.size + size > self._memory:
             self._slot.discard(self._old)
             self._old = None
+        if values:
+            self._store(values)
 
     def _store(self, values: dict[int, tuple[Any, ...]]) -> None:
         """Store chunks until the server keeps all of them. Raises CacheFull, UploadConflict."""
@@ -939,11 +952,8 @@ class FileWriter(io.RawIOBase):
         for _ in range(_ATTEMPTS):
             # Asked now, not before the upload: a server that restarts counts its tokens anew.
             found = slot.lookup()
-            if found.info and found.version == info.version:  # by another who resumed it
-                if found.info.size != info.size:
-                    conflict = min(found.info.chunks, info.chunks)
-                    raise UploadConflict(name=order.name, version=info.version, index=conflict)
-                self.info = found.info
+            if found.info and found.version == info.version:
+                self.info = self._agree(found.info)
                 return
             order.check(slot, found)
             # 3. A server that is short of memory says STORED, and evicts the first chunks while
@@ -959,6 +969,16 @@ class FileWriter(io.RawIOBase):
                 return
             self._in_doubt = self._resumed
         raise slot.full(info.size, [], "contention")
+
+    def _agree(self, published: FileInfo) -> FileInfo:
+        """What another, who resumed the same upload, has published: the same file, and whole."""
+        if published.size != self._draft.size:
+            index = min(published.chunks, self._draft.chunks)
+            raise UploadConflict(name=published.name, version=published.version, index=index)
+        missing = self._slot.missing(published)
+        if missing:
+            raise self._full(missing)
+        return published
 
     def _full(self, missing: list[int], refusal: bytes = b"") -> CacheFull:
         took = time.monotonic() - self._started
@@ -993,8 +1013,9 @@ class CachedFile(io.RawIOBase):
         size, batch = self.info._chunk_size, self.info._per_batch(_READ_BATCH)
         indices = range(start // size, -(-stop // size) if start < stop else 0)
         while indices:
-            if indices[0] == self._held[0]:
-                payloads = [self._held[1]]
+            held, payload = self._held  # at once: other threads may read, too
+            if indices[0] == held:
+                payloads = [payload]
             else:
                 payloads = self._slot.fetch(self.info, indices[:batch])
             for index, payload in zip(indices, payloads):
@@ -1056,15 +1077,13 @@ class CachedFile(io.RawIOBase):
         self._checkClosed()
         return True
 
-    def seekable(self) -> bool:
-        self._checkClosed()
-        return True
+    seekable = readable
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self._checkClosed()
         origins = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.info.size}
         if whence not in origins or origins[whence] + operator.index(offset) < 0:
-            raise ValueError(f"can't seek to {offset} from {whence}")
+            raise io.UnsupportedOperation(f"can't seek to {offset} from {whence}")
         self._position = origins[whence] + offset
         return self._position
 
@@ -1224,14 +1243,16 @@ class _Slot:
         there = self._ask("touch", keys, exptime)
         return [index for index, found in zip(chosen, there) if not found]
 
-    def missing(self, info: FileInfo) -> list[int]:
-        """The indices of the chunks that are gone. A `cas` that can't succeed asks for them: of
-        the commands that every proxy speaks, the only one that neither reads nor changes them."""
-        keys = [self.chunk_key(info.version, index) for index in range(info.chunks)]
+    def missing(self, info: FileInfo, indices: Iterable[int] | None = None) -> list[int]:
+        """The indices of chunks, by default of all, that are gone. A `cas` that can't succeed asks
+        for them: of the commands that every proxy speaks, the only one that neither reads nor
+        changes them."""
+        chosen = list(range(info.chunks) if indices is None else indices)
+        keys = [self.chunk_key(info.version, index) for index in chosen]
         replies = self._ask("store", "cas", dict.fromkeys(keys, ()), 0, _NO_TOKEN)
         for reply in set(replies) - {_EXISTS, _NOT_FOUND}:
             raise self.full(0, [], "", reply)
-        return [index for index, reply in enumerate(replies) if reply == _NOT_FOUND]
+        return [index for index, reply in zip(chosen, replies) if reply == _NOT_FOUND]
 
     def discard(self, info: FileInfo) -> None:
         """Delete the chunks of a version that no manifest names. Failure is no error, as nothing
@@ -1277,21 +1298,19 @@ class _Slot:
         """The error for a file of `size` bytes. cause: "" to ask the server for it."""
         said, why = refusal.decode(errors="replace"), _REASONS.get(cause)
         if not why:
-            try:
+            cause, why = "unknown", "it does not tell why"
+            with contextlib.suppress(CacheUnavailable):
                 cause, why = _diagnose(self.settings(), self._ask("stats", "slabs"), size, said)
-            except CacheUnavailable:
-                cause, why = _diagnose({}, {}, size, said)
         said = said or (f"it evicted {len(missing)} chunks at once" if missing else "it could not")
         return CacheFull(name=self.name, missing=missing, cause=cause, reason=f"{said}: {why}")
 
     def _ask(self, verb: str, *args: Any) -> Any:
         """Call the server; its errors are about this file."""
         try:
-            result = getattr(self.server, verb)(*args)
+            return getattr(self.server, verb)(*args)
         except CacheUnavailable as error:
             error.name = self.name
             raise
-        return result
 
 
 _REASONS = {
@@ -1343,13 +1362,13 @@ class _Server:
             raise ValueError("ignore_exc=True makes a client call a server that is down a miss")
         if isinstance(inner, HashClient):
             raise ValueError("a HashClient calls a server that is down a miss: give it unwrapped")
+        self._pool = getattr(inner, "client_pool", None)
         prefix = getattr(inner, "key_prefix", b"")
         self.key_prefix = prefix.encode() if isinstance(prefix, str) else prefix
 
-    def gets(self, key: str) -> tuple[Any, Any]:
+    def gets(self, key: str) -> Any:
         """Value and cas token, None and None for a miss."""
-        value, token = self._call("gets", key)
-        return value, token
+        return self._call("gets", key)
 
     def store(
         self, verb: str, items: Mapping[str, tuple[Any, ...]], exptime: int, token: Any = None
@@ -1360,7 +1379,8 @@ class _Server:
         return [self._store(verb, key, value, exptime, token) for key, value in joined]
 
     def _store(self, verb: str, key: str, value: bytes, exptime: int, token: Any) -> bytes:
-        ask = functools.partial(self._call, again=verb == "set", expire=exptime, noreply=False)
+        again = verb == "set" or token == _NO_TOKEN
+        ask = functools.partial(self._call, again=again, expire=exptime, noreply=False)
         try:
             if verb == "set":  # by `set_many`, for `set` is True even where it was refused
                 return _NOT_STORED if ask("set_many", {key: value}) else _STORED
@@ -1396,28 +1416,35 @@ class _Server:
         """Have a client do a command; where it can be done twice, `again` on the next connection
         when one turns out to be broken. After a restart of the server, all that idle are."""
         left = 1 + self._idling() if again else 0
-        with _translated(self.name):
-            while True:
-                try:
-                    return self._do(command, *args, **options)
-                except _DROPPED:
+        while True:
+            try:
+                return self._do(command, *args, **options)
+            except MemchunkError:
+                raise
+            except Exception as error:  # pymemcache's, a socket's, those of a user's serializer
+                reason = repr(error)
+                if isinstance(error, _DROPPED):
                     left -= 1
-                    if left < 0:
-                        raise
+                    if left >= 0:
+                        continue
+                    reason += (
+                        ": it closed the connection, as without tls:// a server with TLS does"
+                    )
+                if isinstance(error, ssl.SSLError):
+                    reason += ": TLS failed; does it speak TLS, is its certificate a trusted one?"
+                raise CacheUnavailable(name="", server=self.name, reason=reason) from error
 
     def _idling(self) -> int:
         """How many connections idle in the client's pool."""
-        return len(getattr(getattr(self._client, "client_pool", None), "free", ()))
+        return len(self._pool.free) if self._pool else 0
 
     def _do(self, command: str, *args: Any, **options: Any) -> Any:
         try:
             return getattr(self._client, command)(*args, **options)
-        except Exception:
-            raise
-        except BaseException:
+        except BaseException as error:
             # In mid-reply, the rest of which nobody may read for another's. pymemcache's client
             # closes its connection after an Exception only; its pool does not reuse it.
-            if not hasattr(self._client, "client_pool"):
+            if not isinstance(error, Exception) and not self._pool:
                 self._client.close()
             raise
 
@@ -1440,8 +1467,8 @@ class _Pool(_Server):
     def store(
         self, verb: str, items: Mapping[str, tuple[Any, ...]], exptime: int, token: Any = None
     ) -> list[bytes]:
-        replies = self._call("store", verb, items, exptime, token, again=verb == "set")
-        return list(replies)
+        again = verb == "set" or token == _NO_TOKEN
+        return list(self._call("store", verb, items, exptime, token, again=again))
 
     def read(self, keys: list[str], verify: Callable[[str, Any], Any]) -> dict[str, Any]:
         return dict(self._call("read", keys, verify))
@@ -1482,7 +1509,9 @@ class _Pool(_Server):
                 if time.monotonic() - since < _IDLE:
                     return connection
                 connection.close()
-        return _Connection(self._address, self._open())
+        connection = _Connection(self._address)
+        connection.sock = self._open()
+        return connection
 
     def _open(self) -> socket.socket:
         if isinstance(self._address, str):
@@ -1508,12 +1537,8 @@ class _Connection(Client):
     they lie in memory, in parts (it joins and copies them three times), and come in with one copy,
     out of the socket (it reads 4 KiB at a time, and joins). It halves the time for a file."""
 
-    sock: Any
-    _verify: Callable[[str, Any], Any] | None = None
-
-    def __init__(self, address: str | tuple[str, int], sock: socket.socket) -> None:
-        super().__init__(address)
-        self.sock = sock
+    sock: Any  # that of a `_Pool`, which opens it
+    _verify: Callable[[str, Any], Any]  # of the `read` that is at work; no other command gets
 
     def store(
         self, verb: str, items: Mapping[str, tuple[Any, ...]], exptime: int, token: Any
@@ -1562,14 +1587,10 @@ class _Connection(Client):
             raise MemcacheUnknownError(received[:64])
         return lines
 
-    def read(self, keys: list[str], verify: Callable[[str, Any], Any]) -> dict[str, Any]:
+    def read(self, keys: list[str], verify: Callable[[str, Any], Any]) -> Any:
         """`get_many`, which verifies each value while the next arrives."""
         self._verify = verify
-        try:
-            values: Any = self.get_many(keys)
-            return dict(values)
-        finally:
-            self._verify = None
+        return self.get_many(keys)
 
     def _extract_value(
         self,
@@ -1595,23 +1616,7 @@ class _Connection(Client):
         name = remapped_keys[key]
         if expect_cas:
             return name, (value, cas[0]), buf
-        return name, self._verify(name, value) if self._verify else value, buf
-
-
-@contextlib.contextmanager
-def _translated(server: str) -> Iterator[None]:
-    """The seam at which the errors of pymemcache and of sockets become this module's."""
-    try:
-        yield
-    except MemchunkError:
-        raise
-    except Exception as error:  # pymemcache's, a socket's, those of a serializer of the user's
-        reason = repr(error)
-        if isinstance(error, _DROPPED):
-            reason += ": it closed the connection, as without tls:// a server with TLS does"
-        if isinstance(error, ssl.SSLError):
-            reason += ": TLS failed; does it speak TLS, and is its certificate a trusted one?"
-        raise CacheUnavailable(name="", server=server, reason=reason) from error
+        return name, self._verify(name, value), buf
 
 
 def _servers(client: Any) -> dict[str, _Server]:
@@ -1682,11 +1687,6 @@ def _pieces(source: Any, size: int, known: int | None) -> Iterator[Any]:
 
 def _digest(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
-
-
-def _score(text: str, seed: int) -> int:
-    """For RendezvousHash; its own, in Python, takes a fifth of the time of a small `get`."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest(), "big")
 
 
 def _seconds(expire: int | datetime.timedelta) -> int:

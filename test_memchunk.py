@@ -22,6 +22,7 @@ import array
 import contextlib
 import copy
 import csv
+import ctypes
 import dataclasses
 import datetime
 import functools
@@ -63,7 +64,7 @@ from pymemcache.client.hash import HashClient
 from pymemcache.client.retrying import RetryingClient
 
 import memchunk
-from memchunk import FileCache, FileInfo
+from memchunk import FileCache, FileInfo, FileWriter
 from tests.faults import Faulty, Proxy
 from tests.support import Memcached, Start, wait_for
 
@@ -1755,6 +1756,19 @@ def test_a_writer_is_a_file_that_others_see_when_it_is_closed(tcp: Site, cache: 
     assert cache.get("file") == NEW
 
 
+def test_an_empty_array_of_two_dimensions_is_a_file(cache: FileCache) -> None:
+    cache.set("file", (ctypes.c_ubyte * 0 * 3)())
+    assert cache.get("file") == b""
+
+
+@pytest.mark.parametrize("data", [b"", b"tiny"])
+def test_what_is_no_archive_is_said_to_be_none(cache: FileCache, data: bytes) -> None:
+    cache.set("file", data)
+    assert not zipfile.is_zipfile(cache.open("file"))
+    with pytest.raises(zipfile.BadZipFile):
+        zipfile.ZipFile(cache.open("file"))
+
+
 def test_archives_and_tables_are_written_through_it(tcp: Site, cache: FileCache) -> None:
     with cache.create("zip") as writer, zipfile.ZipFile(writer, "w") as archive:
         archive.writestr("member", LONG)
@@ -1989,6 +2003,97 @@ def test_an_upload_that_was_published_keeps_its_expiry_when_it_is_resumed(
     assert set(server.expiries().values()) == {-1}
 
 
+def test_a_published_file_is_never_on_a_lease(tcp: Site, cache: FileCache) -> None:
+    """Not even between two commands of one who resumes it once more, and may die there."""
+    writer = cache.create("file")
+    writer.write(LONG)
+    state = writer.suspend()
+    cache.resume(state).close()
+
+    def whole(_: str) -> None:
+        assert set(tcp.servers[0].expiries().values()) == {-1}
+
+    watched = tcp.interposed(after=whole)
+    watched.resume(state).close()
+    with pytest.raises(memchunk.UploadConflict):
+        watched.resume(state).write(LONG)
+    assert tcp.holds_only(file=LONG)
+
+
+def test_who_finishes_second_is_not_told_that_a_file_is_there_that_is_not(
+    cache: FileCache, server: Memcached
+) -> None:
+    writer = cache.create("file")
+    writer.write(LONG)
+    state = writer.suspend()
+    one, two = cache.resume(state), cache.resume(state)
+    one.close()
+    server.delete(f"memchunk:{one.version}:3")
+    with pytest.raises(memchunk.CacheFull) as caught:
+        two.close()
+    assert caught.value.missing == [3]
+
+
+def test_what_is_read_back_is_what_was_written_when_it_began(
+    cache: FileCache, server: Memcached
+) -> None:
+    writer = cache.create("file")
+    writer.write(LONG[:700])
+    back = writer.chunks()
+    first = bytes(next(back))
+    writer.write(LONG[700:])
+    assert first + b"".join(back) == LONG[:700]
+    writer = cache.resume(writer.suspend())
+    back = writer.chunks()
+    next(back)
+    server.delete(f"memchunk:{writer.version}:{writer.tell() // CHUNK - 1}")
+    with pytest.raises(memchunk.FileEvicted):
+        list(back)
+
+
+def zip_into(writer: FileWriter, data: bytes) -> None:
+    with zipfile.ZipFile(writer, "w") as archive:
+        archive.writestr("member", data)
+
+
+def gzip_into(writer: FileWriter, data: bytes) -> None:
+    with gzip.GzipFile(fileobj=writer, mode="w") as archive:
+        archive.write(data)
+
+
+def tar_into(writer: FileWriter, data: bytes) -> None:
+    with tarfile.open(fileobj=writer, mode="w|") as archive:
+        member = tarfile.TarInfo("member")
+        member.size = len(data)
+        archive.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("write", [zip_into, gzip_into, tar_into])
+def test_what_ended_an_upload_is_told_through_what_wraps_it(tcp: Site, write: Any) -> None:
+    cache = tcp.cache(max_size=2 * MIB)
+    with pytest.raises(memchunk.FileTooLarge), cache.create("file") as writer:
+        write(writer, os.urandom(3 * MIB))
+    assert tcp.keys() == []
+
+
+def test_a_state_counts_chunks_as_it_cuts_them(tcp: Site, monkeypatch: Any) -> None:
+    monkeypatch.setattr(memchunk, "_MAX_CHUNKS", 4)
+    cache, writer = tcp.cache(), tcp.cache(chunk_size=10).create("file")
+    writer.write(bytes(35))
+    with pytest.raises(memchunk.FileTooLarge) as caught, cache.resume(writer.suspend()) as more:
+        more.write(bytes(10))
+    assert caught.value.limit == 40
+
+
+def test_a_touch_of_what_lost_a_chunk_changes_nothing(tcp: Site, server: Memcached) -> None:
+    info = tcp.cache().set("file", LONG, expire=500)
+    server.delete(f"memchunk:{info.version}:2")
+    before = server.expiries()
+    with pytest.raises(memchunk.FileEvicted):
+        tcp.cache().touch("file", 50)
+    assert server.expiries() == before
+
+
 def test_an_evicted_chunk_ends_an_upload(tcp: Site, cache: FileCache, server: Memcached) -> None:
     writer = cache.create("file")
     writer.write(LONG)
@@ -1998,7 +2103,11 @@ def test_an_evicted_chunk_ends_an_upload(tcp: Site, cache: FileCache, server: Me
         cache.resume(state)
 
 
-@pytest.mark.parametrize("state", [b"", b"x", b"{}\n", b"[1, 2]\n", b'[{"metadata": ""}, {}]\n'])
+@pytest.mark.parametrize(
+    "state",
+    [b"", b"x", b"{}\n", b"[1, 2]\n", b'[{"metadata": ""}, {}]\n', b"[" * 100_000],
+    ids=lambda state: repr(state[:20]),
+)
 def test_what_is_no_state_is_refused(cache: FileCache, state: bytes) -> None:
     with pytest.raises(ValueError, match="state"):
         cache.resume(state)
@@ -2371,7 +2480,7 @@ def test_a_server_killed_after_the_write_has_forgotten_it(memcached: Memcached) 
     cache.close()
 
 
-@pytest.mark.parametrize("pooling", ["PooledClient", "HashClient"])
+@pytest.mark.parametrize("pooling", ["PooledClient", "RetryingClient", "HashClient"])
 def test_every_idle_connection_may_break_in_a_restart(memcached: Memcached, pooling: str) -> None:
     client: Any = PooledClient(memcached.address, timeout=5)
     pool = client.client_pool
@@ -2379,6 +2488,8 @@ def test_every_idle_connection_may_break_in_a_restart(memcached: Memcached, pool
         client = HashClient([memcached.address], timeout=5, use_pooling=True)
         [inner] = client.clients.values()
         pool = inner.client_pool
+    if pooling == "RetryingClient":
+        client = RetryingClient(client, attempts=2)
     cache = FileCache(client, chunk_size=CHUNK)
     cache.set("file", OLD)
     memcached.pause()
@@ -2733,7 +2844,7 @@ def test_a_lost_reply_to_the_publication_is_recovered(
     breaking.arm()
     with contextlib.closing(breaking.cache(chunk_size=CHUNK)) as cache:
         result(operation, cache, version, FIRST)
-    moment = next(n for n, verb in enumerate(breaking.verbs) if verb in PUBLISH)
+    moment = max(n for n, verb in enumerate(breaking.verbs) if verb in PUBLISH)
     version = prepare(server, other, present)
     with contextlib.closing(breaking.cache(chunk_size=CHUNK)) as cache:
         breaking.arm((moment, "reset after"))
