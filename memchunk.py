@@ -522,7 +522,7 @@ class FileCache:
         for _ in range(_ATTEMPTS - 1):
             with contextlib.suppress(FileChanged):
                 return self._get(name)
-        return self._get(name)
+        return self._get(name)  # and this FileChanged is for the caller
 
     def _get(self, name: str) -> bytes:
         with self.open(name) as file:
@@ -548,7 +548,8 @@ class FileCache:
 
     def touch(self, name: str, expire: int | datetime.timedelta) -> FileInfo:
         """Give every piece of the file a new time to live, in seconds from now or as timedelta,
-        0 for never. Raises FileNotFound, FileEvicted, FileCorrupt."""
+        0 for never. Raises FileNotFound, FileEvicted, FileCorrupt. Where it fails midway, chunks
+        have no end until the file is touched again, or they are evicted."""
         slot, seconds = self._slot(name), _seconds(expire)
         for _ in range(_ATTEMPTS):
             found = slot.lookup()
@@ -575,7 +576,7 @@ class FileCache:
         slot = self._slot(name)
         for _ in range(_ATTEMPTS):
             found = slot.lookup()
-            if found.value is None or version is not None:
+            if found.value is None or version is not None:  # a damaged one has no version
                 found.require(version)
             # The text protocol has no conditional delete; storing what has expired is one.
             if slot.swap(found, None, _OVER):
@@ -632,6 +633,7 @@ class FileCache:
         settings = slot.settings()  # all or none
         told = (settings.get(key, _LARGEST_ITEM) for key in (b"item_size_max", b"slab_chunk_max"))
         largest = min(_LARGEST_ITEM, *told)
+        # Keys end with the index.
         longest_key = len(slot.server.key_prefix) + len(slot.chunk_key("0" * 16, _MAX_CHUNKS))
         capacity = max(largest - _ITEM_OVERHEAD - longest_key - _CHUNK.size, 1)
         limits = self._chunk_size or capacity, settings.get(b"maxbytes", math.inf)
@@ -728,6 +730,7 @@ class FileWriter(io.RawIOBase):
         order, capacity, version = self._order, self._capacity, secrets.token_hex(8)
         total = -(-max(size or 0, 0) // capacity)
         cut = -(-size // total) if size and total else capacity
+        # One chunk alone may be small. Of a stream there may come more than one.
         floor = 0 if total == 1 else int(capacity * _LEAST_FILL)
         return FileInfo(order.name, 0, 0, version, 0, None, order.metadata, cut, floor, total)
 
@@ -936,7 +939,7 @@ class FileWriter(io.RawIOBase):
             # What was asked for twice is active in the eyes of memcached's LRU, like the chunks of
             # files that were read; otherwise a full cache evicts the new chunks to keep those.
             # Done always, it would cost a large cache an eighth of the files that it keeps.
-            self._hold(values)
+            self._hold(values)  # twice
             left = self._hold(values)
             if not left:
                 return
@@ -1172,7 +1175,8 @@ class _Slot:
             now = self.lookup()
             if now.token is not None and now.token == found.token:
                 # It is not done, or not yet. Once more: should memcached do the first one late, it
-                # won't do both.
+                # won't do both. (Of an `add` that can't be told: it may be done, and undone by a
+                # deleter, who took our chunks too.)
                 with contextlib.suppress(CacheUnavailable):
                     if self._put(found, value, exptime):
                         return True
@@ -1330,7 +1334,7 @@ def _diagnose(
         return "item size", f"items end at {largest} bytes (-I), and a chunk is larger"
     if size > memory:
         return "memory", f"the file has {size} bytes, and the server's memory (-m) {memory}"
-    pages = {
+    pages = {  # of each slab class, by the size of its items
         slabs.get(name.replace(b"total_pages", b"chunk_size")): count
         for name, count in slabs.items()
         if name.endswith(b":total_pages")
@@ -1382,7 +1386,7 @@ class _Server:
         again = verb == "set" or token == _NO_TOKEN
         ask = functools.partial(self._call, again=again, expire=exptime, noreply=False)
         try:
-            if verb == "set":  # by `set_many`, for `set` is True even where it was refused
+            if verb == "set":  # by `set_many`, which lists what failed: `set` is always True
                 return _NOT_STORED if ask("set_many", {key: value}) else _STORED
             if verb == "add":
                 return _STORED if ask("add", key, value) else _NOT_STORED
@@ -1514,6 +1518,7 @@ class _Pool(_Server):
         return connection
 
     def _open(self) -> socket.socket:
+        """A connected socket: to any address of the host, where pymemcache tries the first."""
         if isinstance(self._address, str):
             sock = socket.socket(socket.AF_UNIX)
         else:
