@@ -409,9 +409,7 @@ class FileCache:
                 raise ValueError("key_prefix and namespace make keys longer than memcached's 250")
         self._known_limits: dict[str, tuple[int, float]] = {}
         self._chunk_size = chunk_size
-        self.namespace = namespace
-        self.max_size = max_size
-        self.lease = lease
+        self.namespace, self.max_size, self.lease = namespace, max_size, lease
 
     def __repr__(self) -> str:
         return f"<FileCache {self.namespace!r} on {', '.join(self._servers)}>"
