@@ -982,9 +982,10 @@ class FileWriter(io.RawIOBase):
         return published
 
     def _full(self, missing: list[int], refusal: bytes = b"") -> CacheFull:
-        took = time.monotonic() - self._started
         size = max(self._draft.size, self._order.size or 0)
-        return self._slot.full(size, missing, "lease" if took > self._lease else "", refusal)
+        # memcached's clock ticks once a second: an item may end up to a second early.
+        is_over = time.monotonic() - self._started > self._lease - 1
+        return self._slot.full(size, missing, "lease" if is_over else "", refusal)
 
 
 class CachedFile(io.RawIOBase):
