@@ -50,12 +50,14 @@ import ssl
 import stat
 import struct
 import time
+import types
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any, Callable, NamedTuple, NoReturn, Protocol, Union
 
 from pymemcache.client.base import Client
 from pymemcache.client.hash import HashClient
+from pymemcache.client.retrying import RetryingClient
 from pymemcache.exceptions import (
     MemcacheServerError,
     MemcacheUnexpectedCloseError,
@@ -245,7 +247,8 @@ class FileCorrupt(MemchunkError):
 
 
 class CacheFull(MemchunkError):
-    """The server would not keep the file: refused an item, or evicted the chunks at `missing`.
+    """The server would not keep the file: refused an item (then `missing` is empty), or evicted
+    the chunks at `missing`.
 
     `cause` says why, by the server's own `stats` at that moment; the message has the numbers.
 
@@ -327,10 +330,9 @@ class FileInfo:
     def _pack(self) -> bytes:
         """The manifest's value."""
         name = self.name.encode()
-        head = _MANIFEST.pack(
-            *(_MAGIC, _FORMAT, self._chunk_size, self._floor, self._total, self.size),
-            *(self.created, self.expires or 0, bytes.fromhex(self.version), len(name)),
-        )
+        times, version = (self.created, self.expires or 0), bytes.fromhex(self.version)
+        layout = self._chunk_size, self._floor, self._total
+        head = _MANIFEST.pack(_MAGIC, _FORMAT, *layout, self.size, *times, version, len(name))
         body = head + name + self.metadata
         return body + _CRC.pack(zlib.crc32(body))
 
@@ -339,24 +341,25 @@ class FileInfo:
         """Raises FileCorrupt unless `value` is, byte for byte, a manifest of the file `name`."""
         body = bytes(value[: -_CRC.size]) if isinstance(value, (bytes, bytearray)) else b""
         head, tail = body[: _MANIFEST.size], body[_MANIFEST.size :]
-        if value == body + _CRC.pack(zlib.crc32(body)) and head.startswith(_MAGIC):
-            found = int.from_bytes(head[len(_MAGIC) : len(_MAGIC) + 1], "big")
-            if found != _FORMAT:
-                raise _UnknownFormat(name=name, index=None, format=found)
-            if len(head) == _MANIFEST.size:
-                fields = _MANIFEST.unpack(head)[2:]
-                chunk_size, floor, total, size, created, expires, version, length = fields
-                sound = 0 < chunk_size <= _MAX_CHUNK and size <= chunk_size * _MAX_CHUNKS
-                if sound and tail[:length] == name.encode():
-                    return cls(
-                        *(name, size, -(-size // chunk_size), version.hex(), created),
-                        *(expires or None, tail[length:], chunk_size, floor, total),
-                    )
-        raise FileCorrupt(name=name, index=None)
+        damage = FileCorrupt(name=name, index=None)
+        if value != body + _CRC.pack(zlib.crc32(body)) or not head.startswith(_MAGIC):
+            raise damage
+        found = int.from_bytes(head[len(_MAGIC) : len(_MAGIC) + 1], "big")
+        if found != _FORMAT:
+            raise _UnknownFormat(name=name, index=None, format=found)
+        if len(head) < _MANIFEST.size:
+            raise damage
+        _, _, *layout, size, created, expires, version, length = _MANIFEST.unpack(head)
+        chunk_size, metadata = layout[0], tail[length:]
+        sound = 0 < chunk_size <= _MAX_CHUNK and size <= chunk_size * _MAX_CHUNKS
+        if not sound or tail[:length] != name.encode():
+            raise damage
+        chunks, end = -(-size // chunk_size), expires or None
+        return cls(name, size, chunks, version.hex(), created, end, metadata, *layout)
 
 
 class MemcacheClient(Protocol):
-    """What `FileCache` needs of a client: pymemcache's `Client` has it, and all that wrap one."""
+    """What `FileCache` calls of a client: pymemcache's `Client` has it, and all that wrap one."""
 
     def gets(self, key: str) -> Any: ...
     def get_many(self, keys: list[str]) -> Any: ...
@@ -407,7 +410,6 @@ class FileCache:
         for server in self._servers.values():
             if len(server.key_prefix) + len(namespace) + len(":") + 64 > _MAX_KEY:
                 raise ValueError("key_prefix and namespace make keys longer than memcached's 250")
-        self._known_limits: dict[str, tuple[int, float]] = {}
         self._chunk_size = chunk_size
         self.namespace, self.max_size, self.lease = namespace, max_size, lease
 
@@ -490,22 +492,21 @@ class FileCache:
         return self._create(_Order(verb, name, size, _seconds(expire), metadata, version))
 
     def resume(self, state: bytes) -> FileWriter:
-        """The writer that `FileWriter.suspend` put down, here or in another process, on the same
-        servers and namespace. Its chunks get a new lease.
+        """The writer of an upload that `FileWriter.suspend` ended for now, here or in another
+        process, on the same servers and namespace. Its chunks get a new lease.
 
         A state may be resumed more than once, and by several at a time: the same bytes again are
         fine, others are an UploadConflict. Raises FileEvicted where chunks are gone, ValueError
         where `state` is none. What the verb of the write raises comes in `close`.
         """
         order, info, tail = _Order.unpack(state)
-        writer = FileWriter(self, order, info, tail)
+        writer = _ResumedWriter(self, order, draft=info, tail=tail)
         writer._renew()
         return writer
 
     def abandon(self, state: bytes) -> None:
-        """Delete what is stored of an upload that `FileWriter.suspend` put down, by others who
-        resumed it too as far as its size is known, unless it is published. Raises ValueError where
-        `state` is none."""
+        """Delete what is stored of a suspended upload, by others who resumed it too as far as its
+        size is known, unless it is published. Raises ValueError where `state` is none."""
         order, info, _ = _Order.unpack(state)
         slot = self._slot(order.name)
         if slot.lookup().version != info.version:
@@ -551,9 +552,10 @@ class FileCache:
         slot, seconds = self._slot(name), _seconds(expire)
         for _ in range(_ATTEMPTS):
             found = slot.lookup()
-            info = dataclasses.replace(found.require(), expires=_end(seconds))
+            info = dataclasses.replace(found.require(), expires=_end(int(time.time()), seconds))
             # While the manifest changes, the chunks have no end: which of its two ends is the
-            # later one, only clocks that agree could tell. Those of a dead file keep theirs.
+            # later one, only clocks that agree could tell. First ask what is missing: chunks of a
+            # dead file keep their end.
             missing = slot.missing(info) or slot.touch(info, 0)
             if missing:
                 with contextlib.suppress(FileChanged):  # then on the version that is there now
@@ -576,7 +578,8 @@ class FileCache:
             found = slot.lookup()
             if found.value is None or version is not None:  # a damaged one has no version
                 found.require(version)
-            # The text protocol has no conditional delete; storing what has expired is one.
+            # The text protocol has no conditional delete; storing what has expired is one. `swap`
+            # then deletes the chunks.
             if slot.swap(found, None, _OVER):
                 return
         raise slot.full(0, [], "contention")
@@ -621,23 +624,17 @@ class FileCache:
         # 1. Refuse early, before a byte of payload is sent.
         old = slot.lookup()
         order.check(slot, old)
-        return FileWriter(self, order, old=old.info)
+        return FileWriter(self, order, old.info)
 
     def _limits(self, slot: _Slot) -> tuple[int, float]:
         """Bytes of payload that a chunk may hold on the server, and of the server's memory."""
-        name = slot.server.name
-        if name in self._known_limits:
-            return self._known_limits[name]
-        settings = slot.settings()  # all or none
+        settings = slot.server.settings or slot.settings()
         told = (settings.get(key, _LARGEST_ITEM) for key in (b"item_size_max", b"slab_chunk_max"))
         largest = min(_LARGEST_ITEM, *told)
         # Keys end with the index.
         longest_key = len(slot.server.key_prefix) + len(slot.chunk_key("0" * 16, _MAX_CHUNKS))
         capacity = max(largest - _ITEM_OVERHEAD - longest_key - _CHUNK.size, 1)
-        limits = self._chunk_size or capacity, settings.get(b"maxbytes", math.inf)
-        if settings:  # what a server or proxy does not tell now, it is asked again
-            self._known_limits[name] = limits
-        return limits
+        return self._chunk_size or capacity, settings.get(b"maxbytes", math.inf)
 
 
 @dataclasses.dataclass
@@ -668,19 +665,21 @@ class _Order:
             raise FileExists(name=self.name, info=found.info)
 
     def pack(self, info: FileInfo, tail: bytearray) -> bytes:
-        """A writer's state: a line of JSON, and the bytes that don't fill a chunk yet."""
-        head = dataclasses.asdict(self), dataclasses.asdict(info)
-        return json.dumps(head, default=lambda metadata: metadata.hex()).encode() + b"\n" + tail
+        """A writer's state: the order and the draft's manifest, as a line of JSON, and the bytes
+        that don't fill a chunk yet."""
+        head = {**dataclasses.asdict(self), "draft": info._pack()}
+        return json.dumps(head, default=bytes.hex).encode() + b"\n" + tail
 
     @staticmethod
     def unpack(state: bytes) -> tuple[_Order, FileInfo, bytes]:
         head, _, tail = bytes(state).partition(b"\n")
         try:
-            for part in (parts := json.loads(head)):
-                part["metadata"] = bytes.fromhex(part["metadata"])
-            return _Order(**parts[0]), FileInfo(**parts[1]), tail
-        except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
-            raise ValueError("this is not the state of a writer") from error
+            fields = json.loads(head)
+            draft = FileInfo._unpack(fields["name"], bytes.fromhex(fields.pop("draft")))
+            fields["metadata"] = bytes.fromhex(fields["metadata"])
+            return _Order(**fields), draft, tail
+        except (FileCorrupt, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+            raise ValueError("this is not the state of a writer") from e
 
 
 class FileWriter(io.RawIOBase):
@@ -689,9 +688,9 @@ class FileWriter(io.RawIOBase):
     `close`, or the end of a `with` block, publishes the file: until then nobody sees it. An error,
     an exception that leaves the `with` block, and `abandon` end it unpublished, and delete what it
     had stored. What a dropped one had stored ends with its lease; so does, after an error, what a
-    resumed one had, as others may go on with it. `info` is the published file's FileInfo. What
-    closes the streams that it wraps publishes, too, even after an error, or when it is dropped, as
-    an `io.TextIOWrapper` does: detach that first.
+    resumed one had, as others may go on with it. `info` is the published file's FileInfo. A stream
+    that wraps this one (`io.TextIOWrapper`) closes it, and so publishes, even after an error, or
+    when it is dropped: detach it first.
 
     A write has five steps: (1) refuse early, in `create`; (2) store the chunks, on a lease;
     (3) touch every chunk with its final expiry, which proves that each is still there; (4) publish
@@ -699,22 +698,20 @@ class FileWriter(io.RawIOBase):
     """
 
     info: FileInfo
-    _error: Exception | None = None  # that ended the upload
     batch_size: int  # bytes that `write` sends as they lie in memory, where it gets them at once
+    _error: Exception | None = None  # that ended the upload
+    _in_doubt = False  # whether it may be published, by a step whose reply was lost
 
     def __init__(
         self,
         cache: FileCache,
         order: _Order,
+        old: FileInfo | None = None,
         draft: FileInfo | None = None,
         tail: bytes = b"",
-        old: FileInfo | None = None,
     ) -> None:
         super().__init__()
         self._order, self._slot, self._old = order, cache._slot(order.name), old
-        self._resumed = draft is not None
-        # Whether it may be published: by another who resumed it, or by a step without a reply.
-        self._in_doubt = self._resumed
         self._max_size, self._lease = cache.max_size, cache.lease
         self._capacity, self._memory = cache._limits(self._slot)
         self._started = time.monotonic()
@@ -728,7 +725,8 @@ class FileWriter(io.RawIOBase):
         order, capacity, version = self._order, self._capacity, secrets.token_hex(8)
         total = -(-max(size or 0, 0) // capacity)
         cut = -(-size // total) if size and total else capacity
-        # One chunk alone may be small. Of a stream there may come more than one.
+        # One chunk alone may be small. Of a stream there may come more than one; of one that ends
+        # before a batch is full, `_finish` plans again.
         floor = 0 if total == 1 else int(capacity * _LEAST_FILL)
         return FileInfo(order.name, 0, 0, version, 0, None, order.metadata, cut, floor, total)
 
@@ -772,7 +770,7 @@ class FileWriter(io.RawIOBase):
         if not self.closed:
             with self._ending():
                 self._finish()
-                self._publish()
+                self.info = self._publish()
             super().close()
 
     def chunks(self) -> Iterator[memoryview]:
@@ -783,7 +781,7 @@ class FileWriter(io.RawIOBase):
         rest = memoryview(bytes(self._rest))
         try:
             yield from CachedFile(self._slot, self._draft).chunks()
-        except FileChanged:  # there is no manifest yet
+        except FileChanged:  # so it says of missing chunks, as there is no manifest yet
             self._renew()
             raise
         yield rest
@@ -796,9 +794,9 @@ class FileWriter(io.RawIOBase):
         """
         self._checkClosed()
         with self._ending():
-            full = len(self._rest) - len(self._rest) % self._draft._chunk_size
-            self._send(memoryview(self._rest)[:full])
-            state = self._order.pack(self._draft, self._rest[full:])
+            length = len(self._rest) - len(self._rest) % self._draft._chunk_size  # of full chunks
+            self._send(memoryview(self._rest)[:length])
+            state = self._order.pack(self._draft, self._rest[length:])
         super().close()
         return state
 
@@ -808,18 +806,13 @@ class FileWriter(io.RawIOBase):
             return
         super().close()
         with contextlib.suppress(CacheUnavailable):
-            if not (self._in_doubt and self._slot.lookup().version == self._draft.version):
+            if not self._is_published():
                 self._slot.discard(self._draft)
 
-    def _fail(self) -> None:
-        """Abandon; but where others may have resumed the same upload, their chunks are these, and
-        stay for the lease."""
-        if not self._resumed:
-            self.abandon()
-        elif not self.closed:
-            super().close()
-            with contextlib.suppress(CacheUnavailable):
-                self._hold(range(self._draft.chunks))
+    def _is_published(self) -> bool:
+        return self._in_doubt and self._slot.lookup().version == self.version
+
+    _fail = abandon  # after an error
 
     @contextlib.contextmanager
     def _ending(self) -> Iterator[None]:
@@ -853,18 +846,8 @@ class FileWriter(io.RawIOBase):
             raise FileEvicted(name=self._order.name, info=self._draft, missing=missing)
 
     def _hold(self, indices: Iterable[int]) -> list[int]:
-        """Put chunks on a lease; return the indices of those that are gone. Where another, who
-        resumed the same upload, has published it, they keep their end; where that happens
-        meanwhile they get none, which is never too early."""
-        if self._is_published():
-            return self._slot.missing(self._draft, indices)
-        missing = self._slot.touch(self._draft, self._lease, indices)
-        if self._is_published():
-            self._slot.touch(self._draft, 0, indices)
-        return missing
-
-    def _is_published(self) -> bool:
-        return self._resumed and self._slot.lookup().version == self._draft.version
+        """Put chunks on a lease; return the indices of those that are gone."""
+        return self._slot.touch(self._draft, self._lease, indices)
 
     def _check_size(self, length: int) -> None:
         """Raise where the file may not have `length` bytes."""
@@ -898,12 +881,13 @@ class FileWriter(io.RawIOBase):
         self._check_size(length)
         if self._order.size not in (None, length):
             raise SizeMismatch(name=self._order.name, size=self._order.size, received=length)
-        # Where the whole file is at hand its size is known now; but others who resumed it may have
-        # sent it as it was planned.
-        if not (self._resumed or self._draft.chunks):
-            version = self._draft.version
-            self._draft = dataclasses.replace(self._plan(length), version=version)
+        if not self._draft.chunks:
+            self._plan_again(length)
         self._flush()
+
+    def _plan_again(self, length: int) -> None:
+        """Where the whole file is at hand its size is known now."""
+        self._draft = dataclasses.replace(self._plan(length), version=self.version)
 
     def _send(self, batch: memoryview) -> None:
         """2. Store chunks, on a lease."""
@@ -925,13 +909,12 @@ class FileWriter(io.RawIOBase):
 
     def _store(self, values: dict[int, tuple[Any, ...]]) -> None:
         """Store chunks until the server keeps all of them. Raises CacheFull, UploadConflict."""
-        slot, draft, deadline = self._slot, self._draft, time.monotonic() + _PATIENCE
-        store = slot.add if self._resumed else slot.store
+        deadline = time.monotonic() + _PATIENCE
         # A file of more than half the server's memory needs what its old version holds.
         size = self._max_size if self._order.size is None else self._order.size
         is_tight = 2 * size > self._memory
         while True:
-            refusal = store(draft, values, self._lease)
+            refusal = self._put(values)
             if not (refusal or is_tight):
                 return
             # What was asked for twice is active in the eyes of memcached's LRU, like the chunks of
@@ -946,33 +929,82 @@ class FileWriter(io.RawIOBase):
             values = {index: values[index] for index in left}
             time.sleep(_PAUSE)
 
-    def _publish(self) -> None:
-        order, slot = self._order, self._slot
+    def _put(self, values: Mapping[int, tuple[Any, ...]]) -> bytes:
+        return self._slot.store(self._draft, values, self._lease)
+
+    def _publish(self) -> FileInfo:
         now = int(time.time())
-        info = dataclasses.replace(self._draft, created=now, expires=_end(order.expire))
+        info = dataclasses.replace(self._draft, created=now, expires=_end(now, self._order.expire))
         for _ in range(_ATTEMPTS):
             # Asked now, not before the upload: a server that restarts counts its tokens anew.
-            found = slot.lookup()
-            if found.info and found.version == info.version:
-                self.info = self._agree(found.info)
-                return
-            order.check(slot, found)
-            # 3. A server that is short of memory says STORED, and evicts the first chunks while
-            # the last arrive.
-            missing = slot.touch(info, slot.exptime(order.expire, _SLACK))
-            if missing:
-                raise self._full(missing)
-            self._in_doubt = True
-            if slot.swap(found, info, slot.exptime(order.expire)):  # 4. and 5.
-                if self._resumed:  # another, who did so too, may have put them on a lease
-                    slot.touch(info, slot.exptime(order.expire, _SLACK))
-                self.info = info
-                return
-            self._in_doubt = self._resumed
-        raise slot.full(info.size, [], "contention")
+            found = self._slot.lookup()
+            published = self._try_to_publish(info, found)
+            if published:
+                return published
+        raise self._slot.full(info.size, [], "contention")
+
+    def _try_to_publish(self, info: FileInfo, found: _Found) -> FileInfo | None:
+        """Put the file in the place of what was found; None: another was quicker."""
+        self._order.check(self._slot, found)
+        # 3. A server that is short of memory says STORED, and evicts the first chunks while the
+        # last arrive.
+        self._settle(info)
+        self._in_doubt = True
+        done = self._slot.swap(found, info, self._slot.exptime(self._order.expire))  # 4. and 5.
+        return info if done else None
+
+    def _settle(self, info: FileInfo) -> None:
+        """Give every chunk its final expiry. Raises CacheFull where one is gone."""
+        missing = self._slot.touch(info, self._slot.exptime(self._order.expire, _SLACK))
+        if missing:
+            raise self._full(missing)
+
+    def _full(self, missing: list[int], refusal: bytes = b"") -> CacheFull:
+        size = max(self._draft.size, self._order.size or 0)
+        # memcached's clock ticks once a second: an item may end up to a second early.
+        is_over = time.monotonic() - self._started > self._lease - 1
+        return self._slot.full(size, missing, "lease" if is_over else "", refusal)
+
+
+class _ResumedWriter(FileWriter):
+    """A writer that was suspended, and resumed by one or more: what is stored of the upload is
+    that of the others, too, who send the same bytes, and may publish them at any moment."""
+
+    _in_doubt = True
+
+    def _fail(self) -> None:
+        """What is stored stays for the lease: others may go on with it."""
+        if not self.closed:
+            io.RawIOBase.close(self)
+            with contextlib.suppress(CacheUnavailable):
+                self._hold(range(self._draft.chunks))
+
+    def _hold(self, indices: Iterable[int]) -> list[int]:
+        """Where another has published them, chunks keep their end; where that happens meanwhile
+        they get none, which is never too early."""
+        if self._is_published():
+            return self._slot.missing(self._draft, indices)
+        missing = super()._hold(indices)
+        if self._is_published():
+            self._slot.touch(self._draft, 0, indices)
+        return missing
+
+    def _plan_again(self, length: int) -> None:
+        """Others may have sent it as it was planned."""
+
+    def _put(self, values: Mapping[int, tuple[Any, ...]]) -> bytes:
+        return self._slot.add(self._draft, values, self._lease)
+
+    def _try_to_publish(self, info: FileInfo, found: _Found) -> FileInfo | None:
+        if found.info and found.version == self.version:
+            return self._agree(found.info)
+        published = super()._try_to_publish(info, found)
+        if published:
+            self._settle(info)  # others may have put chunks on a lease, or abandoned them
+        return published
 
     def _agree(self, published: FileInfo) -> FileInfo:
-        """What another, who resumed the same upload, has published: the same file, and whole."""
+        """What another has published: the same file, and whole."""
         if published.size != self._draft.size:
             index = min(published.chunks, self._draft.chunks)
             raise UploadConflict(name=published.name, version=published.version, index=index)
@@ -980,12 +1012,6 @@ class FileWriter(io.RawIOBase):
         if missing:
             raise self._full(missing)
         return published
-
-    def _full(self, missing: list[int], refusal: bytes = b"") -> CacheFull:
-        size = max(self._draft.size, self._order.size or 0)
-        # memcached's clock ticks once a second: an item may end up to a second early.
-        is_over = time.monotonic() - self._started > self._lease - 1
-        return self._slot.full(size, missing, "lease" if is_over else "", refusal)
 
 
 class CachedFile(io.RawIOBase):
@@ -1172,7 +1198,8 @@ class _Slot:
             return self._put(found, value, exptime)
         except CacheUnavailable:
             now = self.lookup()
-            if now.token is not None and now.token == found.token:
+            # (Tokens alone don't tell: a server that restarted gives the same ones again.)
+            if found.token is not None and (now.value, now.token) == (found.value, found.token):
                 # It is not done, or not yet. Once more: should memcached do the first one late, it
                 # won't do both. (Of an `add` that can't be told: it may be done, and undone by a
                 # deleter, who took our chunks too.)
@@ -1180,7 +1207,7 @@ class _Slot:
                     if self._put(found, value, exptime):
                         return True
                 now = self.lookup()
-            if now.value == (value or None):
+            if now.value == (value or None):  # a deleted manifest is empty, and has expired
                 return True
             # Perhaps done, and undone by a writer who deleted our chunks, not what we replaced.
             self._discard_replaced(found, now.version)
@@ -1285,17 +1312,20 @@ class _Slot:
             return int(self._ask("stats").get(b"time", time.time()))
         return int(time.time())
 
-    def settings(self) -> dict[bytes, Any]:
-        """The server's `stats settings`; nothing where a client or proxy hides them."""
+    def settings(self) -> Mapping[bytes, Any]:
+        """The server's `stats settings`; nothing where a client or proxy hides one of those that
+        are needed, which is asked again the next time."""
+        told: Mapping[bytes, Any] = {}
         try:
-            settings: dict[bytes, Any] = self._ask("stats", "settings")
+            told = self._ask("stats", "settings")
         except CacheUnavailable as error:
             # Some proxies close the connection on a command that they don't know.
-            if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, _DROPPED):
+            is_down = isinstance(error.__cause__, OSError)
+            if is_down and not isinstance(error.__cause__, _DROPPED):
                 raise
-            return {}
         needed = {b"item_size_max", b"slab_chunk_max", b"maxbytes"}
-        return settings if needed <= settings.keys() else {}
+        self.server.settings = told if needed <= told.keys() else {}
+        return self.server.settings
 
     def full(self, size: int, missing: list[int], cause: str, refusal: bytes = b"") -> CacheFull:
         """The error for a file of `size` bytes. cause: "" to ask the server for it."""
@@ -1338,10 +1368,10 @@ def _diagnose(
         for name, count in slabs.items()
         if name.endswith(b":total_pages")
     }
-    pages.pop(settings[b"slab_chunk_max"], None)
+    pages.pop(settings[b"slab_chunk_max"], None)  # where chunks of files are
     others = sum(pages.values())
     if size > memory - others * _PAGE:
-        held = f"{others} of its {memory // _PAGE} pages hold items of other sizes"
+        held = f"{others} pages of its {memory // _PAGE} MiB (-m) hold items of other sizes"
         advice = "start it with -o slab_automove=2, or give files a memcached of their own"
         return "slabs", f"{held}: {advice}"
     return "pressure", f"other items fill its memory (-m) of {memory} bytes"
@@ -1355,18 +1385,22 @@ class _Server:
     """
 
     key_prefix = b""  # what the client puts before every key
+    settings: Mapping[bytes, Any] = types.MappingProxyType({})  # as last told
 
     def __init__(self, name: str, client: Any) -> None:
         self.name = name
-        self._client = client
-        # A RetryingClient has its client's methods, but not its attributes.
-        inner = getattr(client, "__dict__", {}).get("_client", client)
-        if getattr(inner, "ignore_exc", False):
+        if isinstance(client, RetryingClient):
+            # It repeats an `add` or `cas` that may have been done. What it wraps does not.
+            client = vars(client)["_client"]
+        if getattr(client, "ignore_exc", False):
             raise ValueError("ignore_exc=True makes a client call a server that is down a miss")
-        if isinstance(inner, HashClient):
+        if isinstance(client, HashClient):
             raise ValueError("a HashClient calls a server that is down a miss: give it unwrapped")
-        self._pool = getattr(inner, "client_pool", None)
-        prefix = getattr(inner, "key_prefix", b"")
+        if not hasattr(client, "get_many"):
+            raise ValueError(f"{client!r} is no memcached client; `connect` takes addresses")
+        self._client = client
+        self._pool = getattr(client, "client_pool", None)
+        prefix = getattr(client, "key_prefix", b"")
         self.key_prefix = prefix.encode() if isinstance(prefix, str) else prefix
 
     def gets(self, key: str) -> Any:
@@ -1382,7 +1416,7 @@ class _Server:
         return [self._store(verb, key, value, exptime, token) for key, value in joined]
 
     def _store(self, verb: str, key: str, value: bytes, exptime: int, token: Any) -> bytes:
-        again = verb == "set" or token == _NO_TOKEN
+        again = _is_repeatable(verb, token)
         ask = functools.partial(self._call, again=again, expire=exptime, noreply=False)
         try:
             if verb == "set":  # by `set_many`, which lists what failed: `set` is always True
@@ -1470,7 +1504,7 @@ class _Pool(_Server):
     def store(
         self, verb: str, items: Mapping[str, tuple[Any, ...]], exptime: int, token: Any = None
     ) -> list[bytes]:
-        again = verb == "set" or token == _NO_TOKEN
+        again = _is_repeatable(verb, token)
         return list(self._call("store", verb, items, exptime, token, again=again))
 
     def read(self, keys: list[str], verify: Callable[[str, Any], Any]) -> dict[str, Any]:
@@ -1623,6 +1657,12 @@ class _Connection(Client):
         return name, self._verify(name, value), buf
 
 
+def _is_repeatable(verb: str, token: Any) -> bool:
+    """Whether to store twice is to store once: a chunk, which nobody else stores under its key,
+    and a question, which changes nothing. An `add` or `cas` would lose to itself."""
+    return verb == "set" or token == _NO_TOKEN
+
+
 def _servers(client: Any) -> dict[str, _Server]:
     """The servers behind what `FileCache` was given, by name. Raises ValueError."""
     if isinstance(client, HashClient):
@@ -1702,5 +1742,5 @@ def _seconds(expire: int | datetime.timedelta) -> int:
     return operator.index(expire)
 
 
-def _end(expire: int) -> int | None:
-    return int(time.time()) + expire if expire else None
+def _end(now: int, expire: int) -> int | None:
+    return now + expire if expire else None

@@ -66,7 +66,7 @@ from pymemcache.client.retrying import RetryingClient
 import memchunk
 from memchunk import FileCache, FileInfo, FileWriter
 from tests.faults import Faulty, Proxy
-from tests.support import Memcached, Start, wait_for
+from tests.support import CLOCK, WAIT, Memcached, Start, wait_for
 
 # What the tests are made of
 
@@ -386,7 +386,7 @@ def cause(call: Callable[[], object]) -> str:
 
 @contextlib.contextmanager
 def interrupt_after(seconds: float) -> Iterator[None]:
-    """Raise KeyboardInterrupt in the body, as Ctrl-C does."""
+    """Raise KeyboardInterrupt in the body, as Ctrl-C does; 0: when the body sets the timer."""
     handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
@@ -515,8 +515,8 @@ def test_stat_open_and_the_write_tell_the_same(site: Site) -> None:
     assert cache.open("file").info == info
     assert (info.name, info.size, info.metadata) == ("file", len(OLD), b"\0meta\xff")
     assert info.expires is not None
-    assert abs(info.created - time.time()) < 5
-    assert abs(info.expires - time.time() - 1000) < 5
+    assert abs(info.created - time.time()) < CLOCK
+    assert abs(info.expires - time.time() - 1000) < CLOCK
 
 
 @every_kind
@@ -553,9 +553,9 @@ def assert_expiries(site: Site, info: FileInfo, expire: int) -> None:
     if expire == 0:
         assert {*chunks, manifest} == {-1}
     else:
-        assert abs(manifest - time.time() - expire) < 5
+        assert abs(manifest - time.time() - expire) < CLOCK
         assert info.expires is not None
-        assert abs(manifest - info.expires) < 5
+        assert abs(manifest - info.expires) < CLOCK
         assert all(manifest < end < manifest + 3600 for end in chunks)
 
 
@@ -719,7 +719,7 @@ def test_after_ctrl_c_in_mid_reply_no_call_reads_the_reply_of_another(own_site: 
     cache.set("other", NEW)
     for server in own_site.servers:
         server.pause()
-    with interrupt_after(0.05), pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), interrupt_after(0.05):
         cache.get("file")  # waits for the reply until it is interrupted
     for server in own_site.servers:
         server.resume()
@@ -1244,7 +1244,7 @@ def test_a_namespace_of_any_length_works(tcp: Site) -> None:
 MONTH = 30 * DAY  # memcached reads what is longer as an absolute time
 
 
-@pytest.mark.parametrize("expire", [2, MONTH - 61, MONTH - 1, MONTH, MONTH + 1, 400 * DAY])
+@pytest.mark.parametrize("expire", [CLOCK, MONTH - 61, MONTH - 1, MONTH, MONTH + 1, 400 * DAY])
 def test_expire_counts_from_now_however_long(cache: FileCache, tcp: Site, expire: int) -> None:
     info = cache.set("file", OLD, expire=expire)
     assert_expiries(tcp, info, expire)
@@ -1272,7 +1272,7 @@ def test_a_time_after_memcacheds_last_is_kept_as_long_as_it_can(
     info = cache.set("file", OLD, expire=expire)
     assert cache.get("file") == OLD
     assert info.expires is not None
-    assert abs(info.expires - time.time() - expire) < 5
+    assert abs(info.expires - time.time() - expire) < CLOCK
     assert set(server.expiries().values()) == {-1}
 
 
@@ -1294,10 +1294,10 @@ def gone(cache: FileCache, name: str) -> bool:
 
 
 def test_a_file_that_would_expire_is_kept_by_touch_and_by_set(tcp: Site, cache: FileCache) -> None:
-    cache.set("file", OLD, expire=5)
+    cache.set("file", OLD, expire=CLOCK)
     assert cache.touch("file", 0).expires is None
     assert set(tcp.servers[0].expiries().values()) == {-1}
-    cache.set("file", NEW, expire=5)
+    cache.set("file", NEW, expire=CLOCK)
     cache.set("file", NEW)
     assert set(tcp.servers[0].expiries().values()) == {-1}
 
@@ -2034,6 +2034,19 @@ def test_who_finishes_second_is_not_told_that_a_file_is_there_that_is_not(
     assert caught.value.missing == [3]
 
 
+def test_a_writer_whose_upload_is_abandoned_meanwhile_says_so(tcp: Site, cache: FileCache) -> None:
+    cache.set("file", OLD)
+    writer = cache.create("file", replace=True)
+    writer.write(LONG)
+    state = writer.suspend()
+    abandon = At({"cas"}, lambda: cache.abandon(state))
+    resumed = tcp.interposed(before=abandon).resume(state)
+    with pytest.raises(memchunk.CacheFull) as caught:
+        resumed.close()
+    assert caught.value.missing
+    assert "file" not in cache
+
+
 def test_what_is_read_back_is_what_was_written_when_it_began(
     cache: FileCache, server: Memcached
 ) -> None:
@@ -2111,6 +2124,17 @@ def test_an_evicted_chunk_ends_an_upload(tcp: Site, cache: FileCache, server: Me
 def test_what_is_no_state_is_refused(cache: FileCache, state: bytes) -> None:
     with pytest.raises(ValueError, match="state"):
         cache.resume(state)
+
+
+def test_a_state_that_was_changed_is_refused(cache: FileCache) -> None:
+    writer = cache.create("file")
+    writer.write(LONG)
+    state = writer.suspend()
+    changed = state.replace(writer.version.encode(), b"0" * 16)
+    assert changed != state
+    with pytest.raises(ValueError, match="state"):
+        cache.resume(changed)
+    cache.abandon(state)
 
 
 def test_another_process_takes_an_upload_up(tcp: Site, server: Memcached) -> None:
@@ -2334,17 +2358,31 @@ def test_limits_that_are_not_told_once_are_asked_for_again(
         assert cache.get("file") == bytes(MIB)
 
 
+def test_limits_that_are_smaller_after_a_restart_are_asked_for_again(
+    start_memcached: Start,
+) -> None:
+    memcached = start_memcached()
+    with memchunk.connect(memcached.server) as cache:
+        cache.set("file", bytes(2 * MIB))
+        memcached.kill()
+        memcached.options = "-I", "128k", "-o", "slab_chunk_max=65536"
+        memcached.start()
+        assert cause(lambda: cache.set("file", bytes(2 * MIB))) == "item size"
+        assert cache.set("file", bytes(2 * MIB)).chunks >= 32
+
+
 def test_a_cache_held_by_small_items_says_no_until_it_has_room(
     start_memcached: Start, big: bytes
 ) -> None:
     """memcached moves pages from the small items' class to the large ones', one at a time."""
-    memcached = start_memcached("-m", "64", "-o", "slab_automove=2")
+    memcached = start_memcached("-m", "64", "-o", "slab_automove=0")
     memcached.fill(60_000, 1000)
 
     with memchunk.connect(memcached.server) as cache:
         assert cause(lambda: cache.set("file", big)) == "slabs"
         assert "memchunk" not in "".join(memcached.keys())
         not_found(lambda: cache.get("file"))
+        assert memcached.command("slabs automove 2") == b"OK\r\n"
         wait_for(lambda: stored(cache, big), "room for 50 MiB")
         assert cache.get("file") == big
 
@@ -2397,7 +2435,7 @@ def test_a_chunk_larger_than_an_item_says_so(tcp: Site) -> None:
 
 
 def test_a_lease_that_ran_out_says_so(tcp: Site, server: Memcached) -> None:
-    cache = tcp.cache(lease=1)
+    cache = tcp.cache(lease=2)
 
     def outlast() -> None:
         wait_for(lambda: not server.keys(), "the lease to run out")
@@ -2504,6 +2542,28 @@ def test_every_idle_connection_may_break_in_a_restart(memcached: Memcached, pool
     cache.add("file", NEW)
     assert cache.get("file") == NEW
     cache.close()
+
+
+def test_a_restart_that_gives_the_same_token_again_does_not_mix_two_files(
+    memcached: Memcached,
+) -> None:
+    """The `cas` breaks off, and what is there then is another's, of whom nothing may be lost."""
+    other = memchunk.connect(memcached.server, chunk_size=CHUNK)
+    other.set("file", OLD)
+
+    def restart() -> None:
+        memcached.kill()
+        memcached.start()
+        other.set("file", OLD[::-1])
+        raise ConnectionResetError
+
+    at = At({"cas"}, restart)
+    client = Interposed(Client(memcached.address, timeout=5), at)
+    with FileCache(client, chunk_size=CHUNK) as cache, other:
+        with pytest.raises(memchunk.CacheUnavailable):
+            cache.set("file", OLD)
+        assert at.acted
+        assert other.get("file") == OLD[::-1]
 
 
 def test_a_server_restarted_in_mid_write_did_not_keep_the_file(memcached: Memcached) -> None:
@@ -2859,6 +2919,8 @@ def test_a_lost_reply_to_the_publication_is_recovered(
 # Interrupts
 
 
+# Struck between the system's making of a socket and Python's, it leaves that to the collector.
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("fault", ["reset before", "reset after"])
 @pytest.mark.parametrize("operation", CHANGING)
@@ -2940,11 +3002,14 @@ def test_ctrl_c_ends_a_call_to_a_stopped_server_without_a_time_out(
     with memchunk.connect(memcached.server, chunk_size=CHUNK) as other:
         other.set("file", OLD)
     client = Client(memcached.address)  # waits for ever
-    at = At({moment}, memcached.pause)
-    cache = FileCache(Interposed(client, at), chunk_size=CHUNK)
-    with pytest.raises(KeyboardInterrupt), interrupt_after(0.3):
+
+    def stop() -> None:
+        memcached.pause()
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+
+    cache = FileCache(Interposed(client, At({moment}, stop)), chunk_size=CHUNK)
+    with pytest.raises(KeyboardInterrupt), interrupt_after(0):
         cache.set("file", NEW)
-    assert at.acted
     memcached.resume()  # and it does what it was sent
     assert cache.get("file") in (OLD, NEW)[: 2 if moment == "cas" else 1]
     cache.close()
@@ -3114,6 +3179,27 @@ def test_a_retrying_client_is_a_client_like_any(memcached: Memcached) -> None:
             FileCache(RetryingClient(hides, attempts=2))
 
 
+def test_a_retrying_client_never_repeats_what_may_be_done(memcached: Memcached) -> None:
+    """Its `add` would go to the server that restarted, and has none of the file's chunks."""
+
+    def restart() -> None:
+        memcached.kill()
+        memcached.start()
+
+    client = Interposed(Client(memcached.address, timeout=5), At(PUBLISH, restart))
+    with FileCache(RetryingClient(client, attempts=3), chunk_size=CHUNK) as cache:
+        with pytest.raises(memchunk.CacheUnavailable):
+            cache.add("file", OLD)
+        assert "file" not in cache
+        assert memcached.keys() == []
+
+
+@pytest.mark.parametrize("client", [None, "127.0.0.1:11211", [Client("127.0.0.1")]])
+def test_what_is_no_client_is_refused(client: Any) -> None:
+    with pytest.raises(ValueError, match="no memcached client"):
+        FileCache(client)
+
+
 def test_a_clients_key_prefix_counts(memcached: Memcached) -> None:
     prefixes: list[Any] = [b"", b"p" * 100, "t" * 100]
     for prefix in prefixes:
@@ -3227,7 +3313,7 @@ def test_tls_to_a_plain_server_and_the_reverse_are_clear_errors(
     tls_server: Memcached, server: Memcached
 ) -> None:
     for address in (f"tls://{server.server}", tls_server.server):
-        cache = memchunk.connect(address, timeout=1)
+        cache = memchunk.connect(address, timeout=WAIT)
         with cache, pytest.raises(memchunk.CacheUnavailable, match="TLS"):
             cache.get("file")
 

@@ -31,6 +31,7 @@ FOLDER = pathlib.Path(memchunk.__file__).parent
 SECONDS = 240  # that any answer may take; only a hang takes as long
 BOUNDARY = "no-file-of-the-tests-has-this-in-it"
 WAIT = 120  # seconds for what takes a moment on any machine that is not stuck
+CLOCK = 60  # seconds that may go by between a write, the look at it, and the look at the clock
 INSTALL = "'apt-get install memcached', 'dnf install memcached' or 'brew install memcached'"
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and all that they start.
@@ -54,7 +55,7 @@ class Memcached:
         program = shutil.which("memcached")
         if program is None:
             pytest.fail(f"these tests need memcached: {INSTALL}")
-        self._options = options
+        self.options = options
         self._tls = tls  # for a server whose options make it speak nothing else
         self._program = program
         self._unix = str(folder / "memcached.sock") if unix else None
@@ -68,7 +69,7 @@ class Memcached:
         self._port_file.unlink(missing_ok=True)
         user = ["-u", "root"] if os.geteuid() == 0 else []
         self.process = subprocess.Popen(
-            [self._program, *listen, "-U", "0", *user, *self._options],
+            [self._program, *listen, "-U", "0", *user, *self.options],
             env={**os.environ, "MEMCACHED_PORT_FILENAME": str(self._port_file)},
         )
         wait_for(self._answers, "memcached to listen")
@@ -95,7 +96,7 @@ class Memcached:
 
     def connection(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX if self._unix else socket.AF_INET)
-        connection.settimeout(10)
+        connection.settimeout(WAIT)
         try:
             connection.connect(self.address)
             if self._tls:

@@ -36,7 +36,7 @@ from test_wsgi import (
     send,
     version,
 )
-from tests.support import Memcached, opened, wait_for
+from tests.support import CLOCK, Memcached, opened, wait_for
 
 TUS = {"Tus-Resumable": "1.0.0"}
 TYPE = "application/offset+octet-stream"
@@ -284,9 +284,9 @@ def test_expiration(client: Any, memcached: Memcached) -> None:
     answers = [created, patch(client, path, 0, content(5000)), head(client, path)]
     for answer in answers:
         end = parsedate_to_datetime(answer.headers["Upload-Expires"]).timestamp()
-        assert abs(end - time.time() - tus.EXPIRE) < 10
+        assert abs(end - time.time() - tus.EXPIRE) < CLOCK
     for key, end in memcached.expiries().items():  # never before the upload does
-        assert 0 <= end - time.time() - tus.EXPIRE + 10 < 4000, key
+        assert 0 <= end - time.time() - tus.EXPIRE + CLOCK < 4000, key
 
 
 def test_an_expired_upload(client: Any, monkeypatch: Any) -> None:
