@@ -393,6 +393,7 @@ class Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self._threads: list[threading.Thread] = []
+        self._ends: list[socket.socket] = []
         self._start(self._accept)
 
     def url(self, path: str) -> str:
@@ -413,6 +414,7 @@ class Proxy:
             except OSError:
                 client.close()
                 continue
+            self._ends += client, server
             self._start(self._up, client, server)
             self._start(self._pass, server, client)
 
@@ -428,16 +430,22 @@ class Proxy:
                     self.before_cut()
                     break
                 target.sendall(data)
-        for end in (source, target):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+        shut(source, target)
         if not count:
             source.close()
             target.close()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
+        shut(self._listener)
         self._listener.close()
+        self._threads.pop(0).join(SECONDS)
+        shut(*self._ends)  # a browser keeps an idle one for a minute
         for thread in self._threads:
             thread.join(SECONDS)
+
+
+def shut(*sockets: socket.socket) -> None:
+    """End what threads wait for on these."""
+    for each in sockets:
+        with contextlib.suppress(OSError):
+            each.shutdown(socket.SHUT_RDWR)

@@ -258,7 +258,6 @@ def test_a_line_that_breaks(start: Start, tmp_path: pathlib.Path) -> None:
         assert proxy.passed < len(data) + 3 * 3 * 4 * MIB
         link(browser, "big.dat").click()
         wait_for_download(tmp_path / "big.dat", data)
-        browser.get("about:blank")
 
 
 def test_a_line_that_stalls(start: Start, tmp_path: pathlib.Path) -> None:
@@ -276,7 +275,6 @@ def test_a_line_that_stalls(start: Start, tmp_path: pathlib.Path) -> None:
         assert "The connection stalled. Going on in 1 s." in browser.execute_script("return said")
         link(browser, "big.dat").click()
         wait_for_download(tmp_path / "big.dat", data)
-        browser.get("about:blank")
 
 
 def test_a_network_that_is_away(start: Start, tmp_path: pathlib.Path) -> None:
