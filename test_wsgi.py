@@ -1,6 +1,7 @@
 """The HTTP API through Werkzeug's test client, on real memcached processes.
 
-Real hosts, browsers and Lambda adapters are in test_hosts.py.
+Real hosts are in tests/test_hosts.py, browsers in tests/test_browser.py, Lambda adapters in
+tests/test_lambda.py.
 """
 
 from __future__ import annotations
@@ -1636,12 +1637,15 @@ def test_python_wsgi_py_brings_its_own_memcached(run: Any, tmp_path: Any, stop: 
     assert call("GET", url + "files/a") == (200, b"x")
     (folder,) = tmp_path.iterdir()
     assert folder.stat().st_mode & 0o77 == 0
-    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    [path] = folder.iterdir()
+    cache = memchunk.connect(f"unix:{path}")
+    cache.ping()
     process.send_signal(stop)
     assert process.wait(WAIT) == 0
     assert list(tmp_path.iterdir()) == []
-    assert children
-    assert not any(pathlib.Path("/proc", child).exists() for child in children)
+    with pytest.raises(memchunk.CacheUnavailable):  # its idle connection has ended with it
+        cache.ping()
+    cache.close()
 
 
 def test_python_wsgi_py_without_memcached(run: Any, tmp_path: Any) -> None:

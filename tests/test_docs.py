@@ -1,4 +1,4 @@
-"""Every snippet that README.md and docs/ show is run here, from the document itself.
+"""Every `python` and `console` snippet of README.md and docs/ is run here, from the document.
 
 A fenced block is a snippet by its language: `python` is run as a script, `console` line by line in
 a shell, and what they print must be what stands there, but for versions and times. All of a
