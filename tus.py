@@ -85,7 +85,7 @@ class Uploads:
         _check(version == "1.0.0", 412, "Send 'Tus-Resumable: 1.0.0': that is spoken here.")
         if request.method != "HEAD":
             self.application.refuse_foreign_site(request)
-            wsgi._refuse_coding(request)
+            wsgi.refuse_coding(request)
         handler: Callable[..., Response] = getattr(self, f"on_{request.method.lower()}")
         try:
             return handler(request, body, **arguments)
@@ -98,7 +98,7 @@ class Uploads:
         is_length = re.fullmatch("[0-9]{1,18}", length) and "Upload-Concat" not in request.headers
         _check(is_length, 400, "Send an Upload-Length: it can't come later, nor in other uploads.")
         if int(length) > self.cache.max_size:
-            raise wsgi._too_large(self.cache.max_size)
+            raise wsgi.too_large(self.cache.max_size)
         content = self.content(request, body, int(length)) if request.mimetype == TYPE else ()
         upload = self.start(request, int(length))
         try:
@@ -125,7 +125,7 @@ class Uploads:
 
     def on_delete(self, request: Request, body: wsgi.Body, upload_id: str) -> Response:
         self.remove(self.find(upload_id))
-        return wsgi._empty({})
+        return wsgi.empty({})
 
     def progress(self, request: Request, upload: Upload, status: int, **more: str) -> Response:
         about = {"Offset": upload.offset, "Length": upload.length, "Metadata": upload.metadata}
@@ -134,7 +134,7 @@ class Uploads:
             headers["Content-Location"] = self.application.path(request, "read", name=upload.name)
         elif upload.record:
             headers["Upload-Expires"] = http_date(upload.record.expires)
-        return wsgi._empty({**headers, **more, "Cache-Control": "no-store"}, status)
+        return wsgi.empty({**headers, **more, "Cache-Control": "no-store"}, status)
 
     def content(self, request: Request, body: wsgi.Body, room: int) -> Iterator[bytes]:
         """What comes of the body, to where it ends or breaks off, of up to `room` bytes. Raises
@@ -168,11 +168,11 @@ class Uploads:
         metadata = request.headers.get("Upload-Metadata", "")
         digest = request.headers.get("Repr-Digest", "")
         _check(len(metadata + digest) <= MAX_HEADERS, 431, "The upload's headers are too long.")
-        wsgi._expected_digests(digest)
-        label = wsgi._pack(*_type_and_filename(metadata))
-        expire = self.application.expire(wsgi._query(request, "expire"))
+        wsgi.expected_digests(digest)
+        label = wsgi.pack_metadata(*_type_and_filename(metadata))
+        expire = self.application.expire(wsgi.query_value(request, "expire"))
         # 128 random bits each: who has the file's address can't delete it by the upload's.
-        name = wsgi._query(request, "name") or secrets.token_hex(16)
+        name = wsgi.query_value(request, "name") or secrets.token_hex(16)
         _check(RESERVED not in name, 400, "The name is not UTF-8.")
         writer = self.cache.create(name, length, expire, label)
         upload = Upload(secrets.token_hex(16), name, length, writer.version, metadata, digest)
@@ -214,7 +214,7 @@ class Uploads:
     def finish(self, upload: Upload, writer: memchunk.FileWriter) -> Upload:
         """Publish the file. Where that can't be, nothing is left of the upload."""
         try:
-            for _ in wsgi._verified(writer.chunks(), upload.digest) if upload.digest else ():
+            for _ in wsgi.verified(writer.chunks(), upload.digest) if upload.digest else ():
                 pass
             writer.close()
         except (wsgi.Problem, memchunk.FileExists, memchunk.CacheFull):

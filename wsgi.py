@@ -267,7 +267,8 @@ def _setting(variable: str, text: str, default: Any) -> str | int | float:
         number: int | float = type(default)(text)
     except ValueError:
         raise SettingError(f"{variable} must be a number, not {text!r}") from None
-    least = min(default, 0.001)  # 0 where that is the default, and means something
+    # 0 is a number only where it is the default, and means something.
+    least = 0 if not default else 1 if isinstance(default, int) else 0.001
     if not least <= number <= MAX_EXPIRE:
         raise SettingError(f"{variable} is {text}, but must be {least} to {MAX_EXPIRE}")
     return number
@@ -334,6 +335,7 @@ class Body:
         """Read what a refused upload still sends. To close on it would reset the connection, and
         its sender would see that instead of the answer. But it may send slowly, to keep a thread
         busy: who is not `trusted`, or one too many, only gets what the host does."""
+        # Without these there is no body, even where the host's stream tells no length.
         announced = {"CONTENT_LENGTH", "HTTP_TRANSFER_ENCODING"} & self._environ.keys()
         if self._left == 0 or not announced:
             return
@@ -373,7 +375,7 @@ class Body:
 
 
 @dataclasses.dataclass
-class Upload:
+class SentFile:
     """What an upload says of its file, and its bytes, which can be read once."""
 
     content: Iterable[bytes]
@@ -396,13 +398,13 @@ class Form:
         self._at = 0  # where in that the next byte is
         self._room = MAX_FORM_OVERHEAD
 
-    def upload(self, expire: str | None) -> Upload:
+    def upload(self, expire: str | None) -> SentFile:
         """What the field "file" has. A field "expire" counts, and must stand before that."""
         self._text(self._delimiter)
         while (part := self._part()) is not None:
             name, filename, content_type = part
             if name == "file" and filename != "":  # "" is what a browser sends for no file
-                return Upload(self._file(), None, content_type, filename or "", expire)
+                return SentFile(self._file(), None, content_type, filename or "", expire)
             text = self._text(self._delimiter)
             expire = text if name == "expire" else expire
         raise Problem(400, "The form has no file in a field named 'file'. Choose one.")
@@ -521,9 +523,13 @@ class Application:
         if self.uploads and _is_upload(request):
             response.headers.update(self.uploads.headers)
         self.share(request, response)
+        is_welcome = (
+            environ["REQUEST_METHOD"] not in READS
+            and response.status_code not in (401, 403)
+            and self.has_token(request)
+        )
         # After the answer, not before it: a client may wait for it and send nothing more.
-        uploads = environ["REQUEST_METHOD"] not in READS and response.status_code not in (401, 403)
-        response.call_on_close(functools.partial(body.drain, uploads and self.has_token(request)))
+        response.call_on_close(functools.partial(body.drain, is_welcome))
         return response(environ, start_response)
 
     def dispatch(self, request: Request, body: Body) -> Response:
@@ -542,8 +548,9 @@ class Application:
         if request.method not in READS:
             self.refuse_foreign_site(request)
         handler: Callable[..., Response] = getattr(self, f"on_{endpoint}")
-        uploads = {"body": body} if endpoint in TAKES_BODY else {}
-        return handler(request, **arguments, **uploads)
+        if endpoint in TAKES_BODY:
+            arguments = {**arguments, "body": body}
+        return handler(request, **arguments)
 
     def has_token(self, request: Request) -> bool:
         """Whether the request carries the token, or none is set."""
@@ -603,7 +610,7 @@ class Application:
             headers["Access-Control-Allow-Methods"] = headers["Allow"]
             headers["Access-Control-Allow-Headers"] = wanted if wanted.isascii() else ""
             headers["Access-Control-Max-Age"] = PREFLIGHT_AGE
-        return _empty(headers)
+        return empty(headers)
 
     def on_page(self, request: Request) -> Response:
         response = Response(self.page, headers=_page_headers(self.page), mimetype="text/html")
@@ -644,7 +651,7 @@ class Application:
         _check_preconditions(request, current)
         # The write must keep the preconditions true to its end.
         write: Callable[..., memchunk.FileInfo] = self.cache.set
-        if current and any(key in request.headers for key in PRECONDITIONS[:2]):
+        if current and ("If-Match" in request.headers or "If-Unmodified-Since" in request.headers):
             write = functools.partial(self.cache.cas, version=current.version)
         elif request.headers.get("If-None-Match") == "*":
             write = self.cache.add
@@ -656,7 +663,8 @@ class Application:
             raise Problem(412, "Meanwhile another request deleted the file.") from error
 
     def current(self, request: Request, name: str) -> memchunk.FileInfo | None:
-        """The file that an upload may replace. Where it may replace none, a dead one is none."""
+        """The file that an upload may replace. For If-None-Match: *, which `add` decides, one that
+        lost chunks is none."""
         try:
             info = self.cache.stat(name)
         except (memchunk.FileNotFound, memchunk.FileCorrupt):
@@ -675,24 +683,25 @@ class Application:
         upload = self.receive(request, body)
         info = write(
             name,
-            _verified(upload.content, request.headers.get("Repr-Digest", "")),
+            verified(upload.content, request.headers.get("Repr-Digest", "")),
             size=upload.size,
             expire=self.expire(upload.expire),
-            metadata=_pack(upload.content_type, upload.filename),
+            metadata=pack_metadata(upload.content_type, upload.filename),
         )
         return self.stored(request, info, status)
 
-    def receive(self, request: Request, body: Body) -> Upload:
+    def receive(self, request: Request, body: Body) -> SentFile:
         """The upload in the body, raw or in a form. Raises Problem."""
-        _refuse_coding(request)
+        refuse_coding(request)
         is_form = request.mimetype == "multipart/form-data"
         # Before the body is read, since a client may wait for what we say.
         if (body.size or 0) > self.cache.max_size + (MAX_FORM_OVERHEAD if is_form else 0):
-            raise _too_large(self.cache.max_size)
-        expire = _query(request, "expire")
-        content = _verified(body, request.headers.get("Content-Digest", ""), "Content-Digest")
+            raise too_large(self.cache.max_size)
+        expire = query_value(request, "expire")
+        content = verified(body, request.headers.get("Content-Digest", ""), "Content-Digest")
         if not is_form:
-            return Upload(content, body.size, request.headers.get("Content-Type", ""), "", expire)
+            content_type = request.headers.get("Content-Type", "")
+            return SentFile(content, body.size, content_type, "", expire)
         boundary = request.mimetype_params.get("boundary", "")
         if not re.fullmatch("[ -~]{1,70}", boundary):
             raise Problem(400, "The form's Content-Type names no boundary of 1 to 70 characters.")
@@ -703,10 +712,11 @@ class Application:
         most = self.settings.max_expire
         if not text:
             return self.settings.default_expire
-        least, limit = ("1", most) if most else ("0 (no end)", MAX_EXPIRE)
+        least, limit = (1, most) if most else (0, MAX_EXPIRE)
         seconds = int(text) if re.fullmatch(r"[0-9]{1,10}", text) else -1
-        if not (1 if most else 0) <= seconds <= limit:
-            detail = f"'expire' must be a number of seconds, {least} to {limit}."
+        if not least <= seconds <= limit:
+            lowest = least or "0 (no end)"
+            detail = f"'expire' must be a number of seconds, {lowest} to {limit}."
             raise Problem(400, detail, limit=limit)
         return seconds
 
@@ -750,7 +760,7 @@ class Application:
         return Response(page, status, {**_page_headers(HTML), **headers, **more})
 
     def on_read(self, request: Request, name: str) -> Response:
-        if _query(request, "info") is not None:
+        if query_value(request, "info") is not None:
             info = self.cache.stat(name)
             self.check(info)
             return self.described(request, info)
@@ -767,7 +777,7 @@ class Application:
             raise Problem(410, ERRORS[memchunk.FileEvicted][1])
 
     def on_touch(self, request: Request, name: str) -> Response:
-        expire = _query(request, "expire")
+        expire = query_value(request, "expire")
         if not expire:
             raise Problem(400, "PATCH sets '?expire=SECONDS' anew, and nothing else.")
         seconds = self.expire(expire)
@@ -781,7 +791,7 @@ class Application:
         headers = _file_headers(info)
         if _check_preconditions(request, info) == 304:
             del headers["Content-Type"], headers["Content-Disposition"]
-            return _empty(headers, 304)
+            return empty(headers, 304)
         if any(key in request.environ for key in TEXT_DECODERS):
             headers["Content-Encoding"] = "identity"
         if request.method == "HEAD":
@@ -823,7 +833,7 @@ class Application:
             _check_preconditions(request, info)
             version = info.version
         self.cache.delete(name, version)
-        return _empty({})
+        return empty({})
 
     def url(self, request: Request, endpoint: str, **arguments: str) -> str:
         """Relative to the request's own address: only the client knows what proxies put before it,
@@ -831,7 +841,8 @@ class Application:
         path = self.url_map.bind("").build(endpoint, arguments)
         if "//" in path:  # which many clients make one slash, unless it is below the host
             return self.path(request, endpoint, **arguments)
-        return "../" * (request.path.count("/") - 1) + path[1:] or "./"
+        relative = "../" * (request.path.count("/") - 1) + path[1:]
+        return relative or "./"
 
     def path(self, request: Request, endpoint: str, **arguments: str) -> str:
         """Below the host, with the prefix where the host or a proxy tells it."""
@@ -854,7 +865,7 @@ def _as_problem(error: Exception, request: Request) -> Problem:
     if isinstance(error, Problem):
         return error
     if isinstance(error, memchunk.FileTooLarge):
-        return _too_large(error.limit)
+        return too_large(error.limit)
     for kind, (status, detail) in ERRORS.items():
         if isinstance(error, kind):
             if status >= 500:
@@ -870,7 +881,7 @@ def _as_problem(error: Exception, request: Request) -> Problem:
     return Problem(500, "Something is wrong with this server. Its log says what.")
 
 
-def _too_large(limit: int) -> Problem:
+def too_large(limit: int) -> Problem:
     return Problem(413, f"Files may have up to {_words(limit)}; this one has more.", limit=limit)
 
 
@@ -936,14 +947,14 @@ def _is_upload(request: Request) -> bool:
     return re.match(r"/uploads(/|\Z)", request.path) is not None
 
 
-def _query(request: Request, key: str) -> str | None:
+def query_value(request: Request, key: str) -> str | None:
     """Not by request.args, which fails on bytes that aren't UTF-8."""
     query = request.environ.get("QUERY_STRING", "")
     values = parse_qs(query, keep_blank_values=True).get(key)
     return values[0] if values else None
 
 
-def _refuse_coding(request: Request) -> None:
+def refuse_coding(request: Request) -> None:
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise Problem(415, "Send it without a Content-Encoding.", {"Accept-Encoding": ""})
 
@@ -1057,7 +1068,7 @@ def _file_headers(info: memchunk.FileInfo) -> dict[str, str]:
     }
 
 
-def _pack(content_type: str, filename: str, **more: str) -> bytes:
+def pack_metadata(content_type: str, filename: str, **more: str) -> bytes:
     """A file's metadata, as they came: _metadata cleans them, as it must those by others."""
     return json.dumps({"type": content_type[:256], "filename": filename[-255:], **more}).encode()
 
@@ -1108,7 +1119,7 @@ def _clean_filename(text: str) -> str:
     return "".join(kept).strip(" .")[-100:].strip(" .") or "file"
 
 
-def _expected_digests(header: str, field: str = "Repr-Digest") -> dict[str, bytes]:
+def expected_digests(header: str, field: str = "Repr-Digest") -> dict[str, bytes]:
     """What a field of RFC 9530 says, by algorithm. Raises Problem. Algorithms that aren't known
     are no reason to refuse a file."""
     try:
@@ -1118,10 +1129,10 @@ def _expected_digests(header: str, field: str = "Repr-Digest") -> dict[str, byte
         raise Problem(400, f"The {field} has not the form sha-256=:BASE64:.") from error
 
 
-def _verified(pieces: Iterable[Any], header: str, field: str = "Repr-Digest") -> Iterator[Any]:
+def verified(pieces: Iterable[Any], header: str, field: str = "Repr-Digest") -> Iterator[Any]:
     """The pieces; raises Problem after the last where they haven't the digests in `header`, and
-    at once where that is none."""
-    return _compared(pieces, _expected_digests(header, field), field)
+    at once, unlike a generator, where that is none."""
+    return _compared(pieces, expected_digests(header, field), field)
 
 
 def _compared(pieces: Iterable[Any], expected: Mapping[str, bytes], field: str) -> Iterator[Any]:
@@ -1181,7 +1192,7 @@ def _json(
     return Response(json.dumps(content) + "\n", status, {**defaults, **(headers or {})})
 
 
-def _empty(headers: Mapping[str, str], status: int = 204) -> Response:
+def empty(headers: Mapping[str, str], status: int = 204) -> Response:
     response = Response(status=status, headers=headers)
     del response.headers["Content-Type"]
     return response
