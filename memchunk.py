@@ -949,8 +949,9 @@ class FileWriter(io.RawIOBase):
         # 3. A server that is short of memory says STORED, and evicts the first chunks while the
         # last arrive.
         self._settle(info)
-        self._in_doubt = True
+        before, self._in_doubt = self._in_doubt, True
         done = self._slot.swap(found, info, self._slot.exptime(self._order.expire))  # 4. and 5.
+        self._in_doubt = before  # there was a reply
         return info if done else None
 
     def _settle(self, info: FileInfo) -> None:

@@ -30,8 +30,8 @@ import memchunk
 EXPIRE = 24 * 3600  # seconds that an upload lives after its last piece
 BLOCK = 3_500_000  # bytes of a request after which they count: 4 MB with what is under way
 MAX_HEADERS = 8 * 1024  # bytes that a record keeps of its upload's start
-# Bytes that the record of a larger file has at least, and thus the size of the file's own chunks:
-# of each other size it would take a page of memcached's memory, which the file may need.
+# Bytes that the record of a larger file has at least, and thus about the size of the file's own
+# chunks: memcached gives items of each other size a page of its own, which the file may need.
 RECORD = 480_000
 KEPT = ("name", "length", "version", "metadata", "digest", "offset")  # of an upload, in its record
 RESERVED = "\ufffd"  # begins the names of records: no address can spell it, see `wsgi`
@@ -63,7 +63,8 @@ class Uploads:
     def __init__(self, application: wsgi.Application) -> None:
         self.application = application
         self.cache = copy.copy(application.cache)  # on the same connections
-        self.cache.lease = EXPIRE + 3600  # what comes slowly is stored before it counts
+        # An upload's chunks live as long as its record; an hour more, as they are sent before it.
+        self.cache.lease = EXPIRE + 3600
         self.headers = {
             "Tus-Resumable": "1.0.0",
             "Tus-Version": "1.0.0",
@@ -111,7 +112,7 @@ class Uploads:
         return self.progress(request, upload, 201, Location=location)
 
     def on_head(self, request: Request, body: wsgi.Body, upload_id: str) -> Response:
-        upload = self.append(self.find(upload_id), ())  # of no bytes: it asks for its chunks
+        upload = self.append(self.find(upload_id), ())  # of no bytes: 410 where chunks are gone
         return self.progress(request, upload, 200)
 
     def on_patch(self, request: Request, body: wsgi.Body, upload_id: str) -> Response:
@@ -158,6 +159,7 @@ class Uploads:
         except (memchunk.FileEvicted, memchunk.FileCorrupt):
             state = b""
         upload = Upload(upload_id, **kept, state=state, record=record.info)
+        # Whether it is published the file tells: its record may not have been written since.
         with contextlib.suppress(memchunk.FileNotFound, memchunk.FileCorrupt):
             if self.cache.stat(upload.name).version == upload.version:
                 return dataclasses.replace(upload, offset=upload.length, done=True)
@@ -217,7 +219,7 @@ class Uploads:
             for _ in wsgi.verified(writer.chunks(), upload.digest) if upload.digest else ():
                 pass
             writer.close()
-        except (wsgi.Problem, memchunk.FileExists, memchunk.CacheFull):
+        except (wsgi.Problem, memchunk.FileExists, memchunk.FileCorrupt, memchunk.CacheFull):
             self.remove(upload)
             raise
         try:
@@ -230,11 +232,13 @@ class Uploads:
 
     def remove(self, upload: Upload) -> None:
         """Delete the upload, and what it has stored or become. Raises FileNotFound."""
-        self.cache.delete(RESERVED + upload.id)  # first: from now on no request goes on with it
-        with contextlib.suppress(memchunk.FileNotFound, memchunk.FileChanged):
-            self.cache.delete(upload.name, upload.version)
-        if upload.state:
-            self.cache.abandon(upload.state)
+        try:
+            self.cache.delete(RESERVED + upload.id)  # first: no request goes on with it then
+        finally:  # another request may have been quicker with that, and not have seen the file
+            with contextlib.suppress(memchunk.FileNotFound, memchunk.FileChanged):
+                self.cache.delete(upload.name, upload.version)
+            if upload.state:
+                self.cache.abandon(upload.state)
 
 
 def _check(condition: object, status: int, detail: str) -> None:

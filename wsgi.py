@@ -47,7 +47,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
-from werkzeug.http import HTTP_STATUS_CODES, http_date, parse_options_header
+from werkzeug.http import HTTP_STATUS_CODES, http_date, parse_dict_header, parse_options_header
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.routing import BaseConverter, Map, MapAdapter, Rule
 from werkzeug.serving import make_server
@@ -69,10 +69,10 @@ DRAIN = 64 * 1024 * 1024
 """Bytes of a refused upload that are read, and dropped, so that its sender sees the answer."""
 
 DRAIN_SECONDS = 2
-"""Seconds that this may take, and a thread with it: a client can send a byte a second for ever."""
+"""Seconds that a thread may read what is dropped: a client can send a byte a second for ever."""
 
 DRAINING = threading.BoundedSemaphore(2)
-"""The threads of a process that do so at a time; where they do, the others just close."""
+"""The threads of a process that read what is dropped at a time; the others just close."""
 
 READ_ATTEMPTS = 5  # how often a download that a writer overtakes starts over on the new version
 RETRY_AFTER = "5"  # seconds: about what memcached takes to come back
@@ -93,15 +93,8 @@ READS = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
 PRECONDITIONS = ("If-Match", "If-Unmodified-Since", "If-None-Match")  # of methods that do
 DIGESTS = {"sha-256": hashlib.sha256, "sha-512": hashlib.sha512}  # RFC 9530's active ones
 
-# An item of a structured field, its parameters, and a member of a dictionary: RFC 9651, section 3.
-KEY = r"[a-z*][a-z0-9_.*-]*"
-ITEM = (
-    r'(?:"(?:[ !#-\[\]-~]|\\["\\])*"|:[A-Za-z0-9+/=]*:|\?[01]|@?-?[0-9]{1,15}(?:\.[0-9]{1,3})?'
-    r"""|[A-Za-z*][!#$%&'*+.^_`|~0-9A-Za-z:/-]*|%"[ !#-~]*")"""
-)
-PARAMETERS = rf"(?:; *{KEY}(?:={ITEM})?)*"
-INNER_LIST = rf"\( *(?:{ITEM}{PARAMETERS}(?: +{ITEM}{PARAMETERS})* *)?\)"
-MEMBER = re.compile(rf"({KEY})(?:=({ITEM}|{INNER_LIST}))?{PARAMETERS}(?:[ \t]*(,)[ \t]*|\Z)")
+# A byte sequence of a structured field (RFC 9651), and the parameters that may follow it.
+BYTE_SEQUENCE = re.compile(r":([A-Za-z0-9+/]*)=*: *(;.*)?")
 
 # What a page elsewhere may read of an answer, besides what every page may.
 SHARED_HEADERS = (
@@ -295,8 +288,9 @@ class Body:
         if coding is not None:
             if not ends:
                 self._problem = Problem(411, "Send a Content-Length: this host needs one.")
-            elif coding.strip().lower() != "chunked":  # some hosts show the body of any as empty
-                self._problem = Problem(400, "The only Transfer-Encoding is chunked.")
+            elif coding.strip().lower() != "chunked" or environ["SERVER_PROTOCOL"] == "HTTP/1.0":
+                # Some hosts show the body of any other as empty.
+                self._problem = Problem(400, "The only Transfer-Encoding is chunked, of HTTP/1.1.")
         elif re.fullmatch("[0-9]{1,18}", length):
             self.size = int(length)
         elif length:
@@ -308,14 +302,14 @@ class Body:
             raise self._problem
         while self._left is None or self._left > 0:
             piece = self._read(PIECE if self._left is None else min(PIECE, self._left))
+            if not piece:
+                is_cut_off, self._left = self._left is not None, 0
+                if is_cut_off:
+                    raise CutOff(400, "The body ended before its Content-Length. Send it again.")
+                return
             if self._left is not None:
                 self._left -= len(piece)
-            elif not piece:
-                self._left = 0
-            if piece:
-                yield piece
-            elif self._left:
-                raise CutOff(400, "The body ended before its Content-Length. Send it again.")
+            yield piece
 
     def _read(self, size: int) -> bytes:
         try:
@@ -534,6 +528,7 @@ class Application:
 
     def dispatch(self, request: Request, body: Body) -> Response:
         adapter = self.url_map.bind_to_environ(request.environ)
+        adapter.websocket = False  # an Upgrade that we don't speak is to be ignored
         if self.is_preflight(request):
             return self.on_options(request, adapter)
         if re.match(r"/(files|uploads)(/|\Z)", request.path):
@@ -1123,7 +1118,7 @@ def expected_digests(header: str, field: str = "Repr-Digest") -> dict[str, bytes
     """What a field of RFC 9530 says, by algorithm. Raises Problem. Algorithms that aren't known
     are no reason to refuse a file."""
     try:
-        members = _dictionary(header)
+        members = parse_dict_header(header)
         return {key: _bytes(members[key]) for key in DIGESTS.keys() & members}
     except ValueError as error:
         raise Problem(400, f"The {field} has not the form sha-256=:BASE64:.") from error
@@ -1146,34 +1141,21 @@ def _compared(pieces: Iterable[Any], expected: Mapping[str, bytes], field: str) 
             raise Problem(400, f"The {algorithm} is not that of the {field}. Send it again.")
 
 
-def _dictionary(text: str) -> dict[str, str]:
-    """The members of a structured field that is a dictionary, each as it stands there, without
-    parameters. Raises ValueError. RFC 9651, section 3.2."""
-    members, text, at = {}, text.strip(" "), 0
-    while at < len(text):
-        member = MEMBER.match(text, at)
-        if not member or (member[3] and member.end() == len(text)):
-            raise ValueError(text)
-        members[member[1]] = member[2] or "?1"
-        at = member.end()
-    return members
-
-
-def _bytes(item: str) -> bytes:
-    """A byte sequence of a structured field. Raises ValueError."""
-    value = item.strip(":").rstrip("=")
-    if not item.startswith(":"):
+def _bytes(item: str | None) -> bytes:
+    """What a byte sequence stands for. Raises ValueError."""
+    match = BYTE_SEQUENCE.fullmatch(item or "")
+    if not match:
         raise ValueError(item)
-    return base64.b64decode(value + "=" * (-len(value) % 4), validate=True)
+    return base64.b64decode(match[1] + "=" * (-len(match[1]) % 4))
 
 
 def _wanted_digest(header: str) -> str | None:
     """The algorithm that the client likes best of those we have (Want-Repr-Digest, RFC 9530)."""
     with contextlib.suppress(ValueError):  # a wish that isn't understood is none
-        wanted = _dictionary(header)
-        weights = {key: int(wanted[key]) for key in DIGESTS.keys() & wanted}
+        wanted = parse_dict_header(header)
+        weights = {key: int(wanted[key] or "") for key in DIGESTS.keys() & wanted}
         best = max(weights, key=lambda key: weights[key], default="")
-        return best if weights.get(best) else None
+        return best if weights.get(best, 0) > 0 else None
     return None
 
 
