@@ -5,15 +5,16 @@ breaks connections. Races are made to happen, not waited for: `Interposed` runs 
 between any two commands. The sections, each under its heading:
 
     What the tests are made of      The contract, for every kind of client
-    Sources                         Sizes and the limit
-    Names and namespaces            Expiry, leases and clocks
-    Metadata and versions           Streams that read
-    Writers                         Uploads that are suspended, and resumed
-    Damage                          A server that won't keep the file
-    A server that does not answer   Several servers
-    Two at once                     Lost replies
-    Interrupts                      Errors, options and clients
-    TLS                             Properties
+    What is stored                  Sources
+    Sizes and the limit             Names and namespaces
+    Expiry, leases and clocks       Metadata and versions
+    Streams that read               Writers
+    Uploads that are suspended      Damage
+    A server that won't keep it     A server that does not answer
+    Several servers                 Two at once
+    Lost replies                    Interrupts
+    Errors, options and clients     TLS
+    Properties
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import datetime
 import functools
 import gc
 import gzip
+import hashlib
 import io
 import itertools
 import mmap
@@ -748,6 +750,43 @@ def test_50_mib_come_back_and_one_byte_more_is_refused(own_site: Site, big: byte
         assert (caught.value.size, caught.value.limit) == (50 * MIB + 1, 50 * MIB)
     assert len(own_site.keys()) == 1 + cache.stat("file").chunks
     assert cache.get("file") == big
+
+
+# What is stored, read without the module's help: docs/design.md is right, and versions to come can
+# rely on it.
+
+
+def test_a_manifest_is_54_bytes_a_name_and_metadata(cache: FileCache, server: Memcached) -> None:
+    info = cache.set("file", OLD, expire=CLOCK, metadata=b"meta")
+    value = server.read(f"memchunk:{hashlib.sha256(b'file').hexdigest()}")
+    fields = struct.unpack(">3sBIIIQQQ8sH", value[:50])
+    version = bytes.fromhex(info.version)
+    layout, times = (854, 900, 3, len(OLD)), (info.created, info.expires)
+    assert fields == (b"mch", 1, *layout, *times, version, len("file"))
+    assert value[50:-4] == b"file" + b"meta"
+    assert value[-4:] == struct.pack(">I", zlib.crc32(value[:-4]))
+
+
+def test_a_chunk_is_12_bytes_and_its_part_of_the_file(cache: FileCache, server: Memcached) -> None:
+    info, data = cache.set("file", LONG), b""
+    for index in range(info.chunks):
+        value = server.read(f"memchunk:{info.version}:{index}")
+        *place, crc = struct.unpack(">III", value[:12])
+        assert place == [index, info.chunks]
+        seed = zlib.crc32(struct.pack(">III", *place, 0) + info.version.encode())
+        assert crc == zlib.crc32(value[12:], seed)
+        data += value[12:]
+    assert data[: len(LONG)] == LONG
+    assert not any(data[len(LONG) :])  # padding
+
+
+def test_chunks_are_padded_where_memcached_would_part_them(
+    cache: FileCache, server: Memcached
+) -> None:
+    for size, padded in ((900, 900), (1001, 2 * 900), (1900, 2 * 950)):
+        info = cache.set("file", bytes(size))
+        keys = [f"memchunk:{info.version}:{index}" for index in range(info.chunks)]
+        assert sum(len(server.read(key)) - 12 for key in keys) == padded
 
 
 # Sources
