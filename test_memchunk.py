@@ -1250,10 +1250,9 @@ def test_a_name_without_a_proper_form_is_invalid(cache: FileCache, name: str) ->
 
 @pytest.mark.parametrize("name", [None, 5, b"bytes", pathlib.PurePath("a")])
 def test_a_name_that_is_no_text_is_refused(cache: FileCache, name: Any) -> None:
-    with pytest.raises((memchunk.InvalidName, TypeError)):
-        cache.set(name, OLD)
-    with pytest.raises((memchunk.InvalidName, TypeError)):
-        cache.get(name)
+    for call in calls(cache, *EXISTING, *WRITING, name=name).values():
+        with pytest.raises(memchunk.InvalidName):
+            call()
 
 
 def test_namespaces_are_apart(tcp: Site) -> None:
@@ -1945,7 +1944,7 @@ def test_two_who_finish_one_state_with_different_tails_never_mix_them(
     one.write(b"one")
     two.write(b"two")
     one.close()
-    with pytest.raises((memchunk.UploadConflict, memchunk.FileExists)):
+    with pytest.raises(memchunk.UploadConflict):
         two.close()
     assert tcp.holds_only(file=b"one")
 
@@ -3165,15 +3164,12 @@ def test_servers_that_are_none_are_refused(servers: str) -> None:
         memchunk.connect(servers)
 
 
-@pytest.mark.parametrize("servers", ["host:port", "127.0.0.1:99999", "127.0.0.1:-1", "[::1"])
-def test_a_server_without_a_sound_address_is_refused_or_unavailable(servers: str) -> None:
-    with pytest.raises((ValueError, memchunk.CacheUnavailable)):
-        memchunk.connect(servers, timeout=0.5).get("file")
-
-
 @pytest.mark.parametrize(
     "servers",
-    ["host:abc", "host:0", "host:70000", "host:", "tls://", "unix:", "a b", "http://host", "[::1"],
+    [
+        *("host:abc", "host:0", "host:70000", "host:-1", "host:", "tls://", "unix:", "a b"),
+        *("http://host", "[::1"),
+    ],
 )
 def test_an_address_that_can_be_none_is_refused_at_once(servers: str) -> None:
     with pytest.raises(ValueError, match="is no server"):
