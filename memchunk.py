@@ -114,15 +114,16 @@ _MAX_KEY = 250  # bytes, memcached's own limit
 _LEAST_FILL = 0.9
 
 # Payload bytes that travel together, which bounds what a transfer holds in memory. Writes: batches
-# of 8 to 16 chunks survive best in a cache that hardly holds the file. Reads: less stays in CPU
-# caches.
+# of 8 to 16 chunks survive best in a cache that hardly holds the file. Reads: so much stays in the
+# caches of a CPU.
 _WRITE_BATCH = 4 * 1024 * 1024
 _READ_BATCH = 2 * 1024 * 1024
 _PIPELINE = 256  # commands sent before a reply is read: the replies fit in any socket buffer
 _PIECE = 64 * 1024  # bytes asked for at a time of a file of unknown size
 _LINE = 8192  # bytes that a stream shows to who looks for the end of a line
-_MAX_CHUNK = 2**30  # bytes: memcached's -I ends there. More chunks, or larger ones, than any file
-_MAX_CHUNKS = 2**20  # needs are damage: what a manifest says is not worked off blindly
+# A manifest that says more than this is damage, and is not worked off blindly.
+_MAX_CHUNK = 2**30  # bytes: memcached's -I ends there
+_MAX_CHUNKS = 2**20  # more than any file needs
 
 # Where chunks that were read, or touched, twice fill the cache, memcached refuses others until its
 # LRU thread has made room. That thread sleeps for up to a second.
@@ -133,10 +134,10 @@ _ATTEMPTS = 100  # at a manifest that others keep changing; each failure means t
 _IDLE = 60  # seconds; firewalls forget connections that idle longer
 
 _RELATIVE_LIMIT = 30 * 24 * 3600  # memcached reads more seconds than this as an absolute time
-_OVER = _RELATIVE_LIMIT + 1  # thus a day in 1970; -1 ends at once too, but twemproxy refuses it
-_ABSOLUTE_LIMIT = 2**31 - 1  # and keeps times in 32 bits; what ends later never ends
+_OVER = _RELATIVE_LIMIT + 1  # an absolute time long past; so is -1, but twemproxy refuses that
+_ABSOLUTE_LIMIT = 2**31 - 1  # memcached keeps times in 32 bits: what ends later never ends
 _MAX_EXPIRE = 2**62  # seconds: with the time of day added, it fits the manifest's 64 bits
-_NO_TOKEN = b"%d" % (2**64 - 1)  # a cas token that memcached's counter never reaches: a question
+_NO_TOKEN = b"%d" % (2**64 - 1)  # no item has it: a `cas` with it tells whether an item is there
 
 _CHUNK = struct.Struct(">III")  # index, total, CRC
 # magic, format, chunk_size, floor, total, size, created, expires (0: never), version, length of
@@ -665,15 +666,19 @@ class _Order:
             raise FileExists(name=self.name, info=found.info)
 
     def pack(self, info: FileInfo, tail: bytearray) -> bytes:
-        """A writer's state: the order and the draft's manifest, as a line of JSON, and the bytes
-        that don't fill a chunk yet."""
+        """A writer's state: a CRC; the order and the draft's manifest, as a line of JSON; and the
+        bytes that don't fill a chunk yet."""
         head = {**dataclasses.asdict(self), "draft": info._pack()}
-        return json.dumps(head, default=bytes.hex).encode() + b"\n" + tail
+        body = json.dumps(head, default=bytes.hex).encode() + b"\n" + tail
+        return _CRC.pack(zlib.crc32(body)) + body
 
     @staticmethod
     def unpack(state: bytes) -> tuple[_Order, FileInfo, bytes]:
-        head, _, tail = bytes(state).partition(b"\n")
+        crc, body = bytes(state[: _CRC.size]), bytes(state[_CRC.size :])
+        head, _, tail = body.partition(b"\n")
         try:
+            if crc != _CRC.pack(zlib.crc32(body)):
+                raise ValueError("a byte of it was changed")
             fields = json.loads(head)
             draft = FileInfo._unpack(fields["name"], bytes.fromhex(fields.pop("draft")))
             fields["metadata"] = bytes.fromhex(fields["metadata"])
@@ -700,7 +705,7 @@ class FileWriter(io.RawIOBase):
     info: FileInfo
     batch_size: int  # bytes that `write` sends as they lie in memory, where it gets them at once
     _error: Exception | None = None  # that ended the upload
-    _in_doubt = False  # whether it may be published, by a step whose reply was lost
+    _may_be_published = False  # by a step whose reply was lost
 
     def __init__(
         self,
@@ -725,8 +730,8 @@ class FileWriter(io.RawIOBase):
         order, capacity, version = self._order, self._capacity, secrets.token_hex(8)
         total = -(-max(size or 0, 0) // capacity)
         cut = -(-size // total) if size and total else capacity
-        # One chunk alone may be small. Of a stream there may come more than one; of one that ends
-        # before a batch is full, `_finish` plans again.
+        # One chunk alone may be small. Of a stream there may come more than one; where it ends
+        # before one was sent, `_finish` plans again.
         floor = 0 if total == 1 else int(capacity * _LEAST_FILL)
         return FileInfo(order.name, 0, 0, version, 0, None, order.metadata, cut, floor, total)
 
@@ -810,7 +815,7 @@ class FileWriter(io.RawIOBase):
                 self._slot.discard(self._draft)
 
     def _is_published(self) -> bool:
-        return self._in_doubt and self._slot.lookup().version == self.version
+        return self._may_be_published and self._slot.lookup().version == self.version
 
     _fail = abandon  # after an error
 
@@ -834,16 +839,16 @@ class FileWriter(io.RawIOBase):
         else:
             self._fail()
 
-    # To be dropped is not to `close`, as IOBase's own finalizer does, which would publish. Nothing
-    # is done, and that in C: a finalizer in Python loses the Ctrl-C that strikes in it.
+    # To be dropped is not to `close`, as IOBase's own finalizer does, which would publish. This
+    # one does nothing, and is written in C: one in Python loses the Ctrl-C that strikes in it.
     __del__ = object.__init__
 
     def _renew(self) -> None:
         """Give what is stored a new lease. Raises FileEvicted where chunks are gone."""
         missing = self._hold(range(self._draft.chunks))
         if missing:
-            super().close()
-            raise FileEvicted(name=self._order.name, info=self._draft, missing=missing)
+            with self._ending():
+                raise FileEvicted(name=self._order.name, info=self._draft, missing=missing)
 
     def _hold(self, indices: Iterable[int]) -> list[int]:
         """Put chunks on a lease; return the indices of those that are gone."""
@@ -881,7 +886,7 @@ class FileWriter(io.RawIOBase):
         self._check_size(length)
         if self._order.size not in (None, length):
             raise SizeMismatch(name=self._order.name, size=self._order.size, received=length)
-        if not self._draft.chunks:
+        if not self._draft.chunks:  # and nobody else has sent some
             self._plan_again(length)
         self._flush()
 
@@ -920,8 +925,8 @@ class FileWriter(io.RawIOBase):
             # What was asked for twice is active in the eyes of memcached's LRU, like the chunks of
             # files that were read; otherwise a full cache evicts the new chunks to keep those.
             # Done always, it would cost a large cache an eighth of the files that it keeps.
-            self._hold(values)  # twice
-            left = self._hold(values)
+            self._hold(values)
+            left = self._hold(values)  # the second time
             if not left:
                 return
             if time.monotonic() > deadline:
@@ -949,9 +954,9 @@ class FileWriter(io.RawIOBase):
         # 3. A server that is short of memory says STORED, and evicts the first chunks while the
         # last arrive.
         self._settle(info)
-        before, self._in_doubt = self._in_doubt, True
+        before, self._may_be_published = self._may_be_published, True
         done = self._slot.swap(found, info, self._slot.exptime(self._order.expire))  # 4. and 5.
-        self._in_doubt = before  # there was a reply
+        self._may_be_published = before  # there was a reply
         return info if done else None
 
     def _settle(self, info: FileInfo) -> None:
@@ -971,7 +976,7 @@ class _ResumedWriter(FileWriter):
     """A writer that was suspended, and resumed by one or more: what is stored of the upload is
     that of the others, too, who send the same bytes, and may publish them at any moment."""
 
-    _in_doubt = True
+    _may_be_published = True  # by one of the others
 
     def _fail(self) -> None:
         """What is stored stays for the lease: others may go on with it."""
@@ -1199,11 +1204,12 @@ class _Slot:
             return self._put(found, value, exptime)
         except CacheUnavailable:
             now = self.lookup()
-            # (Tokens alone don't tell: a server that restarted gives the same ones again.)
+            # Tokens alone don't tell: a server that restarted gives the same ones again. Of an
+            # `add`, which has none, nothing tells: it may be done, and undone by a deleter, who
+            # took our chunks too.
             if found.token is not None and (now.value, now.token) == (found.value, found.token):
                 # It is not done, or not yet. Once more: should memcached do the first one late, it
-                # won't do both. (Of an `add` that can't be told: it may be done, and undone by a
-                # deleter, who took our chunks too.)
+                # won't do both.
                 with contextlib.suppress(CacheUnavailable):
                     if self._put(found, value, exptime):
                         return True
@@ -1216,7 +1222,8 @@ class _Slot:
 
     def _put(self, found: _Found, value: bytes, exptime: int) -> bool:
         verb = "add" if found.value is None else "cas"
-        [reply] = self._ask("store", verb, {self._key: (value,)}, exptime, found.token)
+        item = {self._key: (value,)}
+        [reply] = self._ask("store", verb, item, exptime, found.token, again=False)
         if reply != _STORED and reply not in _NO:
             raise self.full(0, [], "", reply)
         return bool(reply == _STORED)
@@ -1238,16 +1245,19 @@ class _Slot:
         One by one, so that who meets other bytes has stored none behind them: those would be in
         the way of the writer who came first, and nobody could go on.
         """
-        refusals = []
+        refusal = b""
         for index, parts in values.items():
             key = self.chunk_key(info.version, index)
-            replies = self._ask("store", "add", {key: parts}, lease)
-            if replies == [_NOT_STORED]:
+            [reply] = self._ask("store", "add", {key: parts}, lease)
+            if reply == _NOT_STORED:
                 there = self._ask("read", [key], lambda _, value: bytes(value)).get(key)
-                if there not in (None, b"".join(parts)):
+                if there == b"".join(parts):
+                    continue
+                if there is not None:
                     raise UploadConflict(name=self.name, version=info.version, index=index)
-            refusals += [reply for reply in replies if reply != _STORED]
-        return refusals[0] if refusals else b""
+            if reply != _STORED:
+                refusal = refusal or reply
+        return refusal
 
     def fetch(self, info: FileInfo, indices: range) -> list[memoryview]:
         """Verified payloads. Raises FileEvicted, FileChanged, FileCorrupt."""
@@ -1279,8 +1289,8 @@ class _Slot:
         for them: of the commands that every proxy speaks, the only one that neither reads nor
         changes them."""
         chosen = list(range(info.chunks) if indices is None else indices)
-        keys = [self.chunk_key(info.version, index) for index in chosen]
-        replies = self._ask("store", "cas", dict.fromkeys(keys, ()), 0, _NO_TOKEN)
+        questions = {self.chunk_key(info.version, index): () for index in chosen}
+        replies = self._ask("store", "cas", questions, 0, _NO_TOKEN)
         for reply in set(replies) - {_EXISTS, _NOT_FOUND}:
             raise self.full(0, [], "", reply)
         return [index for index, reply in zip(chosen, replies) if reply == _NOT_FOUND]
@@ -1338,10 +1348,10 @@ class _Slot:
         said = said or (f"it evicted {len(missing)} chunks at once" if missing else "it could not")
         return CacheFull(name=self.name, missing=missing, cause=cause, reason=f"{said}: {why}")
 
-    def _ask(self, verb: str, *args: Any) -> Any:
+    def _ask(self, verb: str, *args: Any, **options: Any) -> Any:
         """Call the server; its errors are about this file."""
         try:
-            return getattr(self.server, verb)(*args)
+            return getattr(self.server, verb)(*args, **options)
         except CacheUnavailable as error:
             error.name = self.name
             raise
@@ -1409,15 +1419,22 @@ class _Server:
         return self._call("gets", key)
 
     def store(
-        self, verb: str, items: Mapping[str, tuple[Any, ...]], exptime: int, token: Any = None
+        self,
+        verb: str,
+        items: Mapping[str, tuple[Any, ...]],
+        exptime: int,
+        token: Any = None,
+        again: bool = True,
     ) -> list[bytes]:
         """Store items by the verb "set", "add" or "cas", their values in parts; return memcached's
-        replies: STORED, NOT_STORED, EXISTS, NOT_FOUND, or a refusal."""
+        replies: STORED, NOT_STORED, EXISTS, NOT_FOUND, or a refusal. again: whether what may have
+        been done can be done again."""
         joined = ((key, b"".join(parts)) for key, parts in items.items())
-        return [self._store(verb, key, value, exptime, token) for key, value in joined]
+        return [self._store(verb, key, value, exptime, token, again) for key, value in joined]
 
-    def _store(self, verb: str, key: str, value: bytes, exptime: int, token: Any) -> bytes:
-        again = _is_repeatable(verb, token)
+    def _store(
+        self, verb: str, key: str, value: bytes, exptime: int, token: Any, again: bool
+    ) -> bytes:
         ask = functools.partial(self._call, again=again, expire=exptime, noreply=False)
         try:
             if verb == "set":  # by `set_many`, which lists what failed: `set` is always True
@@ -1503,9 +1520,13 @@ class _Pool(_Server):
         self._pid = os.getpid()
 
     def store(
-        self, verb: str, items: Mapping[str, tuple[Any, ...]], exptime: int, token: Any = None
+        self,
+        verb: str,
+        items: Mapping[str, tuple[Any, ...]],
+        exptime: int,
+        token: Any = None,
+        again: bool = True,
     ) -> list[bytes]:
-        again = _is_repeatable(verb, token)
         return list(self._call("store", verb, items, exptime, token, again=again))
 
     def read(self, keys: list[str], verify: Callable[[str, Any], Any]) -> dict[str, Any]:
@@ -1577,7 +1598,7 @@ class _Connection(Client):
     out of the socket (it reads 4 KiB at a time, and joins). It halves the time for a file."""
 
     sock: Any  # that of a `_Pool`, which opens it
-    _verify: Callable[[str, Any], Any]  # of the `read` that is at work; no other command gets
+    _on_value: Callable[[str, Any], Any]  # that of the `read` that is at work
 
     def store(
         self, verb: str, items: Mapping[str, tuple[Any, ...]], exptime: int, token: Any
@@ -1628,7 +1649,7 @@ class _Connection(Client):
 
     def read(self, keys: list[str], verify: Callable[[str, Any], Any]) -> Any:
         """`get_many`, which verifies each value while the next arrives."""
-        self._verify = verify
+        self._on_value = verify
         return self.get_many(keys)
 
     def _extract_value(
@@ -1655,13 +1676,7 @@ class _Connection(Client):
         name = remapped_keys[key]
         if expect_cas:
             return name, (value, cas[0]), buf
-        return name, self._verify(name, value), buf
-
-
-def _is_repeatable(verb: str, token: Any) -> bool:
-    """Whether to store twice is to store once: a chunk, which nobody else stores under its key,
-    and a question, which changes nothing. An `add` or `cas` would lose to itself."""
-    return verb == "set" or token == _NO_TOKEN
+        return name, self._on_value(name, value), buf
 
 
 def _servers(client: Any) -> dict[str, _Server]:

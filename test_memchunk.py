@@ -2103,6 +2103,19 @@ def test_what_is_read_back_is_what_was_written_when_it_began(
         list(back)
 
 
+def test_what_can_not_be_read_back_ends_the_upload(
+    tcp: Site, cache: FileCache, server: Memcached
+) -> None:
+    writer = cache.create("file")
+    writer.write(LONG)
+    server.delete(f"memchunk:{writer.version}:3")
+    with pytest.raises(memchunk.FileEvicted):
+        list(writer.chunks())
+    assert tcp.keys() == []
+    with pytest.raises(memchunk.FileEvicted):  # still, and not "closed"
+        writer.write(b"x")
+
+
 def zip_into(writer: FileWriter, data: bytes) -> None:
     with zipfile.ZipFile(writer, "w") as archive:
         archive.writestr("member", data)
@@ -2169,11 +2182,25 @@ def test_a_state_that_was_changed_is_refused(cache: FileCache) -> None:
     writer = cache.create("file")
     writer.write(LONG)
     state = writer.suspend()
-    changed = state.replace(writer.version.encode(), b"0" * 16)
-    assert changed != state
-    with pytest.raises(ValueError, match="state"):
-        cache.resume(changed)
+    for changed in (state.replace(b'"add"', b'"set"'), state[:-1], state[1:], state + b"x"):
+        assert changed != state
+        with pytest.raises(ValueError, match="state"):
+            cache.resume(changed)
     cache.abandon(state)
+
+
+def test_a_resumed_upload_goes_on_where_an_idle_connection_was_closed(
+    tcp: Site, cache: FileCache
+) -> None:
+    """As a fresh one does: memcached has an idle_timeout."""
+    writer = cache.create("file")
+    writer.write(LONG)
+    at = At({"add"}, raising(ConnectionResetError()))
+    resumed = tcp.interposed(before=at).resume(writer.suspend())
+    resumed.write(LONG)
+    assert at.acted
+    resumed.close()
+    assert tcp.holds_only(file=LONG + LONG)
 
 
 def test_another_process_takes_an_upload_up(tcp: Site, server: Memcached) -> None:
