@@ -932,8 +932,11 @@ def test_digests_of_uploads(client: Any, memcached: Memcached) -> None:
         "sha-256=:x:",
         "sha-256=x",
         "sha-256",
+        f"sha-256=:{digest(data)}:,",
         f"sha-256=:{digest(data)}: sha-512=1",
         f"sha-256=:{digest(data)}",
+        f'a="unended, sha-256=:{digest(data)}:',
+        f'sha-256=:{digest(data)}:, a="unended',
         f"sha-256=:{digest(data)}:, sha-256=:{digest(b'other')}:",  # the last one counts
         f"sha-256=:{digest(b'other')}:;q=1",
     ):

@@ -1117,8 +1117,12 @@ def _clean_filename(text: str) -> str:
 def expected_digests(header: str, field: str = "Repr-Digest") -> dict[str, bytes]:
     """What a field of RFC 9530 says, by algorithm. Raises Problem. Algorithms that aren't known
     are no reason to refuse a file."""
+    text = header.strip()
     try:
-        members = parse_dict_header(header)
+        members = parse_dict_header(text)
+        # It finds nothing in a field that breaks off in mid-string, and lets commas end one.
+        if text and (not members or text != text.strip(",")):
+            raise ValueError(text)
         return {key: _bytes(members[key]) for key in DIGESTS.keys() & members}
     except ValueError as error:
         raise Problem(400, f"The {field} has not the form sha-256=:BASE64:.") from error
