@@ -159,6 +159,8 @@ _ADDRESS = re.compile(
 Source = Union[bytes, bytearray, memoryview, IO[bytes], Iterable[bytes], "os.PathLike[str]"]
 """What can be stored: a bytes-like object, a binary file, an iterable of these, or a path."""
 
+_Parts = tuple[Any, ...]  # an item's value, in parts that need not be joined
+
 
 class MemchunkError(Exception):
     """Root of all errors of this module. `name` is the file's; more attributes stand with each."""
@@ -306,8 +308,8 @@ class FileInfo:
         """How many chunks travel together in `size` bytes."""
         return max(1, min(_PIPELINE, size // self._chunk_size))
 
-    def _chunk(self, index: int, payload: memoryview) -> tuple[Any, ...]:
-        """A chunk's value, in parts that need not be joined: header, payload, padding."""
+    def _chunk(self, index: int, payload: memoryview) -> _Parts:
+        """A chunk's value: header, payload, padding."""
         padding = bytes(max(self._floor - len(payload), 0))
         return self._header(index, payload, padding), payload, padding
 
@@ -897,7 +899,7 @@ class FileWriter(io.RawIOBase):
     def _send(self, batch: memoryview) -> None:
         """2. Store chunks, on a lease."""
         draft = self._draft
-        values: dict[int, tuple[Any, ...]] = {}
+        values: dict[int, _Parts] = {}
         for start in range(0, len(batch), draft._chunk_size):
             index = draft.chunks + len(values)
             values[index] = draft._chunk(index, batch[start : start + draft._chunk_size])
@@ -912,7 +914,7 @@ class FileWriter(io.RawIOBase):
         if values:
             self._store(values)
 
-    def _store(self, values: dict[int, tuple[Any, ...]]) -> None:
+    def _store(self, values: dict[int, _Parts]) -> None:
         """Store chunks until the server keeps all of them. Raises CacheFull, UploadConflict."""
         deadline = time.monotonic() + _PATIENCE
         # A file of more than half the server's memory needs what its old version holds.
@@ -934,7 +936,7 @@ class FileWriter(io.RawIOBase):
             values = {index: values[index] for index in left}
             time.sleep(_PAUSE)
 
-    def _put(self, values: Mapping[int, tuple[Any, ...]]) -> bytes:
+    def _put(self, values: Mapping[int, _Parts]) -> bytes:
         return self._slot.store(self._draft, values, self._lease)
 
     def _publish(self) -> FileInfo:
@@ -998,7 +1000,7 @@ class _ResumedWriter(FileWriter):
     def _plan_again(self, length: int) -> None:
         """Others may have sent it as it was planned."""
 
-    def _put(self, values: Mapping[int, tuple[Any, ...]]) -> bytes:
+    def _put(self, values: Mapping[int, _Parts]) -> bytes:
         return self._slot.add(self._draft, values, self._lease)
 
     def _try_to_publish(self, info: FileInfo, found: _Found) -> FileInfo | None:
@@ -1233,13 +1235,13 @@ class _Slot:
         if found.info and found.version != version:
             self.discard(found.info)
 
-    def store(self, info: FileInfo, values: Mapping[int, tuple[Any, ...]], lease: int) -> bytes:
+    def store(self, info: FileInfo, values: Mapping[int, _Parts], lease: int) -> bytes:
         """Store chunks, by index, for `lease` seconds; return the first reply that is no yes."""
         items = {self.chunk_key(info.version, index): parts for index, parts in values.items()}
         replies = self._ask("store", "set", items, lease)
         return next((reply for reply in replies if reply != _STORED), b"")
 
-    def add(self, info: FileInfo, values: Mapping[int, tuple[Any, ...]], lease: int) -> bytes:
+    def add(self, info: FileInfo, values: Mapping[int, _Parts], lease: int) -> bytes:
         """`store`, where others may do so too. Raises UploadConflict where other bytes are.
 
         One by one, so that who meets other bytes has stored none behind them: those would be in
@@ -1421,14 +1423,14 @@ class _Server:
     def store(
         self,
         verb: str,
-        items: Mapping[str, tuple[Any, ...]],
+        items: Mapping[str, _Parts],
         exptime: int,
         token: Any = None,
         again: bool = True,
     ) -> list[bytes]:
-        """Store items by the verb "set", "add" or "cas", their values in parts; return memcached's
-        replies: STORED, NOT_STORED, EXISTS, NOT_FOUND, or a refusal. again: whether what may have
-        been done can be done again."""
+        """Store items by the verb "set", "add" or "cas"; return memcached's replies: STORED,
+        NOT_STORED, EXISTS, NOT_FOUND, or a refusal. again: whether what may have been done can be
+        done again."""
         joined = ((key, b"".join(parts)) for key, parts in items.items())
         return [self._store(verb, key, value, exptime, token, again) for key, value in joined]
 
@@ -1519,15 +1521,8 @@ class _Pool(_Server):
         self._idle: collections.deque[tuple[float, _Connection]] = collections.deque()
         self._pid = os.getpid()
 
-    def store(
-        self,
-        verb: str,
-        items: Mapping[str, tuple[Any, ...]],
-        exptime: int,
-        token: Any = None,
-        again: bool = True,
-    ) -> list[bytes]:
-        return list(self._call("store", verb, items, exptime, token, again=again))
+    def store(self, *args: Any, again: bool = True) -> list[bytes]:
+        return list(self._call("store", *args, again=again))
 
     def read(self, keys: list[str], verify: Callable[[str, Any], Any]) -> dict[str, Any]:
         return dict(self._call("read", keys, verify))
@@ -1601,7 +1596,7 @@ class _Connection(Client):
     _on_value: Callable[[str, Any], Any]  # that of the `read` that is at work
 
     def store(
-        self, verb: str, items: Mapping[str, tuple[Any, ...]], exptime: int, token: Any
+        self, verb: str, items: Mapping[str, _Parts], exptime: int, token: Any = None
     ) -> list[bytes]:
         end = b"\r\n" if token is None else b" %b\r\n" % token
         commands = []
@@ -1610,7 +1605,7 @@ class _Connection(Client):
             commands.append((head + end, *parts, b"\r\n"))
         return self.ask(commands, _STORED)
 
-    def ask(self, commands: list[tuple[Any, ...]], yes: bytes) -> list[bytes]:
+    def ask(self, commands: list[_Parts], yes: bytes) -> list[bytes]:
         """Send commands, each in parts, and return their replies, of which one is a line. All of
         them are read, errors too: the server goes on to do what was sent, whatever becomes of the
         connection. Raises for a line that is no reply: it must never be taken for a "no"."""

@@ -2174,8 +2174,9 @@ def test_an_evicted_chunk_ends_an_upload(tcp: Site, cache: FileCache, server: Me
     ids=lambda state: repr(state[:20]),
 )
 def test_what_is_no_state_is_refused(cache: FileCache, state: bytes) -> None:
-    with pytest.raises(ValueError, match="state"):
-        cache.resume(state)
+    for each in (state, struct.pack(">I", zlib.crc32(state)) + state):  # the CRC may be right
+        with pytest.raises(ValueError, match="state"):
+            cache.resume(each)
 
 
 def test_a_state_that_was_changed_is_refused(cache: FileCache) -> None:
@@ -3073,9 +3074,11 @@ def test_ctrl_c_ends_a_call_to_a_stopped_server_without_a_time_out(
         memcached.pause()
         signal.setitimer(signal.ITIMER_REAL, 0.3)
 
-    cache = FileCache(Interposed(client, At({moment}, stop)), chunk_size=CHUNK)
+    at = At({moment}, stop)
+    cache = FileCache(Interposed(client, at), chunk_size=CHUNK)
     with pytest.raises(KeyboardInterrupt), interrupt_after(0):
         cache.set("file", NEW)
+    assert at.acted
     memcached.resume()  # and it does what it was sent
     assert cache.get("file") in (OLD, NEW)[: 2 if moment == "cas" else 1]
     cache.close()
