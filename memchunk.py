@@ -931,7 +931,8 @@ class FileWriter(io.RawIOBase):
             left = self._hold(values)  # the second time
             if not left:
                 return
-            if time.monotonic() > deadline:
+            # To wait helps where there is no room now, not where an item is larger than -I allows.
+            if time.monotonic() > deadline or b"too large" in refusal:
                 raise self._full([] if refusal else left, refusal)
             values = {index: values[index] for index in left}
             time.sleep(_PAUSE)

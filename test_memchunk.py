@@ -1896,24 +1896,26 @@ def test_a_writer_that_is_dropped_publishes_nothing(tcp: Site, server: Memcached
 # Uploads that are suspended, and resumed
 
 
-@pytest.mark.parametrize("size", [None, len(LONG)])
+@pytest.mark.parametrize("announced", [False, True])
 @pytest.mark.parametrize("piece", [1 << 20, 4999, 1000, 333])
 def test_an_upload_goes_on_wherever_it_was_put_down(
-    tcp: Site, cache: FileCache, size: Optional[int], piece: int
+    tcp: Site, cache: FileCache, announced: bool, piece: int
 ) -> None:
+    data = LONG[: 64 * piece]
+    size = len(data) if announced else None
     state = cache.create("file", size=size, expire=500, metadata=b"\x00meta").suspend()
-    for part in in_pieces(LONG, piece):
+    for part in in_pieces(data, piece):
         writer = tcp.cache().resume(state)  # as another process would
         writer.write(part)
         state = writer.suspend()
         assert len(state) < 2 * CHUNK
     assert "file" not in cache
     with cache.resume(state) as writer:
-        assert writer.tell() == len(LONG)
+        assert writer.tell() == len(data)
     assert_expiries(tcp, writer.info, 500)
     assert writer.info == cache.stat("file")
     assert writer.info.metadata == b"\x00meta"
-    assert tcp.holds_only(file=LONG)
+    assert tcp.holds_only(file=data)
     sizes = {len(tcp.servers[0].read(key)) for key in tcp.chunks(writer.info)[:-1]}
     assert len(sizes) == 1
 
@@ -2045,7 +2047,7 @@ def test_an_upload_that_was_published_keeps_its_expiry_when_it_is_resumed(
 def test_a_published_file_is_never_on_a_lease(tcp: Site, cache: FileCache) -> None:
     """Not even between two commands of one who resumes it once more, and may die there."""
     writer = cache.create("file")
-    writer.write(LONG)
+    writer.write(NEW)
     state = writer.suspend()
     cache.resume(state).close()
 
@@ -2056,7 +2058,7 @@ def test_a_published_file_is_never_on_a_lease(tcp: Site, cache: FileCache) -> No
     watched.resume(state).close()
     with pytest.raises(memchunk.UploadConflict):
         watched.resume(state).write(LONG)
-    assert tcp.holds_only(file=LONG)
+    assert tcp.holds_only(file=NEW)
 
 
 def test_who_finishes_second_is_not_told_that_a_file_is_there_that_is_not(

@@ -74,6 +74,13 @@ def start(tmp_path: pathlib.Path, memcached: Memcached) -> Iterator[Start]:
         yield start
 
 
+class Driver(webdriver.ChromeService):
+    """chromedriver, which is ended by a signal: Selenium asks it to end, and sleeps a second."""
+
+    def send_remote_shutdown_command(self) -> None:
+        pass
+
+
 def chromium(folder: pathlib.Path, script: bool = True) -> Any:
     """A browser that downloads to the folder, and remembers in it what it does."""
     for program in ("chromium", "chromedriver"):
@@ -89,8 +96,7 @@ def chromium(folder: pathlib.Path, script: bool = True) -> Any:
     if not script:
         preferences["profile.managed_default_content_settings.javascript"] = 2
     options.add_experimental_option("prefs", preferences)
-    service = webdriver.ChromeService(shutil.which("chromedriver"))
-    return webdriver.Chrome(options, service)
+    return webdriver.Chrome(options, Driver(shutil.which("chromedriver")))
 
 
 def make(folder: pathlib.Path, name: str, data: bytes) -> str:
@@ -231,7 +237,7 @@ def test_several_at_once_one_of_them_cancelled(start: Start, tmp_path: pathlib.P
     wait_until(browser, "cancelled.bin", "Waiting")
     press(browser, "cancelled.bin", "cancel")
     wait_until(browser, "cancelled.bin", "Cancelled")
-    network(browser, 2 * MIB)
+    network(browser, 4 * MIB)
     for number in range(4):
         wait_until(browser, f"{number}.bin", "Stored")
     press(browser, "cancelled.bin", "again")
@@ -279,7 +285,7 @@ def test_a_line_that_stalls(start: Start, tmp_path: pathlib.Path) -> None:
 
 def test_a_network_that_is_away(start: Start, tmp_path: pathlib.Path) -> None:
     browser = start()
-    network(browser, 2 * MIB)
+    network(browser, 4 * MIB)
     choose(browser, make(tmp_path, "big.dat", bytes(40 * MIB)))
     wait_until_sent(browser, "big.dat", 15)
     network(browser, offline=True)
@@ -297,7 +303,7 @@ def test_a_browser_that_is_closed(start: Start, tmp_path: pathlib.Path) -> None:
     proxy = Proxy(browser.server.port)
     with contextlib.closing(proxy):
         browser.get(proxy.url("/"))
-        network(browser, 2 * MIB)
+        network(browser, 4 * MIB)
         choose(browser, path)
         wait_until_sent(browser, "big.dat", 25)
         browser.quit()
@@ -318,7 +324,7 @@ def test_a_page_that_is_loaded_again(
     start: Start, tmp_path: pathlib.Path, memcached: Memcached
 ) -> None:
     browser = start()
-    network(browser, 2 * MIB)
+    network(browser, 4 * MIB)
     path = make(tmp_path, "big.dat", bytes(40 * MIB))
     for _ in range(2):
         choose(browser, path)
@@ -344,7 +350,7 @@ def test_a_page_that_is_loaded_again(
 
 def test_a_file_that_is_changed(start: Start, tmp_path: pathlib.Path) -> None:
     browser = start()
-    network(browser, 2 * MIB)
+    network(browser, 4 * MIB)
     path = make(tmp_path, "big.dat", bytes(40 * MIB))
     choose(browser, path)
     wait_until_sent(browser, "big.dat", 15)
@@ -355,7 +361,7 @@ def test_a_file_that_is_changed(start: Start, tmp_path: pathlib.Path) -> None:
 def test_a_cache_that_lost_all(start: Start, tmp_path: pathlib.Path, memcached: Memcached) -> None:
     """The page starts over by itself, but once: it could go on like that for ever."""
     browser = start()
-    network(browser, 2 * MIB)
+    network(browser, 4 * MIB)
     choose(browser, make(tmp_path, "big.dat", bytes(40 * MIB)))
     wait_until_sent(browser, "big.dat", 15)
     memcached.flush()
@@ -373,7 +379,7 @@ def test_what_is_cancelled_is_deleted(
     start: Start, tmp_path: pathlib.Path, memcached: Memcached
 ) -> None:
     browser = start()
-    network(browser, 2 * MIB)
+    network(browser, 4 * MIB)
     choose(browser, make(tmp_path, "big.dat", bytes(40 * MIB)))
     wait_until_sent(browser, "big.dat", 15)
     wait_for(lambda: len(memcached.keys()) > 8, "a block to be stored")
@@ -386,7 +392,7 @@ def test_cancelled_is_what_the_server_says(
     start: Start, tmp_path: pathlib.Path, memcached: Memcached
 ) -> None:
     browser = start()
-    network(browser, 2 * MIB)
+    network(browser, 4 * MIB)
     choose(browser, make(tmp_path, "big.dat", bytes(40 * MIB)))
     wait_until_sent(browser, "big.dat", 15)
     network(browser, offline=True)
@@ -425,7 +431,7 @@ def test_a_server_without_tus(start: Start, tmp_path: pathlib.Path, memcached: M
     link(browser, "a b.txt").click()
     wait_for_download(tmp_path / "a b.txt", b"the content")
     kept = memcached.keys()
-    network(browser, 2 * MIB)
+    network(browser, 4 * MIB)
     choose(browser, make(tmp_path, "big.dat", bytes(40 * MIB)))
     wait_until_sent(browser, "big.dat", 15)
     press(browser, "big.dat", "cancel")

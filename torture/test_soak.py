@@ -32,7 +32,7 @@ from tests.test_hosts import RULE_BREAKERS
 from torture.tools import LONG, counts
 
 CLIENTS = 16
-PHASES, SECONDS = (6, 100) if LONG else (3, 4)  # between them the host is looked at
+PHASES, SECONDS = (6, 100) if LONG else (3, 2)  # between them the host is looked at
 KILLS = (PHASES // 2, PHASES - 1)  # the phases in whose middle memcached is killed
 DOWN = 0.5  # seconds that it then stays away
 TIMEOUT = 2  # seconds that the host waits for memcached

@@ -246,7 +246,7 @@ def test_50_mib_on_a_stock_memcached(memcached: Memcached, name: str) -> None:
 def test_a_flood_of_tiny_pieces(memcached: Memcached) -> None:
     """There is no limit to their number."""
     client = make(memcached)
-    data = content(3000)
+    data = content(1000)
     last = complete(client, start(client, len(data)), data, 1)
     assert client.get(last.headers["Content-Location"]).data == data
     counts["tiny pieces"] += len(data)
