@@ -33,10 +33,20 @@ def start_memcached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]
         memcached.kill()
 
 
+@pytest.fixture(scope="module")
+def _stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Memcached]:
+    memcached = Memcached(tmp_path_factory.mktemp("m"))
+    yield memcached
+    memcached.kill()
+
+
 @pytest.fixture
-def memcached(start_memcached: Start) -> Memcached:
-    """A memcached with stock settings (`-m 64`), empty."""
-    return start_memcached()
+def memcached(_stock: Memcached) -> Memcached:
+    """A memcached with stock settings (`-m 64`), empty. Tests may kill it."""
+    if _stock.process.poll() is not None:
+        _stock.start()
+    _stock.flush()
+    return _stock
 
 
 @pytest.fixture(scope="module")

@@ -616,7 +616,7 @@ class FileCache:
         elif known not in (None, order.size):
             raise SizeMismatch(name=order.name, size=order.size, received=known)
         with self._create(order) as writer:
-            for piece in _pieces(source, writer.batch_size, known):
+            for piece in _read_source(source, writer.batch_size, known):
                 writer.write(piece)
         return writer.info
 
@@ -631,7 +631,7 @@ class FileCache:
 
     def _limits(self, slot: _Slot) -> tuple[int, float]:
         """Bytes of payload that a chunk may hold on the server, and of the server's memory."""
-        settings = slot.server.settings or slot.settings()
+        settings = slot.server.settings or slot.ask_settings()
         told = (settings.get(key, _LARGEST_ITEM) for key in (b"item_size_max", b"slab_chunk_max"))
         largest = min(_LARGEST_ITEM, *told)
         # Keys end with the index.
@@ -768,7 +768,7 @@ class FileWriter(io.RawIOBase):
                 view.cast("B") if view.nbytes and view.c_contiguous else memoryview(view.tobytes())
             )
             self._check_size(self.tell() + len(view))
-            self._take(view)
+            self._buffer(view)
         return len(view)
 
     def close(self) -> None:
@@ -847,12 +847,12 @@ class FileWriter(io.RawIOBase):
 
     def _renew(self) -> None:
         """Give what is stored a new lease. Raises FileEvicted where chunks are gone."""
-        missing = self._hold(range(self._draft.chunks))
+        missing = self._put_on_lease(range(self._draft.chunks))
         if missing:
             with self._ending():
                 raise FileEvicted(name=self._order.name, info=self._draft, missing=missing)
 
-    def _hold(self, indices: Iterable[int]) -> list[int]:
+    def _put_on_lease(self, indices: Iterable[int]) -> list[int]:
         """Put chunks on a lease; return the indices of those that are gone."""
         return self._slot.touch(self._draft, self._lease, indices)
 
@@ -865,7 +865,7 @@ class FileWriter(io.RawIOBase):
         if size is not None and length > size:
             raise SizeMismatch(name=name, size=size, received=length)
 
-    def _take(self, view: memoryview) -> None:
+    def _buffer(self, view: memoryview) -> None:
         """Send what makes a batch; keep the rest. What need not be joined is not copied."""
         while view:
             room = self.batch_size - len(self._rest)
@@ -921,14 +921,14 @@ class FileWriter(io.RawIOBase):
         size = self._max_size if self._order.size is None else self._order.size
         is_tight = 2 * size > self._memory
         while True:
-            refusal = self._put(values)
+            refusal = self._try_to_store(values)
             if not (refusal or is_tight):
                 return
             # What was asked for twice is active in the eyes of memcached's LRU, like the chunks of
             # files that were read; otherwise a full cache evicts the new chunks to keep those.
             # Done always, it would cost a large cache an eighth of the files that it keeps.
-            self._hold(values)
-            left = self._hold(values)  # the second time
+            self._put_on_lease(values)
+            left = self._put_on_lease(values)  # the second time
             if not left:
                 return
             # To wait helps where there is no room now, not where an item is larger than -I allows.
@@ -937,7 +937,7 @@ class FileWriter(io.RawIOBase):
             values = {index: values[index] for index in left}
             time.sleep(_PAUSE)
 
-    def _put(self, values: Mapping[int, _Parts]) -> bytes:
+    def _try_to_store(self, values: Mapping[int, _Parts]) -> bytes:
         return self._slot.store(self._draft, values, self._lease)
 
     def _publish(self) -> FileInfo:
@@ -986,14 +986,14 @@ class _ResumedWriter(FileWriter):
         if not self.closed:
             io.RawIOBase.close(self)
             with contextlib.suppress(CacheUnavailable):
-                self._hold(range(self._draft.chunks))
+                self._put_on_lease(range(self._draft.chunks))
 
-    def _hold(self, indices: Iterable[int]) -> list[int]:
+    def _put_on_lease(self, indices: Iterable[int]) -> list[int]:
         """Where another has published them, chunks keep their end; where that happens meanwhile
         they get none, which is never too early."""
         if self._is_published():
             return self._slot.missing(self._draft, indices)
-        missing = super()._hold(indices)
+        missing = super()._put_on_lease(indices)
         if self._is_published():
             self._slot.touch(self._draft, 0, indices)
         return missing
@@ -1001,7 +1001,7 @@ class _ResumedWriter(FileWriter):
     def _plan_again(self, length: int) -> None:
         """Others may have sent it as it was planned."""
 
-    def _put(self, values: Mapping[int, _Parts]) -> bytes:
+    def _try_to_store(self, values: Mapping[int, _Parts]) -> bytes:
         return self._slot.add(self._draft, values, self._lease)
 
     def _try_to_publish(self, info: FileInfo, found: _Found) -> FileInfo | None:
@@ -1204,7 +1204,7 @@ class _Slot:
     def _replace(self, found: _Found, value: bytes, exptime: int) -> bool:
         """The step itself; where its reply is lost, whether it was done."""
         try:
-            return self._put(found, value, exptime)
+            return self._try_to_replace(found, value, exptime)
         except CacheUnavailable:
             now = self.lookup()
             # Tokens alone don't tell: a server that restarted gives the same ones again. Of an
@@ -1214,7 +1214,7 @@ class _Slot:
                 # It is not done, or not yet. Once more: should memcached do the first one late, it
                 # won't do both.
                 with contextlib.suppress(CacheUnavailable):
-                    if self._put(found, value, exptime):
+                    if self._try_to_replace(found, value, exptime):
                         return True
                 now = self.lookup()
             if now.value == (value or None):  # a deleted manifest is empty, and has expired
@@ -1223,7 +1223,7 @@ class _Slot:
             self._discard_replaced(found, now.version)
             raise
 
-    def _put(self, found: _Found, value: bytes, exptime: int) -> bool:
+    def _try_to_replace(self, found: _Found, value: bytes, exptime: int) -> bool:
         verb = "add" if found.value is None else "cas"
         item = {self._key: (value,)}
         [reply] = self._ask("store", verb, item, exptime, found.token, again=False)
@@ -1326,7 +1326,7 @@ class _Slot:
             return int(self._ask("stats").get(b"time", time.time()))
         return int(time.time())
 
-    def settings(self) -> Mapping[bytes, Any]:
+    def ask_settings(self) -> Mapping[bytes, Any]:
         """The server's `stats settings`; nothing where a client or proxy hides one of those that
         are needed, which is asked again the next time."""
         told: Mapping[bytes, Any] = {}
@@ -1347,7 +1347,7 @@ class _Slot:
         if not why:
             cause, why = "unknown", "it does not tell why"
             with contextlib.suppress(CacheUnavailable):
-                cause, why = _diagnose(self.settings(), self._ask("stats", "slabs"), size, said)
+                cause, why = _diagnose(self.ask_settings(), self._ask("stats", "slabs"), size, said)
         said = said or (f"it evicted {len(missing)} chunks at once" if missing else "it could not")
         return CacheFull(name=self.name, missing=missing, cause=cause, reason=f"{said}: {why}")
 
@@ -1723,7 +1723,7 @@ def _is_file(source: Any) -> bool:
     return type(source.raw if buffered else source) is io.FileIO
 
 
-def _pieces(source: Any, size: int, known: int | None) -> Iterator[Any]:
+def _read_source(source: Any, size: int, known: int | None) -> Iterator[Any]:
     """The bytes of a source, in pieces that hold until the next one is asked for; of a file whose
     length is known, `size` bytes at a time, read into one buffer."""
     if known is not None and (type(source) is io.BytesIO or _is_file(source)):
