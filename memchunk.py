@@ -17,7 +17,7 @@ What keeps it:
   that holds a manifest can meet the chunks of that upload or none, never those of another.
 * A file appears by one atomic step: its manifest is written with memcached's `add` or `cas`, after
   every chunk was stored and, by a `touch` that also sets its final expiry, seen to be still there.
-* Until that touch a chunk lives on a lease: a writer that dies before leaves nothing for longer.
+* Until that touch a chunk lives on a lease: what a writer leaves that dies before ends with it.
 * Every chunk has a CRC over payload, index, total and version; the manifest, over all of itself.
 * No clock but the server's counts: the clocks of those who read and write need not agree.
 
@@ -50,7 +50,6 @@ import ssl
 import stat
 import struct
 import time
-import types
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any, Callable, NamedTuple, NoReturn, Protocol, Union
@@ -120,7 +119,7 @@ _WRITE_BATCH = 4 * 1024 * 1024
 _READ_BATCH = 2 * 1024 * 1024
 _PIPELINE = 256  # commands sent before a reply is read: the replies fit in any socket buffer
 _PIECE = 64 * 1024  # bytes asked for at a time of a file of unknown size
-_LINE = 8192  # bytes that a stream shows to who looks for the end of a line
+_LINE = 8192  # bytes, the most that `peek` returns
 # A manifest that says more than this is damage, and is not worked off blindly.
 _MAX_CHUNK = 2**30  # bytes: memcached's -I ends there
 _MAX_CHUNKS = 2**20  # more than any file needs
@@ -314,8 +313,8 @@ class FileInfo:
         return self._header(index, payload, padding), payload, padding
 
     def _header(self, index: int, *body: Any) -> bytes:
-        """A chunk's header. Its CRC begins with what is not in the body, at no cost in bytes: a
-        sound chunk in the wrong place fails like a damaged one."""
+        """A chunk's header. The CRC covers index, total and version, too, so that a sound chunk
+        under a wrong key fails like a damaged one."""
         crc = zlib.crc32(_CHUNK.pack(index, self._total, 0) + self.version.encode())
         for part in body:
             crc = zlib.crc32(part, crc)
@@ -347,9 +346,9 @@ class FileInfo:
         damage = FileCorrupt(name=name, index=None)
         if value != body + _CRC.pack(zlib.crc32(body)) or not head.startswith(_MAGIC):
             raise damage
-        found = int.from_bytes(head[len(_MAGIC) : len(_MAGIC) + 1], "big")
-        if found != _FORMAT:
-            raise _UnknownFormat(name=name, index=None, format=found)
+        format_ = int.from_bytes(head[len(_MAGIC) : len(_MAGIC) + 1], "big")
+        if format_ != _FORMAT:
+            raise _UnknownFormat(name=name, index=None, format=format_)
         if len(head) < _MANIFEST.size:
             raise damage
         _, _, *layout, size, created, expires, version, length = _MANIFEST.unpack(head)
@@ -508,12 +507,13 @@ class FileCache:
         return writer
 
     def abandon(self, state: bytes) -> None:
-        """Delete what is stored of a suspended upload, by others who resumed it too as far as its
-        size is known, unless it is published. Raises ValueError where `state` is none."""
+        """Delete the chunks of a suspended upload, unless it is published; also those of others
+        who resumed it, where its size is known. Not to be called while one of them may be
+        publishing it: the file would lose its chunks. Raises ValueError where `state` is none."""
         order, info, _ = _Order.unpack(state)
         slot = self._slot(order.name)
         if slot.lookup().version != info.version:
-            slot.discard(dataclasses.replace(info, chunks=max(info.chunks, info._total)))
+            slot.discard(info, range(max(info.chunks, info._total)))
 
     def get(self, name: str) -> bytes:
         """The whole file, verified. Raises FileNotFound, FileEvicted, FileCorrupt, and
@@ -550,21 +550,26 @@ class FileCache:
 
     def touch(self, name: str, expire: int | datetime.timedelta) -> FileInfo:
         """Give every piece of the file a new time to live, in seconds from now or as timedelta,
-        0 for never. Raises FileNotFound, FileEvicted, FileCorrupt. Where it fails midway, chunks
-        have no end until the file is touched again, or they are evicted."""
+        0 for never. Raises FileNotFound, FileEvicted, FileCorrupt, and CacheFull where others keep
+        changing the manifest. Where it fails midway, touch the file again: its chunks may have no
+        end, or after two touches at once that of the other."""
         slot, seconds = self._slot(name), _seconds(expire)
+        manifest_end, chunks_end = slot.exptimes(seconds)
         for _ in range(_ATTEMPTS):
             found = slot.lookup()
-            info = dataclasses.replace(found.require(), expires=_end(int(time.time()), seconds))
-            # While the manifest changes, the chunks have no end: which of its two ends is the
-            # later one, only clocks that agree could tell. First ask what is missing: chunks of a
-            # dead file keep their end.
-            missing = slot.missing(info) or slot.touch(info, 0)
+            old = found.require()
+            info = dataclasses.replace(old, expires=_end(int(time.time()), seconds))
+            # First ask what is missing: chunks of a dead file keep their end. Then, until the
+            # manifest is changed, the chunks have none: which of its two ends is the later one,
+            # only clocks that agree could tell.
+            missing = slot.missing(old)
+            if not missing:
+                missing = slot.touch(old, 0)
             if missing:
                 with contextlib.suppress(FileChanged):  # then on the version that is there now
-                    slot.explain(info, missing)
-            elif slot.swap(found, info, slot.exptime(seconds)):
-                slot.touch(info, slot.exptime(seconds, _SLACK))
+                    slot.explain(old, missing)
+            elif slot.swap(found, info, manifest_end):
+                slot.touch(info, chunks_end)
                 # Another touch may have come in between. Then the chunks have no end, for the same
                 # reason, and stay until they are evicted, or touched again.
                 current = slot.lookup()
@@ -579,10 +584,11 @@ class FileCache:
         slot = self._slot(name)
         for _ in range(_ATTEMPTS):
             found = slot.lookup()
-            if found.value is None or version is not None:  # a damaged one has no version
+            # Without a version, what is damaged can be deleted, too.
+            if found.value is None or version is not None:
                 found.require(version)
-            # The text protocol has no conditional delete; storing what has expired is one. `swap`
-            # then deletes the chunks.
+            # The text protocol can't delete conditionally. To `cas` in what has expired does so;
+            # `swap` then deletes the chunks.
             if slot.swap(found, None, _OVER):
                 return
         raise slot.full(0, [], "contention")
@@ -606,7 +612,7 @@ class FileCache:
         return _Slot(server, self.namespace, name)
 
     def _write(self, order: _Order, source: Any) -> FileInfo:
-        """`add`, `set` and `cas`: a writer, and a loop."""
+        """`add`, `set` and `cas`."""
         if isinstance(source, os.PathLike):
             with open(source, "rb") as file:
                 return self._write(order, file)
@@ -634,7 +640,7 @@ class FileCache:
         settings = slot.server.settings or slot.ask_settings()
         told = (settings.get(key, _LARGEST_ITEM) for key in (b"item_size_max", b"slab_chunk_max"))
         largest = min(_LARGEST_ITEM, *told)
-        # Keys end with the index.
+        # The key of the last chunk is the longest, as it ends with the index.
         longest_key = len(slot.server.key_prefix) + len(slot.chunk_key("0" * 16, _MAX_CHUNKS))
         capacity = max(largest - _ITEM_OVERHEAD - longest_key - _CHUNK.size, 1)
         return self._chunk_size or capacity, settings.get(b"maxbytes", math.inf)
@@ -663,7 +669,7 @@ class _Order:
         if self.verb == "cas":
             found.require(self.version)
         elif self.verb == "add" and isinstance(found.damage, _UnknownFormat):
-            raise found.damage
+            raise found.damage  # it is somebody's file; any other damage is nobody's
         elif self.verb == "add" and found.info and not slot.missing(found.info):
             raise FileExists(name=self.name, info=found.info)
 
@@ -722,7 +728,7 @@ class FileWriter(io.RawIOBase):
         self._max_size, self._lease = cache.max_size, cache.lease
         self._capacity, self._memory = cache._limits(self._slot)
         self._started = time.monotonic()
-        # Its `size` and `chunks` count what may be stored, from before it is sent.
+        # Counts chunks before they are sent, so that `abandon` deletes all that may be stored.
         self._draft = draft or self._plan(order.size)
         self._rest = bytearray(tail)  # what does not make a batch yet
         self.batch_size = self._draft._chunk_size * self._draft._per_batch(_WRITE_BATCH)
@@ -730,15 +736,16 @@ class FileWriter(io.RawIOBase):
     def _plan(self, size: int | None) -> FileInfo:
         """A new version, yet without chunks, for `size` bytes (None: unknown)."""
         order, capacity, version = self._order, self._capacity, secrets.token_hex(8)
-        total = -(-max(size or 0, 0) // capacity)
-        cut = -(-size // total) if size and total else capacity
+        size = max(size or 0, 0)  # a negative one is a SizeMismatch when the file ends
+        total = -(-size // capacity)
+        cut = -(-size // total) if total else capacity
         # One chunk alone may be small. Of a stream there may come more than one; where it ends
         # before one was sent, `_finish` plans again.
         floor = 0 if total == 1 else int(capacity * _LEAST_FILL)
         return FileInfo(order.name, 0, 0, version, 0, None, order.metadata, cut, floor, total)
 
     def _checkClosed(self) -> None:  # noqa: N802 - as io names it
-        if self._error:  # to a zipfile, say, that goes on after it, and would raise something else
+        if self._error:  # not "closed file": a zipfile, say, goes on writing, and raises that last
             raise self._error
         super()._checkClosed()
 
@@ -788,16 +795,16 @@ class FileWriter(io.RawIOBase):
         rest = memoryview(bytes(self._rest))
         try:
             yield from CachedFile(self._slot, self._draft).chunks()
-        except FileChanged:  # so it says of missing chunks, as there is no manifest yet
-            self._renew()
+        except FileChanged:  # said of missing chunks, as there is no manifest yet that needs them
+            self._renew()  # raises FileEvicted
             raise
         yield rest
 
     def suspend(self) -> bytes:
         """Put the upload down: return its state, for `FileCache.resume`, and close this stream.
 
-        The state holds the bytes that don't fill a chunk yet. What was stored
-        lives for the cache's `lease`, in seconds from when it was sent or last resumed.
+        The state holds the bytes that don't fill a chunk yet. What was stored lives for the
+        cache's `lease`, in seconds from when it was sent or last resumed.
         """
         self._checkClosed()
         with self._ending():
@@ -819,7 +826,7 @@ class FileWriter(io.RawIOBase):
     def _is_published(self) -> bool:
         return self._may_be_published and self._slot.lookup().version == self.version
 
-    _fail = abandon  # after an error
+    _fail = abandon  # what to do after an error; another where others share the upload
 
     @contextlib.contextmanager
     def _ending(self) -> Iterator[None]:
@@ -888,7 +895,7 @@ class FileWriter(io.RawIOBase):
         self._check_size(length)
         if self._order.size not in (None, length):
             raise SizeMismatch(name=self._order.name, size=self._order.size, received=length)
-        if not self._draft.chunks:  # and nobody else has sent some
+        if not self._draft.chunks:
             self._plan_again(length)
         self._flush()
 
@@ -921,23 +928,24 @@ class FileWriter(io.RawIOBase):
         size = self._max_size if self._order.size is None else self._order.size
         is_tight = 2 * size > self._memory
         while True:
-            refusal = self._try_to_store(values)
-            if not (refusal or is_tight):
+            refused = self._try_to_store(values)
+            if not (refused or is_tight):
                 return
-            # What was asked for twice is active in the eyes of memcached's LRU, like the chunks of
+            # What was touched twice is active in the eyes of memcached's LRU, like the chunks of
             # files that were read; otherwise a full cache evicts the new chunks to keep those.
             # Done always, it would cost a large cache an eighth of the files that it keeps.
             self._put_on_lease(values)
-            left = self._put_on_lease(values)  # the second time
+            left = sorted({*self._put_on_lease(values), *refused})
             if not left:
                 return
+            reply = next(iter(refused.values()), b"")
             # To wait helps where there is no room now, not where an item is larger than -I allows.
-            if time.monotonic() > deadline or b"too large" in refusal:
-                raise self._full([] if refusal else left, refusal)
+            if time.monotonic() > deadline or b"too large" in reply:
+                raise self._full([] if refused else left, reply)
             values = {index: values[index] for index in left}
             time.sleep(_PAUSE)
 
-    def _try_to_store(self, values: Mapping[int, _Parts]) -> bytes:
+    def _try_to_store(self, values: Mapping[int, _Parts]) -> dict[int, bytes]:
         return self._slot.store(self._draft, values, self._lease)
 
     def _publish(self) -> FileInfo:
@@ -954,19 +962,22 @@ class FileWriter(io.RawIOBase):
     def _try_to_publish(self, info: FileInfo, found: _Found) -> FileInfo | None:
         """Put the file in the place of what was found; None: another was quicker."""
         self._order.check(self._slot, found)
-        # 3. A server that is short of memory says STORED, and evicts the first chunks while the
-        # last arrive.
-        self._settle(info)
+        manifest_end = self._settle(info)  # 3.
         before, self._may_be_published = self._may_be_published, True
-        done = self._slot.swap(found, info, self._slot.exptime(self._order.expire))  # 4. and 5.
-        self._may_be_published = before  # there was a reply
+        done = self._slot.swap(found, info, manifest_end)  # 4. and 5.
+        # There was a reply. In doubt, who can't ask whether it is published must not clean up.
+        self._may_be_published = before
         return info if done else None
 
-    def _settle(self, info: FileInfo) -> None:
-        """Give every chunk its final expiry. Raises CacheFull where one is gone."""
-        missing = self._slot.touch(info, self._slot.exptime(self._order.expire, _SLACK))
+    def _settle(self, info: FileInfo) -> int:
+        """Give every chunk its final expiry; return that of the manifest. Raises CacheFull where
+        one is gone: a server that is short of memory says STORED, and evicts the first chunks
+        while the last arrive."""
+        manifest_end, chunks_end = self._slot.exptimes(self._order.expire)
+        missing = self._slot.touch(info, chunks_end)
         if missing:
             raise self._full(missing)
+        return manifest_end
 
     def _full(self, missing: list[int], refusal: bytes = b"") -> CacheFull:
         size = max(self._draft.size, self._order.size or 0)
@@ -989,8 +1000,8 @@ class _ResumedWriter(FileWriter):
                 self._put_on_lease(range(self._draft.chunks))
 
     def _put_on_lease(self, indices: Iterable[int]) -> list[int]:
-        """Where another has published them, chunks keep their end; where that happens meanwhile
-        they get none, which is never too early."""
+        """Chunks that another has published keep their end. Where that happens while they are
+        touched, they get none, which is never too early."""
         if self._is_published():
             return self._slot.missing(self._draft, indices)
         missing = super()._put_on_lease(indices)
@@ -999,9 +1010,9 @@ class _ResumedWriter(FileWriter):
         return missing
 
     def _plan_again(self, length: int) -> None:
-        """Others may have sent it as it was planned."""
+        """Others may have sent chunks already, as they were planned at first."""
 
-    def _try_to_store(self, values: Mapping[int, _Parts]) -> bytes:
+    def _try_to_store(self, values: Mapping[int, _Parts]) -> dict[int, bytes]:
         return self._slot.add(self._draft, values, self._lease)
 
     def _try_to_publish(self, info: FileInfo, found: _Found) -> FileInfo | None:
@@ -1015,7 +1026,7 @@ class _ResumedWriter(FileWriter):
     def _agree(self, published: FileInfo) -> FileInfo:
         """What another has published: the same file, and whole."""
         if published.size != self._draft.size:
-            index = min(published.chunks, self._draft.chunks)
+            index = min(published.size, self._draft.size) // published._chunk_size
             raise UploadConflict(name=published.name, version=published.version, index=index)
         missing = self._slot.missing(published)
         if missing:
@@ -1065,17 +1076,16 @@ class CachedFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer`; fewer bytes than it holds only at the end of the file."""
-        self._checkClosed()
-        target = memoryview(buffer).cast("B")
-        filled, stop = 0, min(self._position + len(target), self.info.size)
-        for piece in self._pieces(self._position, stop):
+        target, filled = memoryview(buffer).cast("B"), 0
+        for piece in self.chunks(self._position, self._position + len(target)):
             target[filled : filled + len(piece)] = piece
             filled += len(piece)
         self._position += filled
         return filled
 
     def read(self, size: int | None = -1) -> bytes:
-        """The next `size` bytes, fewer only at the end; all that is left by default."""
+        """The next `size` bytes, fewer only at the end; all that is left by default. IOBase's own
+        makes room for all of `size`, however much is left."""
         if size is None or size < 0:
             return self.readall()
         return super().read(min(size, max(self.info.size - self._position, 0))) or b""
@@ -1086,25 +1096,18 @@ class CachedFile(io.RawIOBase):
         # over without a copy: the file is in memory once.
         output = io.BytesIO(bytes(max(self.info.size - self._position, 0)))
         with output.getbuffer() as view:
-            filled = 0
-            for piece in self.chunks(self._position):
-                view[filled : filled + len(piece)] = piece
-                filled += len(piece)
-        self._position += filled
+            self.readinto(view)
         return output.getvalue()
 
     def peek(self, size: int = 0) -> bytes:
         """Some of the next bytes, without moving; `readline` and `for line in file` use it."""
-        self._checkClosed()
         start, size = self._position, self.info._chunk_size
-        stop = min(start + _LINE, start - start % size + size, self.info.size)  # of one chunk
-        for piece in self._pieces(start, stop):
-            return bytes(piece)
-        return b""
+        stop = min(start + _LINE, start - start % size + size)  # of one chunk
+        return bytes(next(self.chunks(start, stop), b""))
 
     def readline(self, size: int | None = -1) -> bytes:
-        """The next line, or its first `size` bytes. IOBase's own counts `size` anew each time that
-        it peeks: what it took too much is given back."""
+        """The next line, or its first `size` bytes. IOBase's own applies `size` to each `peek`
+        anew: what it read beyond is given back."""
         limit = self.info.size if size is None or size < 0 else size
         line = super().readline(limit)
         self._position -= max(len(line) - limit, 0)
@@ -1182,6 +1185,11 @@ class _Slot:
     def chunk_key(self, version: str, index: int) -> str:
         return f"{self._namespace}:{version}:{index}"
 
+    def _keys(self, info: FileInfo, indices: Iterable[int] | None) -> dict[str, int]:
+        """The keys of chunks, by default of all, and the index of each."""
+        chosen = range(info.chunks) if indices is None else indices
+        return {self.chunk_key(info.version, index): index for index in chosen}
+
     def lookup(self) -> _Found:
         """What is at the manifest's key."""
         value, token = self._ask("gets", self._key)
@@ -1202,7 +1210,8 @@ class _Slot:
         return done
 
     def _replace(self, found: _Found, value: bytes, exptime: int) -> bool:
-        """The step itself; where its reply is lost, whether it was done."""
+        """The step itself. True: done. False: another was quicker. Raises where the reply is lost,
+        and what is there doesn't tell."""
         try:
             return self._try_to_replace(found, value, exptime)
         except CacheUnavailable:
@@ -1219,7 +1228,8 @@ class _Slot:
                 now = self.lookup()
             if now.value == (value or None):  # a deleted manifest is empty, and has expired
                 return True
-            # Perhaps done, and undone by a writer who deleted our chunks, not what we replaced.
+            # Perhaps done, and replaced by a writer who deleted our chunks, not those that we
+            # replaced.
             self._discard_replaced(found, now.version)
             raise
 
@@ -1232,23 +1242,22 @@ class _Slot:
         return bool(reply == _STORED)
 
     def _discard_replaced(self, found: _Found, version: str | None) -> None:
-        """Delete what was found, unless `version`, which is there now, is the same."""
+        """Delete the chunks of what was found, unless it is what is there now, `version`."""
         if found.info and found.version != version:
             self.discard(found.info)
 
-    def store(self, info: FileInfo, values: Mapping[int, _Parts], lease: int) -> bytes:
-        """Store chunks, by index, for `lease` seconds; return the first reply that is no yes."""
+    def store(self, info: FileInfo, values: Mapping[int, _Parts], lease: int) -> dict[int, bytes]:
+        """Store chunks, by index, for `lease` seconds; return the replies that are no yes."""
         items = {self.chunk_key(info.version, index): parts for index, parts in values.items()}
         replies = self._ask("store", "set", items, lease)
-        return next((reply for reply in replies if reply != _STORED), b"")
+        return {index: reply for index, reply in zip(values, replies) if reply != _STORED}
 
-    def add(self, info: FileInfo, values: Mapping[int, _Parts], lease: int) -> bytes:
+    def add(self, info: FileInfo, values: Mapping[int, _Parts], lease: int) -> dict[int, bytes]:
         """`store`, where others may do so too. Raises UploadConflict where other bytes are.
 
-        One by one, so that who meets other bytes has stored none behind them: those would be in
-        the way of the writer who came first, and nobody could go on.
+        One by one, so that nothing is stored behind other bytes, nor behind a chunk that is not
+        stored yet: it would be in the way of a writer who came first, and nobody could go on.
         """
-        refusal = b""
         for index, parts in values.items():
             key = self.chunk_key(info.version, index)
             [reply] = self._ask("store", "add", {key: parts}, lease)
@@ -1259,12 +1268,12 @@ class _Slot:
                 if there is not None:
                     raise UploadConflict(name=self.name, version=info.version, index=index)
             if reply != _STORED:
-                refusal = refusal or reply
-        return refusal
+                return {each: reply for each in values if each >= index}
+        return {}
 
     def fetch(self, info: FileInfo, indices: range) -> list[memoryview]:
         """Verified payloads. Raises FileEvicted, FileChanged, FileCorrupt."""
-        keys = {self.chunk_key(info.version, index): index for index in indices}
+        keys = self._keys(info, indices)
         payloads = self._ask("read", list(keys), lambda key, value: info._verify(keys[key], value))
         missing = [index for key, index in keys.items() if key not in payloads]
         if missing:
@@ -1282,43 +1291,37 @@ class _Slot:
         self, info: FileInfo, exptime: int, indices: Iterable[int] | None = None
     ) -> list[int]:
         """Set the expiry of chunks, by default of all; return the indices of those missing."""
-        chosen = list(range(info.chunks) if indices is None else indices)
-        keys = [self.chunk_key(info.version, index) for index in chosen]
-        there = self._ask("touch", keys, exptime)
-        return [index for index, found in zip(chosen, there) if not found]
+        keys = self._keys(info, indices)
+        there = self._ask("touch", list(keys), exptime)
+        return [index for index, found in zip(keys.values(), there) if not found]
 
     def missing(self, info: FileInfo, indices: Iterable[int] | None = None) -> list[int]:
         """The indices of chunks, by default of all, that are gone. A `cas` that can't succeed asks
         for them: of the commands that every proxy speaks, the only one that neither reads nor
         changes them."""
-        chosen = list(range(info.chunks) if indices is None else indices)
-        questions = {self.chunk_key(info.version, index): () for index in chosen}
-        replies = self._ask("store", "cas", questions, 0, _NO_TOKEN)
+        keys = self._keys(info, indices)
+        replies = self._ask("store", "cas", dict.fromkeys(keys, ()), 0, _NO_TOKEN)
         for reply in set(replies) - {_EXISTS, _NOT_FOUND}:
             raise self.full(0, [], "", reply)
-        return [index for index, reply in zip(chosen, replies) if reply == _NOT_FOUND]
+        return [index for index, reply in zip(keys.values(), replies) if reply == _NOT_FOUND]
 
-    def discard(self, info: FileInfo) -> None:
+    def discard(self, info: FileInfo, indices: Iterable[int] | None = None) -> None:
         """Delete the chunks of a version that no manifest names. Failure is no error, as nothing
         depends on it; but nobody else will ever do it, so it is tried twice."""
-        keys = [self.chunk_key(info.version, index) for index in range(info.chunks)]
+        keys = list(self._keys(info, indices))
         for _ in range(2):
             with contextlib.suppress(CacheUnavailable):
                 self._ask("delete", keys)
                 break
 
-    def exptime(self, expire: int, slack: int = 0) -> int:
-        """What to tell memcached so that an item ends `slack` seconds after those of `expire`.
-
-        A manifest and its chunks get times of one kind, relative or absolute; absolute ones count
-        from the time that the server itself tells, where it does.
-        """
+    def exptimes(self, expire: int) -> tuple[int, int]:
+        """What to tell memcached for a manifest to end in `expire` seconds, and for its chunks to
+        do so a little later. Both are relative, or both absolute, by the time that the server
+        itself tells, where it does."""
         if not expire:
-            return 0
-        if expire + _SLACK <= _RELATIVE_LIMIT:
-            return expire + slack
-        end = self.now() + expire + slack
-        return end if end <= _ABSOLUTE_LIMIT else 0
+            return 0, 0
+        end = expire if expire + _SLACK <= _RELATIVE_LIMIT else self.now() + expire
+        return (end, end + _SLACK) if end + _SLACK <= _ABSOLUTE_LIMIT else (0, 0)
 
     def now(self) -> int:
         """Unix time by the server's clock, where `stats` tells it; else by this machine's."""
@@ -1329,14 +1332,13 @@ class _Slot:
     def ask_settings(self) -> Mapping[bytes, Any]:
         """The server's `stats settings`; nothing where a client or proxy hides one of those that
         are needed, which is asked again the next time."""
-        told: Mapping[bytes, Any] = {}
         try:
             told = self._ask("stats", "settings")
         except CacheUnavailable as error:
             # Some proxies close the connection on a command that they don't know.
-            is_down = isinstance(error.__cause__, OSError)
-            if is_down and not isinstance(error.__cause__, _DROPPED):
+            if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, _DROPPED):
                 raise
+            told = {}
         needed = {b"item_size_max", b"slab_chunk_max", b"maxbytes"}
         self.server.settings = told if needed <= told.keys() else {}
         return self.server.settings
@@ -1347,7 +1349,8 @@ class _Slot:
         if not why:
             cause, why = "unknown", "it does not tell why"
             with contextlib.suppress(CacheUnavailable):
-                cause, why = _diagnose(self.ask_settings(), self._ask("stats", "slabs"), size, said)
+                if settings := self.ask_settings():
+                    cause, why = _diagnose(settings, self._ask("stats", "slabs"), size, said)
         said = said or (f"it evicted {len(missing)} chunks at once" if missing else "it could not")
         return CacheFull(name=self.name, missing=missing, cause=cause, reason=f"{said}: {why}")
 
@@ -1370,8 +1373,6 @@ def _diagnose(
     settings: Mapping[bytes, Any], slabs: Mapping[bytes, Any], size: int, refusal: str
 ) -> tuple[str, str]:
     """Why a server with these `stats` did not keep a file of `size` bytes: cause, and sentence."""
-    if not settings:
-        return "unknown", "it does not tell why"
     largest, memory = settings[b"item_size_max"], settings[b"maxbytes"]
     if "too large" in refusal:
         return "item size", f"items end at {largest} bytes (-I), and a chunk is larger"
@@ -1399,7 +1400,7 @@ class _Server:
     """
 
     key_prefix = b""  # what the client puts before every key
-    settings: Mapping[bytes, Any] = types.MappingProxyType({})  # as last told
+    settings: Mapping[bytes, Any] = {}  # as last told
 
     def __init__(self, name: str, client: Any) -> None:
         self.name = name
@@ -1414,8 +1415,7 @@ class _Server:
             raise ValueError(f"{client!r} is no memcached client; `connect` takes addresses")
         self._client = client
         self._pool = getattr(client, "client_pool", None)
-        prefix = getattr(client, "key_prefix", b"")
-        self.key_prefix = prefix.encode() if isinstance(prefix, str) else prefix
+        self.key_prefix = getattr(client, "key_prefix", b"")
 
     def gets(self, key: str) -> Any:
         """Value and cas token, None and None for a miss."""
@@ -1473,7 +1473,7 @@ class _Server:
     def _call(self, command: str, *args: Any, again: bool = True, **options: Any) -> Any:
         """Have a client do a command; where it can be done twice, `again` on the next connection
         when one turns out to be broken. After a restart of the server, all that idle are."""
-        left = 1 + self._idling() if again else 0
+        retries = 1 + self._idling() if again else 0
         while True:
             try:
                 return self._do(command, *args, **options)
@@ -1482,8 +1482,8 @@ class _Server:
             except Exception as error:  # pymemcache's, a socket's, those of a user's serializer
                 reason = repr(error)
                 if isinstance(error, _DROPPED):
-                    left -= 1
-                    if left >= 0:
+                    retries -= 1
+                    if retries >= 0:
                         continue
                     reason += (
                         ": it closed the connection, as without tls:// a server with TLS does"
@@ -1621,7 +1621,7 @@ class _Connection(Client):
         return replies
 
     def _send(self, parts: list[Any]) -> None:
-        if isinstance(self.sock, ssl.SSLSocket):  # it has no `sendmsg`
+        if isinstance(self.sock, ssl.SSLSocket) or not hasattr(self.sock, "sendmsg"):  # Windows
             self.sock.sendall(b"".join(parts))
             return
         while parts:

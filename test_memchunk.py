@@ -64,6 +64,7 @@ from pymemcache import serde
 from pymemcache.client.base import Client, PooledClient
 from pymemcache.client.hash import HashClient
 from pymemcache.client.retrying import RetryingClient
+from pymemcache.exceptions import MemcacheServerError
 
 import memchunk
 from memchunk import FileCache, FileInfo, FileWriter
@@ -1972,8 +1973,9 @@ def test_two_who_finish_one_state_at_different_lengths_conflict(
     one, two = cache.resume(state), cache.resume(state)
     one.write(tails[0])
     one.close()
-    with pytest.raises(memchunk.UploadConflict), two:
+    with pytest.raises(memchunk.UploadConflict) as caught, two:
         two.write(tails[1])
+    assert caught.value.index == len(begin) // CHUNK  # the chunk that the tails are in
     assert cache.get("file") == begin + tails[0]
 
 
@@ -2059,6 +2061,25 @@ def test_a_published_file_is_never_on_a_lease(tcp: Site, cache: FileCache) -> No
     with pytest.raises(memchunk.UploadConflict):
         watched.resume(state).write(LONG)
     assert tcp.holds_only(file=NEW)
+
+
+def test_a_chunk_that_was_refused_is_not_taken_from_another(tcp: Site, cache: FileCache) -> None:
+    """What one could not store, and another did in the meantime, need not be the same."""
+    state = cache.create("file").suspend()
+
+    def be_late() -> None:
+        other = cache.resume(state)
+        other.write(OLD[:CHUNK])
+        other.suspend()
+        raise MemcacheServerError(b"out of memory storing object")
+
+    writer = tcp.interposed(before=At({"add"}, be_late)).resume(state)
+    writer.write(NEW)
+    with pytest.raises(memchunk.UploadConflict) as caught:
+        writer.close()
+    assert caught.value.index == 0
+    assert "file" not in cache
+    assert len(tcp.keys()) == 1  # nothing of it stands behind the other's chunk
 
 
 def test_who_finishes_second_is_not_told_that_a_file_is_there_that_is_not(
