@@ -513,7 +513,7 @@ class FileCache:
         order, info, _ = _Order.unpack(state)
         slot = self._slot(order.name)
         if slot.lookup().version != info.version:
-            slot.discard(info, range(max(info.chunks, info._total)))
+            slot.delete_chunks(info, range(max(info.chunks, info._total)))
 
     def get(self, name: str) -> bytes:
         """The whole file, verified. Raises FileNotFound, FileEvicted, FileCorrupt, and
@@ -546,7 +546,7 @@ class FileCache:
         """Whether a whole file of that name is there. Reads no payload, and changes nothing."""
         slot = self._slot(name)
         info = slot.lookup().info
-        return info is not None and not slot.missing(info)
+        return info is not None and not slot.missing_chunks(info)
 
     def touch(self, name: str, expire: int | datetime.timedelta) -> FileInfo:
         """Give every piece of the file a new time to live, in seconds from now or as timedelta,
@@ -562,21 +562,21 @@ class FileCache:
             # First ask what is missing: chunks of a dead file keep their end. Then, until the
             # manifest is changed, the chunks have none: which of its two ends is the later one,
             # only clocks that agree could tell.
-            missing = slot.missing(old)
+            missing = slot.missing_chunks(old)
             if not missing:
-                missing = slot.touch(old, 0)
+                missing = slot.touch_chunks(old, 0)
             if missing:
                 with contextlib.suppress(FileChanged):  # then on the version that is there now
                     slot.explain(old, missing)
             elif slot.swap(found, info, manifest_end):
-                slot.touch(info, chunks_end)
+                slot.touch_chunks(info, chunks_end)
                 # Another touch may have come in between. Then the chunks have no end, for the same
                 # reason, and stay until they are evicted, or touched again.
                 current = slot.lookup()
                 if current.version == info.version and current.info != info:
-                    slot.touch(info, 0)
+                    slot.touch_chunks(info, 0)
                 return info
-        raise slot.full(0, [], "contention")
+        raise slot.cache_full(0, [], "contention")
 
     def delete(self, name: str, version: str | None = None) -> None:
         """Delete the file, whole or not; with `version`, only while it is that version.
@@ -591,7 +591,7 @@ class FileCache:
             # `swap` then deletes the chunks.
             if slot.swap(found, None, _OVER):
                 return
-        raise slot.full(0, [], "contention")
+        raise slot.cache_full(0, [], "contention")
 
     def ping(self) -> None:
         """Return when every server answers, else raise CacheUnavailable."""
@@ -670,7 +670,7 @@ class _Order:
             found.require(self.version)
         elif self.verb == "add" and isinstance(found.damage, _UnknownFormat):
             raise found.damage  # it is somebody's file; any other damage is nobody's
-        elif self.verb == "add" and found.info and not slot.missing(found.info):
+        elif self.verb == "add" and found.info and not slot.missing_chunks(found.info):
             raise FileExists(name=self.name, info=found.info)
 
     def pack(self, info: FileInfo, tail: bytearray) -> bytes:
@@ -821,7 +821,7 @@ class FileWriter(io.RawIOBase):
         super().close()
         with contextlib.suppress(CacheUnavailable):
             if not self._is_published():
-                self._slot.discard(self._draft)
+                self._slot.delete_chunks(self._draft)
 
     def _is_published(self) -> bool:
         return self._may_be_published and self._slot.lookup().version == self.version
@@ -861,7 +861,7 @@ class FileWriter(io.RawIOBase):
 
     def _put_on_lease(self, indices: Iterable[int]) -> list[int]:
         """Put chunks on a lease; return the indices of those that are gone."""
-        return self._slot.touch(self._draft, self._lease, indices)
+        return self._slot.touch_chunks(self._draft, self._lease, indices)
 
     def _check_size(self, length: int) -> None:
         """Raise where the file may not have `length` bytes."""
@@ -916,7 +916,7 @@ class FileWriter(io.RawIOBase):
         # from it anyway, so that nobody could read it; and would take what is left of it for
         # active, and evict the first chunks of the new one.
         if self._old and self._old.size + size > self._memory:
-            self._slot.discard(self._old)
+            self._slot.delete_chunks(self._old)
             self._old = None
         if values:
             self._store(values)
@@ -941,12 +941,12 @@ class FileWriter(io.RawIOBase):
             reply = next(iter(refused.values()), b"")
             # To wait helps where there is no room now, not where an item is larger than -I allows.
             if time.monotonic() > deadline or b"too large" in reply:
-                raise self._full([] if refused else left, reply)
+                raise self._cache_full([] if refused else left, reply)
             values = {index: values[index] for index in left}
             time.sleep(_PAUSE)
 
     def _try_to_store(self, values: Mapping[int, _Parts]) -> dict[int, bytes]:
-        return self._slot.store(self._draft, values, self._lease)
+        return self._slot.store_chunks(self._draft, values, self._lease)
 
     def _publish(self) -> FileInfo:
         now = int(time.time())
@@ -957,7 +957,7 @@ class FileWriter(io.RawIOBase):
             published = self._try_to_publish(info, found)
             if published:
                 return published
-        raise self._slot.full(info.size, [], "contention")
+        raise self._slot.cache_full(info.size, [], "contention")
 
     def _try_to_publish(self, info: FileInfo, found: _Found) -> FileInfo | None:
         """Put the file in the place of what was found; None: another was quicker."""
@@ -974,16 +974,16 @@ class FileWriter(io.RawIOBase):
         one is gone: a server that is short of memory says STORED, and evicts the first chunks
         while the last arrive."""
         manifest_end, chunks_end = self._slot.exptimes(self._order.expire)
-        missing = self._slot.touch(info, chunks_end)
+        missing = self._slot.touch_chunks(info, chunks_end)
         if missing:
-            raise self._full(missing)
+            raise self._cache_full(missing)
         return manifest_end
 
-    def _full(self, missing: list[int], refusal: bytes = b"") -> CacheFull:
+    def _cache_full(self, missing: list[int], refusal: bytes = b"") -> CacheFull:
         size = max(self._draft.size, self._order.size or 0)
         # memcached's clock ticks once a second: an item may end up to a second early.
         is_over = time.monotonic() - self._started > self._lease - 1
-        return self._slot.full(size, missing, "lease" if is_over else "", refusal)
+        return self._slot.cache_full(size, missing, "lease" if is_over else "", refusal)
 
 
 class _ResumedWriter(FileWriter):
@@ -1003,17 +1003,17 @@ class _ResumedWriter(FileWriter):
         """Chunks that another has published keep their end. Where that happens while they are
         touched, they get none, which is never too early."""
         if self._is_published():
-            return self._slot.missing(self._draft, indices)
+            return self._slot.missing_chunks(self._draft, indices)
         missing = super()._put_on_lease(indices)
         if self._is_published():
-            self._slot.touch(self._draft, 0, indices)
+            self._slot.touch_chunks(self._draft, 0, indices)
         return missing
 
     def _plan_again(self, length: int) -> None:
         """Others may have sent chunks already, as they were planned at first."""
 
     def _try_to_store(self, values: Mapping[int, _Parts]) -> dict[int, bytes]:
-        return self._slot.add(self._draft, values, self._lease)
+        return self._slot.add_chunks(self._draft, values, self._lease)
 
     def _try_to_publish(self, info: FileInfo, found: _Found) -> FileInfo | None:
         if found.info and found.version == self.version:
@@ -1028,9 +1028,9 @@ class _ResumedWriter(FileWriter):
         if published.size != self._draft.size:
             index = min(published.size, self._draft.size) // published._chunk_size
             raise UploadConflict(name=published.name, version=published.version, index=index)
-        missing = self._slot.missing(published)
+        missing = self._slot.missing_chunks(published)
         if missing:
-            raise self._full(missing)
+            raise self._cache_full(missing)
         return published
 
 
@@ -1065,7 +1065,7 @@ class CachedFile(io.RawIOBase):
             if indices[0] == held:
                 payloads = [payload]
             else:
-                payloads = self._slot.fetch(self.info, indices[:batch])
+                payloads = self._slot.read_chunks(self.info, indices[:batch])
             for index, payload in zip(indices, payloads):
                 self._held, offset = (index, payload), index * size
                 yield payload[max(start - offset, 0) : stop - offset]
@@ -1206,7 +1206,7 @@ class _Slot:
         Raises CacheFull, and CacheUnavailable where nobody can tell whether it was done."""
         done = self._replace(found, info._pack() if info else b"", exptime)
         if done:
-            self._discard_replaced(found, info.version if info else None)
+            self._delete_replaced(found, info.version if info else None)
         return done
 
     def _replace(self, found: _Found, value: bytes, exptime: int) -> bool:
@@ -1230,7 +1230,7 @@ class _Slot:
                 return True
             # Perhaps done, and replaced by a writer who deleted our chunks, not those that we
             # replaced.
-            self._discard_replaced(found, now.version)
+            self._delete_replaced(found, now.version)
             raise
 
     def _try_to_replace(self, found: _Found, value: bytes, exptime: int) -> bool:
@@ -1238,22 +1238,26 @@ class _Slot:
         item = {self._key: (value,)}
         [reply] = self._ask("store", verb, item, exptime, found.token, again=False)
         if reply != _STORED and reply not in _NO:
-            raise self.full(0, [], "", reply)
+            raise self.cache_full(0, [], "", reply)
         return bool(reply == _STORED)
 
-    def _discard_replaced(self, found: _Found, version: str | None) -> None:
+    def _delete_replaced(self, found: _Found, version: str | None) -> None:
         """Delete the chunks of what was found, unless it is what is there now, `version`."""
         if found.info and found.version != version:
-            self.discard(found.info)
+            self.delete_chunks(found.info)
 
-    def store(self, info: FileInfo, values: Mapping[int, _Parts], lease: int) -> dict[int, bytes]:
+    def store_chunks(
+        self, info: FileInfo, values: Mapping[int, _Parts], lease: int
+    ) -> dict[int, bytes]:
         """Store chunks, by index, for `lease` seconds; return the replies that are no yes."""
         items = {self.chunk_key(info.version, index): parts for index, parts in values.items()}
         replies = self._ask("store", "set", items, lease)
         return {index: reply for index, reply in zip(values, replies) if reply != _STORED}
 
-    def add(self, info: FileInfo, values: Mapping[int, _Parts], lease: int) -> dict[int, bytes]:
-        """`store`, where others may do so too. Raises UploadConflict where other bytes are.
+    def add_chunks(
+        self, info: FileInfo, values: Mapping[int, _Parts], lease: int
+    ) -> dict[int, bytes]:
+        """`store_chunks`, where others may do so too. Raises UploadConflict where other bytes are.
 
         One by one, so that nothing is stored behind other bytes, nor behind a chunk that is not
         stored yet: it would be in the way of a writer who came first, and nobody could go on.
@@ -1271,7 +1275,7 @@ class _Slot:
                 return {each: reply for each in values if each >= index}
         return {}
 
-    def fetch(self, info: FileInfo, indices: range) -> list[memoryview]:
+    def read_chunks(self, info: FileInfo, indices: range) -> list[memoryview]:
         """Verified payloads. Raises FileEvicted, FileChanged, FileCorrupt."""
         keys = self._keys(info, indices)
         payloads = self._ask("read", list(keys), lambda key, value: info._verify(keys[key], value))
@@ -1287,7 +1291,7 @@ class _Slot:
             raise FileChanged(name=self.name, version=info.version, current=version)
         raise FileEvicted(name=self.name, info=info, missing=missing)
 
-    def touch(
+    def touch_chunks(
         self, info: FileInfo, exptime: int, indices: Iterable[int] | None = None
     ) -> list[int]:
         """Set the expiry of chunks, by default of all; return the indices of those missing."""
@@ -1295,17 +1299,17 @@ class _Slot:
         there = self._ask("touch", list(keys), exptime)
         return [index for index, found in zip(keys.values(), there) if not found]
 
-    def missing(self, info: FileInfo, indices: Iterable[int] | None = None) -> list[int]:
+    def missing_chunks(self, info: FileInfo, indices: Iterable[int] | None = None) -> list[int]:
         """The indices of chunks, by default of all, that are gone. A `cas` that can't succeed asks
         for them: of the commands that every proxy speaks, the only one that neither reads nor
         changes them."""
         keys = self._keys(info, indices)
         replies = self._ask("store", "cas", dict.fromkeys(keys, ()), 0, _NO_TOKEN)
         for reply in set(replies) - {_EXISTS, _NOT_FOUND}:
-            raise self.full(0, [], "", reply)
+            raise self.cache_full(0, [], "", reply)
         return [index for index, reply in zip(keys.values(), replies) if reply == _NOT_FOUND]
 
-    def discard(self, info: FileInfo, indices: Iterable[int] | None = None) -> None:
+    def delete_chunks(self, info: FileInfo, indices: Iterable[int] | None = None) -> None:
         """Delete the chunks of a version that no manifest names. Failure is no error, as nothing
         depends on it; but nobody else will ever do it, so it is tried twice."""
         keys = list(self._keys(info, indices))
@@ -1343,7 +1347,9 @@ class _Slot:
         self.server.settings = told if needed <= told.keys() else {}
         return self.server.settings
 
-    def full(self, size: int, missing: list[int], cause: str, refusal: bytes = b"") -> CacheFull:
+    def cache_full(
+        self, size: int, missing: list[int], cause: str, refusal: bytes = b""
+    ) -> CacheFull:
         """The error for a file of `size` bytes. cause: "" to ask the server for it."""
         said, why = refusal.decode(errors="replace"), _REASONS.get(cause)
         if not why:
