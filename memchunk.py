@@ -26,7 +26,7 @@ Copy this one file; it needs Python 3.9 and pymemcache 4, and nothing else.
 
 Read it in this order: `FileCache` (what can be asked), `FileWriter` (a write, in five steps),
 `CachedFile` (a read), `_Slot` (the steps that both share), and the two ways to talk to memcached:
-`_Server`, six verbs through any client, and `_Pool`, the same by faster connections.
+`_Server`, its verbs through any client, and `_Pool`, the same by faster connections.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ _ATTEMPTS = 100  # at a manifest that others keep changing; each failure means t
 _IDLE = 60  # seconds; firewalls forget connections that idle longer
 
 _RELATIVE_LIMIT = 30 * 24 * 3600  # memcached reads more seconds than this as an absolute time
-_OVER = _RELATIVE_LIMIT + 1  # an absolute time long past; so is -1, but twemproxy refuses that
+_LONG_PAST = _RELATIVE_LIMIT + 1  # as an absolute time; -1 is, too, but twemproxy refuses it
 _ABSOLUTE_LIMIT = 2**31 - 1  # memcached keeps times in 32 bits: what ends later never ends
 _MAX_EXPIRE = 2**62  # seconds: with the time of day added, it fits the manifest's 64 bits
 _NO_TOKEN = b"%d" % (2**64 - 1)  # no item has it: a `cas` with it tells whether an item is there
@@ -298,7 +298,8 @@ class FileInfo:
     metadata: bytes
     # How the file is cut: chunks of `_chunk_size` bytes, the last one shorter; those shorter than
     # `_floor` padded to it with zeros. `_total`, in every chunk's header, is their number, or 0
-    # where the first was sent before the source's end was known.
+    # where the first was sent before the source's end was known. Of an upload that is not
+    # finished it tells how many there may be.
     _chunk_size: int = dataclasses.field(repr=False, compare=False)
     _floor: int = dataclasses.field(repr=False, compare=False)
     _total: int = dataclasses.field(repr=False, compare=False)
@@ -379,7 +380,8 @@ class FileCache:
 
     client: a pymemcache `Client`, `PooledClient` or `RetryingClient`, or several: a `HashClient`,
         or a mapping of server names to clients. Then each file lives whole on one server, chosen
-        by rendezvous hashing of its name. Thread-safe when the clients are.
+        by rendezvous hashing of its name. As safe for threads, and for processes that fork, as
+        the clients are; those of `connect` are.
     namespace: prefix of every key, 1 to 100 printable ASCII characters without spaces.
     max_size: bytes, the largest file. 50 MiB by default.
     chunk_size: bytes of payload per chunk, by default the most that the server keeps well, as told
@@ -388,7 +390,8 @@ class FileCache:
         they were sent; an hour by default. No upload may take longer.
 
     Raises ValueError for options, and clients, that can't work. Every method that takes a name may
-    raise InvalidName and CacheUnavailable. As a context manager it closes itself.
+    raise InvalidName, CacheUnavailable, and CacheFull where a server is out of memory for the
+    command. As a context manager it closes itself.
     """
 
     def __init__(
@@ -413,7 +416,8 @@ class FileCache:
             if len(server.key_prefix) + len(namespace) + len(":") + 64 > _MAX_KEY:
                 raise ValueError("key_prefix and namespace make keys longer than memcached's 250")
         self._chunk_size = chunk_size
-        self.namespace, self.max_size, self.lease = namespace, max_size, lease
+        # int: memcached would not read True, and take the bytes that follow for commands.
+        self.namespace, self.max_size, self.lease = namespace, max_size, int(lease)
 
     def __repr__(self) -> str:
         return f"<FileCache {self.namespace!r} on {', '.join(self._servers)}>"
@@ -441,8 +445,8 @@ class FileCache:
         metadata: up to 65,535 bytes to keep with the file.
 
         Raises FileExists, before payload is sent, where a file of that name is there and whole
-        (one that lost chunks is replaced); FileTooLarge; SizeMismatch; CacheFull; TypeError for
-        text.
+        (one that lost chunks is replaced); FileTooLarge; SizeMismatch; CacheFull; FileCorrupt for
+        a manifest of a later format; TypeError for text.
         """
         return self._write(_Order("add", name, size, _seconds(expire), metadata), source)
 
@@ -469,7 +473,8 @@ class FileCache:
         metadata: bytes = b"",
     ) -> FileInfo:
         """Check and set: replace the file only while it is `version`. Arguments and errors are
-        those of `set`, and FileChanged where another is there, FileNotFound where none is."""
+        those of `set`, and FileChanged where another is there, FileNotFound where none is,
+        FileCorrupt where none can be told."""
         if not isinstance(version, str):
             raise TypeError("version is a text, from a FileInfo")
         order = _Order("cas", name, size, _seconds(expire), metadata, version)
@@ -498,8 +503,10 @@ class FileCache:
         process, on the same servers and namespace. Its chunks get a new lease.
 
         A state may be resumed more than once, and by several at a time: the same bytes again are
-        fine, others are an UploadConflict. Raises FileEvicted where chunks are gone, ValueError
-        where `state` is none. What the verb of the write raises comes in `close`.
+        fine, and keep the lease that they have; others are an UploadConflict. That is found where
+        they meet: never go on with other bytes where chunks may have been evicted or deleted.
+        Raises FileEvicted where chunks are gone, ValueError where `state` is none. What the verb
+        of the write raises comes in `close`.
         """
         order, info, tail = _Order.unpack(state)
         writer = _ResumedWriter(self, order, draft=info, tail=tail)
@@ -559,9 +566,9 @@ class FileCache:
             found = slot.lookup()
             old = found.require()
             info = dataclasses.replace(old, expires=_end(int(time.time()), seconds))
-            # First ask what is missing: chunks of a dead file keep their end. Then, until the
-            # manifest is changed, the chunks have none: which of its two ends is the later one,
-            # only clocks that agree could tell.
+            # First ask what is missing: chunks of a dead file keep their end. Then they get none,
+            # so that they outlive the manifest with its old end as well as with the new one: which
+            # is the later, only clocks that agree could tell.
             missing = slot.missing_chunks(old)
             if not missing:
                 missing = slot.touch_chunks(old, 0)
@@ -580,7 +587,8 @@ class FileCache:
 
     def delete(self, name: str, version: str | None = None) -> None:
         """Delete the file, whole or not; with `version`, only while it is that version.
-        Raises FileNotFound where it isn't there, FileChanged where another version is."""
+        Raises FileNotFound where it isn't there; with `version`, FileChanged where another is,
+        FileCorrupt where none can be told."""
         slot = self._slot(name)
         for _ in range(_ATTEMPTS):
             found = slot.lookup()
@@ -589,7 +597,7 @@ class FileCache:
                 found.require(version)
             # The text protocol can't delete conditionally. To `cas` in what has expired does so;
             # `swap` then deletes the chunks.
-            if slot.swap(found, None, _OVER):
+            if slot.swap(found, None, _LONG_PAST):
                 return
         raise slot.cache_full(0, [], "contention")
 
@@ -682,9 +690,9 @@ class _Order:
 
     @staticmethod
     def unpack(state: bytes) -> tuple[_Order, FileInfo, bytes]:
-        crc, body = bytes(state[: _CRC.size]), bytes(state[_CRC.size :])
-        head, _, tail = body.partition(b"\n")
         try:
+            crc, body = bytes(state[: _CRC.size]), bytes(state[_CRC.size :])
+            head, _, tail = body.partition(b"\n")
             if crc != _CRC.pack(zlib.crc32(body)):
                 raise ValueError("a byte of it was changed")
             fields = json.loads(head)
@@ -849,7 +857,8 @@ class FileWriter(io.RawIOBase):
             self._fail()
 
     # To be dropped is not to `close`, as IOBase's own finalizer does, which would publish. This
-    # one does nothing, and is written in C: one in Python loses the Ctrl-C that strikes in it.
+    # one stands for a function in C that does nothing: one in Python loses the Ctrl-C that strikes
+    # in it.
     __del__ = object.__init__
 
     def _renew(self) -> None:
@@ -935,7 +944,8 @@ class FileWriter(io.RawIOBase):
             # files that were read; otherwise a full cache evicts the new chunks to keep those.
             # Done always, it would cost a large cache an eighth of the files that it keeps.
             self._put_on_lease(values)
-            left = sorted({*self._put_on_lease(values), *refused})
+            gone = self._put_on_lease(values)
+            left = sorted({*gone, *refused})
             if not left:
                 return
             reply = next(iter(refused.values()), b"")
@@ -963,11 +973,13 @@ class FileWriter(io.RawIOBase):
         """Put the file in the place of what was found; None: another was quicker."""
         self._order.check(self._slot, found)
         manifest_end = self._settle(info)  # 3.
+        # Where `swap` raises, this stays: the clean-up then looks first, and where it can't look
+        # it must leave what is stored.
         before, self._may_be_published = self._may_be_published, True
-        done = self._slot.swap(found, info, manifest_end)  # 4. and 5.
-        # There was a reply. In doubt, who can't ask whether it is published must not clean up.
-        self._may_be_published = before
-        return info if done else None
+        if self._slot.swap(found, info, manifest_end):  # 4. and 5.
+            return info
+        self._may_be_published = before  # a definite no
+        return None
 
     def _settle(self, info: FileInfo) -> int:
         """Give every chunk its final expiry; return that of the manifest. Raises CacheFull where
@@ -996,7 +1008,7 @@ class _ResumedWriter(FileWriter):
         """What is stored stays for the lease: others may go on with it."""
         if not self.closed:
             io.RawIOBase.close(self)
-            with contextlib.suppress(CacheUnavailable):
+            with contextlib.suppress(MemchunkError):
                 self._put_on_lease(range(self._draft.chunks))
 
     def _put_on_lease(self, indices: Iterable[int]) -> list[int]:
@@ -1004,10 +1016,11 @@ class _ResumedWriter(FileWriter):
         touched, they get none, which is never too early."""
         if self._is_published():
             return self._slot.missing_chunks(self._draft, indices)
-        missing = super()._put_on_lease(indices)
-        if self._is_published():
-            self._slot.touch_chunks(self._draft, 0, indices)
-        return missing
+        try:
+            return super()._put_on_lease(indices)
+        finally:  # it may be done also where its reply is lost
+            if self._is_published():
+                self._slot.touch_chunks(self._draft, 0, indices)
 
     def _plan_again(self, length: int) -> None:
         """Others may have sent chunks already, as they were planned at first."""
@@ -1024,7 +1037,8 @@ class _ResumedWriter(FileWriter):
         return published
 
     def _agree(self, published: FileInfo) -> FileInfo:
-        """What another has published: the same file, and whole."""
+        """What another has published: the same file, as each chunk was compared when it was sent,
+        and whole."""
         if published.size != self._draft.size:
             index = min(published.size, self._draft.size) // published._chunk_size
             raise UploadConflict(name=published.name, version=published.version, index=index)
@@ -1076,10 +1090,12 @@ class CachedFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer`; fewer bytes than it holds only at the end of the file."""
-        target, filled = memoryview(buffer).cast("B"), 0
-        for piece in self.chunks(self._position, self._position + len(target)):
-            target[filled : filled + len(piece)] = piece
-            filled += len(piece)
+        filled = 0
+        # Released also after an error: what is kept with its traceback could not be freed.
+        with memoryview(buffer).cast("B") as target:
+            for piece in self.chunks(self._position, self._position + len(target)):
+                target[filled : filled + len(piece)] = piece
+                filled += len(piece)
         self._position += filled
         return filled
 
@@ -1096,7 +1112,8 @@ class CachedFile(io.RawIOBase):
         # over without a copy: the file is in memory once.
         output = io.BytesIO(bytes(max(self.info.size - self._position, 0)))
         with output.getbuffer() as view:
-            self.readinto(view)
+            filled = self.readinto(view)
+        output.truncate(filled)  # another thread may have moved the stream
         return output.getvalue()
 
     def peek(self, size: int = 0) -> bytes:
@@ -1210,8 +1227,9 @@ class _Slot:
         return done
 
     def _replace(self, found: _Found, value: bytes, exptime: int) -> bool:
-        """The step itself. True: done. False: another was quicker. Raises where the reply is lost,
-        and what is there doesn't tell."""
+        """The step itself. True: done. False: another was quicker. Where the reply is lost, what
+        is there tells: our value, it is done; what was there before, it is not done, or not yet:
+        once more. Raises where it is something else: nobody knows."""
         try:
             return self._try_to_replace(found, value, exptime)
         except CacheUnavailable:
@@ -1220,8 +1238,7 @@ class _Slot:
             # `add`, which has none, nothing tells: it may be done, and undone by a deleter, who
             # took our chunks too.
             if found.token is not None and (now.value, now.token) == (found.value, found.token):
-                # It is not done, or not yet. Once more: should memcached do the first one late, it
-                # won't do both.
+                # Should memcached do the first one late, it won't do both.
                 with contextlib.suppress(CacheUnavailable):
                     if self._try_to_replace(found, value, exptime):
                         return True
@@ -1361,7 +1378,7 @@ class _Slot:
         return CacheFull(name=self.name, missing=missing, cause=cause, reason=f"{said}: {why}")
 
     def _ask(self, verb: str, *args: Any, **options: Any) -> Any:
-        """Call the server; its errors are about this file."""
+        """Call a verb of `_Server`; its errors are about this file."""
         try:
             return getattr(self.server, verb)(*args, **options)
         except CacheUnavailable as error:
@@ -1757,7 +1774,7 @@ def _seconds(expire: int | datetime.timedelta) -> int:
         expire = math.ceil(seconds) if seconds >= 0 else -1
     if not 0 <= operator.index(expire) <= _MAX_EXPIRE:
         raise ValueError("expire is a number of seconds from now, 0 for never")
-    return operator.index(expire)
+    return int(expire)
 
 
 def _end(now: int, expire: int) -> int | None:

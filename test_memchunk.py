@@ -2524,6 +2524,13 @@ def test_a_chunk_larger_than_an_item_says_so(tcp: Site) -> None:
     assert tcp.holds_only(file=OLD)
 
 
+def test_true_is_the_number_one(tcp: Site) -> None:
+    """memcached would not read it, and take the file's bytes for commands."""
+    assert str(tcp.cache(lease=True).lease) == "1"
+    info = tcp.cache().set("file", b"flush_all\r\n", expire=True)
+    assert info.expires == info.created + 1
+
+
 def test_a_lease_that_ran_out_says_so(tcp: Site, server: Memcached) -> None:
     cache = tcp.cache(lease=2)
 
