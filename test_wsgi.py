@@ -1571,7 +1571,7 @@ def test_settings_from_the_environment() -> None:
         "MEMCHUNK_ORIGINS": "https://a.example, http://b.example:81",
         "MEMCHUNK_PUBLIC_READ": "1",
         "MEMCHUNK_PROXIES": "2",
-        "MEMCHUNK_OTHER": "",
+        "OTHER_MEMCHUNK_SETTING": "",
     }
     origins = "https://a.example, http://b.example:81"
     expected = wsgi.Settings("a:1,b:2", "n", 1000, 0, 0.5, "t", 500, 60, origins, True, 2)
@@ -1615,6 +1615,22 @@ def test_the_defaults_are_settings_too() -> None:
 def test_bad_settings_stop_the_start(variable: str, value: str) -> None:
     with pytest.raises(wsgi.SettingError, match=variable):
         wsgi.Settings.from_environment({variable: value}).connect()
+
+
+@pytest.mark.parametrize(
+    ("variable", "nearest"),
+    [
+        ("MEMCHUNK_TOKENS", "MEMCHUNK_TOKEN"),
+        ("MEMCHUNK_SERVER", "MEMCHUNK_SERVERS"),
+        ("MEMCHUNK_MAXSIZE", "MEMCHUNK_MAX_SIZE"),
+        ("MEMCHUNK_", "MEMCHUNK_"),
+        ("MEMCHUNK_token", "MEMCHUNK_"),
+    ],
+)
+def test_a_setting_that_is_unknown_stops_the_start(variable: str, nearest: str) -> None:
+    expected = f"^{variable} is not a setting; the nearest is {nearest}"
+    with pytest.raises(wsgi.SettingError, match=expected):
+        wsgi.Settings.from_environment({variable: "x", "PATH": "/bin"})
 
 
 def test_the_least_of_a_setting_is_told() -> None:
@@ -1683,6 +1699,25 @@ def test_python_wsgi_py_with_a_bad_setting(run: Any) -> None:
     process = run(MEMCHUNK_MAX_SIZE="50M")
     assert process.wait(WAIT) == 1
     assert process.stderr.read() == "wsgi.py: MEMCHUNK_MAX_SIZE must be a number, not '50M'\n"
+
+
+@pytest.mark.parametrize(
+    ("host", "token", "warns"),
+    [
+        ("0.0.0.0", {}, True),
+        ("0.0.0.0", {"MEMCHUNK_TOKEN": "t"}, False),
+        ("127.0.0.1", {}, False),
+        ("localhost", {}, False),
+    ],
+)
+def test_python_wsgi_py_warns_if_it_is_open_to_other_machines(
+    run: Any, memcached: Memcached, host: str, token: dict[str, str], warns: bool
+) -> None:
+    environ = {"MEMCHUNK_SERVERS": memcached.server, **token}
+    process = run("--host", host, "--port", "0", **environ)
+    assert process.stdout.readline().startswith("memchunk: http://")  # comes after it
+    process.kill()
+    assert ("set MEMCHUNK_TOKEN" in process.stderr.read()) == warns
 
 
 def test_python_wsgi_py_with_servers(run: Any, memcached: Memcached) -> None:

@@ -20,11 +20,13 @@ import argparse
 import base64
 import contextlib
 import dataclasses
+import difflib
 import functools
 import hashlib
 import hmac
 import html
 import importlib.util
+import ipaddress
 import itertools
 import json
 import logging
@@ -212,8 +214,9 @@ class Settings:
     def from_environment(cls, environ: Mapping[str, str]) -> Settings:
         """Read every setting that is there. Raises SettingError."""
         values: dict[str, Any] = {}
-        for field in dataclasses.fields(cls):
-            variable = f"MEMCHUNK_{field.name.upper()}"
+        fields = {f"MEMCHUNK_{each.name.upper()}": each for each in dataclasses.fields(cls)}
+        _refuse_unknown(environ, fields)
+        for variable, field in fields.items():
             if variable in environ:
                 values[field.name] = _setting(variable, environ[variable], field.default)
         if not re.fullmatch(r"[!-~]*", values.get("token", "")):
@@ -245,6 +248,14 @@ class Settings:
             )
         except ValueError as error:
             raise SettingError(f"MEMCHUNK_SERVERS or MEMCHUNK_NAMESPACE: {error}") from None
+
+
+def _refuse_unknown(environ: Mapping[str, str], known: Iterable[str]) -> None:
+    """Raise SettingError if a name is misspelt: without MEMCHUNK_TOKEN all is open."""
+    for variable in sorted(set(environ).difference(known)):
+        if variable.startswith("MEMCHUNK_"):
+            [nearest] = difflib.get_close_matches(variable, known, n=1, cutoff=0)
+            raise SettingError(f"{variable} is not a setting; the nearest is {nearest}")
 
 
 def _setting(variable: str, text: str, default: Any) -> str | int | float:
@@ -1236,8 +1247,21 @@ def main() -> None:
 
 def serve(application: Application, host: str, port: int) -> None:
     server = make_server(host, port, application, threaded=True)
+    if not application.settings.token and not _is_loopback(server.server_address[0]):
+        log.warning(
+            "other machines may read, store and delete files here; set MEMCHUNK_TOKEN, "
+            "or listen on 127.0.0.1"
+        )
     print(f"memchunk: http://{f'[{host}]' if ':' in host else host}:{server.port}/", flush=True)
     server.serve_forever()
+
+
+def _is_loopback(address: Any) -> bool:
+    """Whether only this machine reaches it. The path of a Unix socket counts as such."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return True
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The long evidence that memchunk never lies: faults, races, damage, pressure, fuzz.
 
-    pytest torture                          the short form, of three minutes
-    MEMCHUNK_TORTURE=long pytest torture    the long one
+    pytest torture                 the short form, of three minutes
+    TORTURE=long pytest torture    the long one
 
 Each module says what it does to the library and what must hold; at the end pytest prints how many
 cases there were. Everything runs against real memcached processes, but for `test_interleavings`

@@ -11,7 +11,7 @@ import memchunk
 from memchunk import FileCache, FileInfo
 from tests.support import Memcached
 
-LONG = os.environ.get("MEMCHUNK_TORTURE") == "long"
+LONG = os.environ.get("TORTURE") == "long"
 CHUNK = 100  # bytes per chunk in most tests
 LEASE = 100  # seconds, less than any file lives, so that what is on a lease can be told
 LATEST = LEASE + 60  # seconds that chunks on a lease may have left: chunks get a little slack
