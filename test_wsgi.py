@@ -915,8 +915,20 @@ def test_nothing_is_read_from_who_may_not_write(memcached: Memcached) -> None:
         assert stream.tell() == 0
 
 
+def test_content_range_on_any_upload(client: Any, memcached: Memcached) -> None:
+    piece = {"Content-Range": "bytes 0-0/2"}
+    body = form(("file", "a", b"x"))
+    for path in ("/files", "/files/a"):
+        is_problem(client.post(path, data=b"x", headers=piece), 400)
+        is_problem(post_form(client, body, path, headers=piece), 400)
+    is_problem(client.put("/files/a", data=b"x", headers=piece), 400)
+    tus = {"Tus-Resumable": "1.0.0", "Upload-Length": "1", **piece}
+    is_problem(client.post("/uploads", headers=tus), 400)
+    is_problem(client.patch("/uploads/x", headers=tus), 400)
+    assert memcached.keys() == []
+
+
 def test_uploads_that_http_forbids(client: Any) -> None:
-    is_problem(client.put("/files/a", data=b"x", headers={"Content-Range": "bytes 0-0/2"}), 400)
     is_problem(client.put("/files/a", data=b"x", headers={"Content-Encoding": "gzip"}), 415)
     is_problem(client.get("/files/a"), 404)
 

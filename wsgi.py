@@ -91,6 +91,7 @@ CONTENT_TYPE_PATTERN = re.compile(r"[\w!#$&^.+-]+/[\w!#$&^.+-]+(;[ -~]*)?", re.A
 BIDI_CONTROLS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 TAKES_BODY = ("new", "create", "put")  # endpoints
+UPLOADS = ("PATCH", "POST", "PUT")  # methods that may store what they carry
 READS = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
 PRECONDITIONS = ("If-Match", "If-Unmodified-Since", "If-None-Match")  # of methods that do
 DIGESTS = {"sha-256": hashlib.sha256, "sha-512": hashlib.sha512}  # RFC 9530's active ones
@@ -546,6 +547,8 @@ class Application:
             self.authorize(request)
         if "\ufffd" in request.path:  # broken UTF-8, as Werkzeug shows it: many names would be one
             raise Problem(400, "The address is not percent-encoded UTF-8.")
+        if request.method in UPLOADS and "Content-Range" in request.headers:
+            raise Problem(400, "A part can't be stored as a file. Send the file whole.")
         if self.uploads and _is_upload(request):
             return self.uploads.dispatch(request, adapter, body)
         if request.method == "OPTIONS":
@@ -651,8 +654,6 @@ class Application:
         return self.store(request, name, body, self.cache.add, 201)
 
     def on_put(self, request: Request, name: str, body: Body) -> Response:
-        if "Content-Range" in request.headers:
-            raise Problem(400, "This server can't replace a part of a file. Send it whole.")
         current = self.current(request, name)
         _check_preconditions(request, current)
         # The write must keep the preconditions true to its end.
