@@ -1071,11 +1071,56 @@ def test_forms_for_put_and_named_post(client: Any) -> None:
     assert client.get("/files/a").data == client.get("/files/b").data == b"data"
 
 
-def test_a_form_field_without_a_file_name(client: Any) -> None:
-    created = post_form(
-        client, form(("other", None, b"1"), ("file", None, b"text"), ("x", None, b""))
-    )
-    assert client.get(address(created)).data == b"text"
+@pytest.mark.parametrize(
+    "before",
+    [
+        [("other", None, b"1")],
+        [("field", None, b"{}")],  # FilePond sends two parts of one name
+        [("file", None, b"no file")],
+        [("field", "", b""), ("file", "", b"")],  # a browser sends this for no file
+    ],
+)
+@pytest.mark.parametrize("field", ["file", "data", "files[]", "filepond", ""])
+def test_the_file_of_a_form_is_the_first_part_that_has_a_file_name(
+    client: Any, field: str, before: list[tuple[str, str | None, bytes]]
+) -> None:
+    parts = [(field if name == "field" else name, text, data) for name, text, data in before]
+    body = form(*parts, (field, "a.png", b"1"), ("file", None, b"2"), ("file", "", b""))
+    created = post_form(client, body)
+    assert created.status_code == 201
+    read = client.get(address(created))
+    assert (read.data, read.mimetype) == (b"1", "image/png")
+    assert 'filename="a.png"' in read.headers["Content-Disposition"]
+
+
+def test_a_form_without_a_file_name_says_what_to_do(client: Any) -> None:
+    problem = is_problem(post_form(client, form(("file", None, b"text"))), 400)
+    assert "-F file=@PATH" in problem["detail"]
+
+
+def coded(coding: str, where: str) -> bytes:
+    """A form with a Content-Transfer-Encoding in the file's part, or the one before."""
+    body = form(("other", None, b"eA=="), ("file", "a", b"eA=="))
+    head = f'name="{where}"'.encode()
+    header = f"\r\nContent-Transfer-Encoding: {coding}".encode()
+    before, _, after = body.partition(head)
+    rest, end, more = after.partition(b"\r\n\r\n")
+    return before + head + rest + header + end + more
+
+
+@pytest.mark.parametrize("where", ["other", "file"])
+@pytest.mark.parametrize("coding", ["base64", "Quoted-Printable", "x-uuencode", ""])
+def test_a_form_part_in_a_transfer_encoding_is_refused(
+    client: Any, memcached: Memcached, coding: str, where: str
+) -> None:
+    is_problem(post_form(client, coded(coding, where)), 400)
+    assert memcached.keys() == []
+
+
+@pytest.mark.parametrize("coding", ["binary", "7bit", "8bit", "BINARY"])
+def test_a_form_part_in_a_coding_that_changes_no_byte(client: Any, coding: str) -> None:
+    created = post_form(client, coded(coding, "file"))
+    assert client.get(address(created)).data == b"eA=="
 
 
 @pytest.mark.parametrize(
@@ -1087,6 +1132,8 @@ def test_a_form_field_without_a_file_name(client: Any) -> None:
         form(("other", None, b"x")),
         form(("file", "", b"")),
         form(("file", "a", b"1"), ("file", "b", b"2")),
+        form(("file", "a", b"1"), ("other", "b", b"2")),
+        form(("file", None, b"1")),
         form(("file", "a", b"1"), end=""),
         form(("file", "a", b"1"), end="-"),
         form(("file", "a", b"1"), end="x"),

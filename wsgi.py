@@ -79,6 +79,12 @@ DRAINING = threading.BoundedSemaphore(2)
 READ_ATTEMPTS = 5  # how often a download that a writer overtakes starts over on the new version
 RETRY_AFTER = "5"  # seconds: about what memcached takes to come back
 MAX_FORM_OVERHEAD = 64 * 1024  # bytes of a form that are not the file, all of them together
+NO_FILE = (
+    "The form has no part with a file name. Choose a file; with curl, send "
+    "-F file=@PATH, or --data-binary @PATH without a form."
+)
+# Transfer codings of a form's part that change no byte (RFC 7578, 4.7).
+PLAIN_CODINGS = ("binary", "7bit", "8bit")
 MAX_EXPIRE = 2**31 - 1  # seconds, 68 years
 
 CONTENT_TYPE = "application/octet-stream"  # of a file whose sender and name tell none
@@ -405,27 +411,30 @@ class Form:
         self._room = MAX_FORM_OVERHEAD
 
     def upload(self, expire: str | None) -> SentFile:
-        """What the field "file" has. A field "expire" counts, and must stand before that."""
+        """The first part that has a file name. A field "expire" must stand before it.
+
+        If no file is chosen, a browser sends an empty file name: that part is no file.
+        """
         self._text(self._delimiter)
         while (part := self._part()) is not None:
             name, filename, content_type = part
-            if name == "file" and filename != "":  # "" is what a browser sends for no file
-                return SentFile(self._file(), None, content_type, filename or "", expire)
+            if filename:
+                return SentFile(self._file(), None, content_type, filename, expire)
             text = self._text(self._delimiter)
             expire = text if name == "expire" else expire
-        raise Problem(400, "The form has no file in a field named 'file'. Choose one.")
+        raise Problem(400, NO_FILE)
 
     def _file(self) -> Iterator[bytes]:
         """The file's bytes. Then read the form to its end: only then it is known to be whole."""
         yield from self._until(self._delimiter)
         while (part := self._part()) is not None:
-            if part[0] == "file":
+            if part[1]:
                 raise Problem(400, "The form has more than one file. Send one per request.")
             if part[0] == "expire":
                 raise Problem(400, "The form's field 'expire' must stand before the file.")
             self._text(self._delimiter)
 
-    def _part(self) -> tuple[str, str | None, str] | None:
+    def _part(self) -> tuple[str, str, str] | None:
         """Name, file name and content type of the part that starts here, None at the end."""
         start = self._text(b"\r\n").strip()
         if start == "--":
@@ -435,12 +444,20 @@ class Form:
             return None
         if start:
             raise Problem(400, "The form is broken: text follows a boundary.")
+        headers = self._headers()
+        coding = headers.get("content-transfer-encoding", "binary")
+        if coding.lower() not in PLAIN_CODINGS:
+            detail = "Send the parts as they are, without a Content-Transfer-Encoding."
+            raise Problem(400, detail)
+        _, options = parse_options_header(headers.get("content-disposition"))
+        name, filename = options.get("name", ""), options.get("filename", "")
+        return name, filename, headers.get("content-type", "")
+
+    def _headers(self) -> dict[str, str]:
         self._at -= 2  # where there are no headers, their end begins with that of the line before
         lines = self._text(b"\r\n\r\n").split("\r\n")
         fields = (line.partition(":") for line in lines)
-        headers = {key.strip().lower(): value.strip() for key, _, value in fields}
-        _, options = parse_options_header(headers.get("content-disposition"))
-        return options.get("name", ""), options.get("filename"), headers.get("content-type", "")
+        return {key.strip().lower(): value.strip() for key, _, value in fields}
 
     def _text(self, end: bytes) -> str:
         pieces = []
