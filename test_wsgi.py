@@ -350,6 +350,25 @@ def test_file_names_are_cleaned(client: Any, name: str, expected: str) -> None:
     assert not set(fallback) & set('/\\"%\r\n\x00')
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("\u65e5\u672c\u8a9e.pdf", "file.pdf"),
+        ("\u4e2d\u6587.tar.gz", "file.tar.gz"),
+        ("\u4e2d \u6587.\u6587.pdf", "file.pdf"),
+        ("\u4e2d\u6587", "file"),
+        ("\u4e2d\u6587(1).pdf", "(1).pdf"),
+        ("caf\u00e9.pdf", "cafe.pdf"),
+        (".bashrc", "bashrc"),
+        ('50% "off".pdf', "50_ _off_.pdf"),
+    ],
+)
+def test_a_fallback_file_name_has_a_stem(client: Any, name: str, expected: str) -> None:
+    client.put("/files/" + quote(name), data=b"x")
+    header = client.get("/files/" + quote(name)).headers["Content-Disposition"]
+    assert header.startswith(f'attachment; filename="{expected}"; ')
+
+
 def test_headers_of_stored_files(client: Any) -> None:
     client.put("/files/x.html", data=b"<script>", content_type="text/html; charset=utf-8")
     headers = client.get("/files/x.html").headers
@@ -1084,7 +1103,8 @@ def test_forms_for_put_and_named_post(client: Any) -> None:
 def test_the_file_of_a_form_is_the_first_part_that_has_a_file_name(
     client: Any, field: str, before: list[tuple[str, str | None, bytes]]
 ) -> None:
-    parts = [(field if name == "field" else name, text, data) for name, text, data in before]
+    named = {"field": field}
+    parts = [(named.get(name, name), text, data) for name, text, data in before]
     body = form(*parts, (field, "a.png", b"1"), ("file", None, b"2"), ("file", "", b""))
     created = post_form(client, body)
     assert created.status_code == 201

@@ -1077,10 +1077,7 @@ def _if_range(request: Request, info: memchunk.FileInfo) -> bool:
 
 def _file_headers(info: memchunk.FileInfo) -> dict[str, str]:
     content_type, filename = _metadata(info)
-    # Those who can't read the form for all characters (RFC 6266) get one without them.
-    plain = unicodedata.normalize("NFKD", filename).encode("ascii", "ignore").decode()
-    plain = re.sub(r'["%]', "_", _clean_filename(plain))
-    extended = quote(filename, safe="")
+    plain, extended = _ascii_filename(filename), quote(filename, safe="")
     return {
         "Content-Type": content_type,
         "Content-Disposition": f"attachment; filename=\"{plain}\"; filename*=UTF-8''{extended}",
@@ -1090,6 +1087,14 @@ def _file_headers(info: memchunk.FileInfo) -> dict[str, str]:
         "Accept-Ranges": "bytes",
         "Cache-Control": "no-cache",  # keep it, but ask before using it: names can be replaced
     }
+
+
+def _ascii_filename(filename: str) -> str:
+    """For those who can't read `filename*`, which has all characters (RFC 6266)."""
+    plain = unicodedata.normalize("NFKD", filename).encode("ascii", "ignore").decode()
+    if plain.lstrip().startswith("."):  # only the extension is left
+        plain = f"file.{plain.lstrip(' .')}"
+    return re.sub(r'["%]', "_", _clean_filename(plain))
 
 
 def pack_metadata(content_type: str, filename: str, **more: str) -> bytes:
