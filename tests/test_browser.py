@@ -348,6 +348,20 @@ def test_a_page_that_is_loaded_again(
     wait_until(browser, "big.dat", "Stored")
 
 
+def test_a_page_that_finds_no_upload_of_its_own_in_the_storage(
+    start: Start, tmp_path: pathlib.Path
+) -> None:
+    browser = start()
+    for value in ("no JSON", "null", "7", '{"expires": 9e15, "bytes": 0, "offset": 0}'):
+        key = "memchunk / " + value
+        browser.execute_script("localStorage.setItem(...arguments)", key, value)
+    browser.refresh()
+    assert browser.find_elements(By.CSS_SELECTOR, "#list li") == []
+    choose(browser, make(tmp_path, "a.txt", b"x"))
+    wait_until(browser, "a.txt", "Stored")
+    assert browser.execute_script("return localStorage.length") == 0
+
+
 def test_a_file_that_is_changed(start: Start, tmp_path: pathlib.Path) -> None:
     browser = start()
     network(browser, 4 * MIB)
