@@ -1546,13 +1546,18 @@ def test_the_page_offers_no_longer_than_allowed(memcached: Memcached) -> None:
     ]
 
 
+@pytest.mark.parametrize("names", [(), ("tus.py",)])
 def test_without_tus_the_page_sends_files_whole(
-    memcached: Memcached, tmp_path: pathlib.Path
+    memcached: Memcached, tmp_path: pathlib.Path, names: tuple[str, ...]
 ) -> None:
     folder = pathlib.Path(wsgi.__file__).parent
-    for name in ("memchunk.py", "wsgi.py", "upload.html"):
+    for name in ("memchunk.py", "wsgi.py", "upload.html", *names):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "tus.py").write_text("")  # PyPI has a module of this name
     script = (
+        "import sys\n"
+        "sys.path.insert(0, 'elsewhere')\n"
         "import wsgi, werkzeug.test\n"
         "client = werkzeug.test.Client(wsgi.application)\n"
         "print(client.post('/uploads').status_code, client.get('/').text)"
@@ -1594,6 +1599,39 @@ def test_an_error_page_links_to_the_upload_page(client: Any) -> None:
     for path in ("/files/a/b", "/nowhere", "/nowhere/"):
         (link,) = re.findall('<a href="(.*)">Upload', client.get(path, headers=BROWSER).text)
         assert urljoin(f"http://localhost/prod{path}", link) == "http://localhost/prod/"
+
+
+@pytest.mark.parametrize(
+    ("path", "location"),
+    [
+        ("/store", "http://localhost/store/"),
+        ("/a/b c", "http://localhost/a/b%20c/"),
+        ("/x:y", "http://localhost/x%3Ay/"),
+    ],
+)
+@pytest.mark.parametrize("query", ["", "?a=b%20c&d"])
+def test_an_address_without_the_slash_of_the_mount_leads_to_it(
+    client: Any, path: str, location: str, query: str
+) -> None:
+    mounted = {"SCRIPT_NAME": path, "PATH_INFO": ""}
+    answer = client.get(path + query, environ_overrides=mounted)
+    assert (answer.status_code, answer.data) == (308, b"")
+    assert urljoin(f"http://localhost{quote(path)}", answer.headers["Location"]) == (
+        location + query
+    )
+    proxied = f"https://files.example/more{quote(path)}"
+    assert urljoin(proxied, answer.headers["Location"]).startswith(proxied + "/")
+    mounted["PATH_INFO"] = "/"
+    assert client.get(path, environ_overrides=mounted).status_code == 200
+
+
+def test_a_page_without_a_date_of_ours(client: Any) -> None:
+    """Hosts send one, and some of them would send ours beside it."""
+    assert "Date" not in client.get("/").headers
+    uwsgi = {"uwsgi.version": b"2.0.31"}  # the only one that sends none
+    for path in ("/", "/healthz", "/nowhere"):
+        answer = client.get(path, environ_overrides=uwsgi)
+        assert len(answer.headers.getlist("Date")) == 1
 
 
 def test_a_host_header_that_is_none(client: Any) -> None:

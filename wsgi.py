@@ -543,6 +543,8 @@ class Application:
         except Exception as error:
             response = self.failed(request, _as_problem(error, request))
         response.headers.setdefault("X-Content-Type-Options", "nosniff")
+        if "uwsgi.version" in environ:  # all other hosts send a Date by themselves
+            response.headers["Date"] = http_date()
         if self.uploads and _is_upload(request):
             response.headers.update(self.uploads.headers)
         self.share(request, response)
@@ -556,6 +558,8 @@ class Application:
         return response(environ, start_response)
 
     def dispatch(self, request: Request, body: Body) -> Response:
+        if not request.environ.get("PATH_INFO") and request.root_path.strip("/"):
+            return _with_slash(request)
         adapter = self.url_map.bind_to_environ(request.environ)
         adapter.websocket = False  # an Upgrade that we don't speak is to be ignored
         if self.is_preflight(request):
@@ -641,7 +645,9 @@ class Application:
     def on_page(self, request: Request) -> Response:
         response = Response(self.page, headers=_page_headers(self.page), mimetype="text/html")
         response.add_etag()
-        return response.make_conditional(request)
+        response.make_conditional(request)
+        del response.headers["Date"]  # hosts add theirs
+        return response
 
     def upload_page(self) -> str:
         """The same for every request: its addresses are relative to its own."""
@@ -957,8 +963,13 @@ def _page_headers(page: str) -> dict[str, str]:
 
 
 def _uploads(application: Application) -> tus.Uploads | None:
-    """Resumable uploads, where tus.py lies beside this file."""
-    if importlib.util.find_spec("tus") is None:
+    """Resumable uploads, if tus.py lies beside this file. PyPI has another tus."""
+    beside = pathlib.Path(__file__).with_name("tus.py")
+    if not beside.exists():
+        return None
+    found = importlib.util.find_spec("tus")
+    if not (found and found.origin and beside.samefile(found.origin)):
+        log.warning("no resumable uploads: 'import tus' finds another than %s", beside)
         return None
     # It imports this module, which `python wsgi.py` calls by another name.
     sys.modules.setdefault("wsgi", sys.modules[__name__])
@@ -998,6 +1009,16 @@ def _site(request: Request) -> str:
         return "none"
     own = _hostname(f"//{host}")
     return "same-origin" if own and _hostname(origin) == own else "cross-site"
+
+
+def _with_slash(request: Request) -> Response:
+    """Lead from /store, where the application is mounted, to /store/.
+
+    The Location is relative, so that it holds behind a proxy that puts more before it.
+    """
+    folder = quote(request.root_path.rstrip("/").rpartition("/")[2])
+    query = quote(request.query_string, safe="%/:?=&;,+!$'()*@~")
+    return empty({"Location": f"{folder}/" + (f"?{query}" if query else "")}, 308)
 
 
 def _hostname(url: str) -> str:

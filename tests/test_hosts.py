@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -398,6 +399,22 @@ def test_requests(server: Server, file: pathlib.Path, big: bytes) -> None:
                 session.get(server.url(created.json()["url"])).content
             ).digest()
             assert digest == hashlib.sha256(big).digest()
+
+
+def test_every_answer_has_one_date(server: Server) -> None:
+    for path in ("/", "/healthz", "/nowhere"):
+        assert len(server.request("GET", path).headers.get_all("Date", [])) == 1
+
+
+def test_an_address_without_the_slash_of_the_mount(
+    cache: Memcached, tmp_path: pathlib.Path
+) -> None:
+    command = HOSTS["waitress"].command.replace("wsgi:", "--url-prefix=/store wsgi:")
+    host = dataclasses.replace(HOSTS["waitress"], command=command)
+    with running(host, cache, tmp_path) as server:
+        led = requests.get(server.url("/store?a=b"), timeout=SECONDS)
+        assert [each.status_code for each in led.history] == [308]
+        assert (led.status_code, led.url) == (200, server.url("/store/?a=b"))
 
 
 # Starts
