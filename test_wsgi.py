@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import hmac
 import io
 import json
 import os
@@ -1468,13 +1469,93 @@ def test_token(memcached: Memcached) -> None:
     assert client.get("/").status_code == 200
 
 
-@pytest.mark.parametrize("token", ["abc=def", "a=b=", "==", 'a="b,c"', "a:b"])
+@pytest.mark.parametrize("token", ["abc=def", "a=b=", "==", 'a="b;c"', "a:b"])
 def test_tokens_of_any_characters(memcached: Memcached, token: str) -> None:
     client = make(memcached, token=token)
     basic = base64.b64encode(f"me:{token}".encode()).decode()
     for value in (f"Bearer {token}", f"Basic {basic}"):
         assert client.get("/files/a", headers={"Authorization": value}).status_code == 404
     is_problem(client.get("/files/a", headers={"Authorization": f"Bearer {token}x"}), 401)
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+def test_several_tokens(memcached: Memcached) -> None:
+    client = make(memcached, token="one, two,three,")
+    for token in ("one", "two", "three"):
+        assert client.get("/files/a", headers=bearer(token)).status_code == 404
+    for token in ("", "one,two", "one, two,three,", "four", ","):
+        is_problem(client.get("/files/a", headers=bearer(token)), 401)
+
+
+def test_tokens_are_all_compared(memcached: Memcached, monkeypatch: Any) -> None:
+    """So that the time that it takes doesn't tell which of them is near."""
+    compared: list[bytes] = []
+
+    def compare(one: bytes, other: bytes) -> bool:
+        compared.append(other)
+        return one == other
+
+    client = make(memcached, token="one,two")
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    assert wsgi.Application.has_token(
+        client.application, Request(create_environ(headers=bearer("one")))
+    )
+    assert compared == [b"one", b"two"]
+
+
+def test_tokens_of_a_file_change_without_an_outage(
+    memcached: Memcached, monkeypatch: Any, tmp_path: pathlib.Path, caplog: Any
+) -> None:
+    monkeypatch.setattr(wsgi, "TOKEN_FILE_SECONDS", 0)
+    file = tmp_path / "tokens"
+    file.write_text("old\n\nnew, other\n")
+    client = make(memcached, token="fixed", token_file=str(file))
+
+    def accepted() -> list[str]:
+        return [
+            token
+            for token in ("fixed", "old", "new", "other")
+            if client.get("/files/a", headers=bearer(token)).status_code == 404
+        ]
+
+    assert accepted() == ["fixed", "old", "new", "other"]
+    file.write_text("new")
+    assert accepted() == ["fixed", "new"]
+    for broken in ("", "two words"):
+        file.write_text(broken)
+        assert accepted() == ["fixed", "new"]
+    file.unlink()
+    assert accepted() == ["fixed", "new"]
+    assert caplog.text.count("the last tokens stay") == 1
+    file.write_text("other")
+    assert accepted() == ["fixed", "other"]
+
+
+def test_a_token_file_is_read_once_in_a_while(
+    memcached: Memcached, monkeypatch: Any, tmp_path: pathlib.Path
+) -> None:
+    monkeypatch.setattr(wsgi, "TOKEN_FILE_SECONDS", 10 * WAIT)
+    file = tmp_path / "tokens"
+    file.write_text("t")
+    client = make(memcached, token_file=str(file))
+    file.unlink()
+    assert client.get("/files/a", headers=bearer("t")).status_code == 404
+    is_problem(client.get("/files/a"), 401)
+    assert 'id="token-label" hidden' not in client.get("/").text
+
+
+@pytest.mark.parametrize("text", [None, b"", b"\n,\n", b"a b", b"\xff", b"\xc3\xa9"])
+def test_a_token_file_that_has_none_stops_the_start(
+    tmp_path: pathlib.Path, text: bytes | None
+) -> None:
+    file = tmp_path / "tokens"
+    if text is not None:
+        file.write_bytes(text)
+    with pytest.raises(wsgi.SettingError, match="MEMCHUNK_TOKEN_FILE"):
+        wsgi.Settings.from_environment({"MEMCHUNK_TOKEN_FILE": str(file)})
 
 
 @pytest.mark.parametrize(
@@ -1634,6 +1715,58 @@ def test_a_page_without_a_date_of_ours(client: Any) -> None:
         assert len(answer.headers.getlist("Date")) == 1
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("files.example", 200),
+        ("FILES.example:8000", 200),
+        ("b.example", 200),
+        ("x.y.b.example", 200),
+        ("[::1]:8000", 200),
+        ("evil.example", 421),
+        ("xb.example", 421),
+        ("x.files.example", 421),
+        ("files.example.evil.example", 421),
+        ("files.example@evil.example", 421),
+        ("127.0.0.1:8000", 421),
+        ("", 421),
+        ("[", 421),
+    ],
+)
+def test_hosts(memcached: Memcached, host: str, status: int) -> None:
+    hosts = "Files.example, .b.example [::1]"
+    client = make(memcached, hosts=hosts, token="t", origins="*")
+    headers = {"Host": host}
+    assert client.get("/", headers=headers).status_code == status
+    if status == 421:
+        asks = {"Origin": "null", "Access-Control-Request-Method": "PUT"}
+        for answer in (
+            client.get("/files/a", headers=headers),
+            client.put("/files/a", data=b"x", headers={**headers, **bearer("t")}),
+            client.options("/files/a", headers={**headers, **asks}),
+            client.get("/nowhere", headers=headers),
+        ):
+            assert is_problem(answer, 421)["title"] == "Misdirected Request"
+
+
+def test_hosts_and_probes(memcached: Memcached) -> None:
+    """A probe asks by IP address; a page that came by DNS rebinding has only a name."""
+    client = make(memcached, hosts="files.example")
+    for path in ("/healthz", "/readyz"):
+        for host in ("10.0.0.7:8000", "[fd00::7]"):
+            assert client.get(path, headers={"Host": host}).status_code == 200
+        is_problem(client.get(path, headers={"Host": "evil.example"}), 421)
+
+
+def test_hosts_behind_proxies(memcached: Memcached) -> None:
+    sent = {"Host": "127.0.0.1:8000", "X-Forwarded-Host": "files.example"}
+    is_problem(make(memcached, hosts="files.example").get("/", headers=sent), 421)
+    client = make(memcached, hosts="files.example", proxies=1)
+    assert client.get("/", headers=sent).status_code == 200
+    sent["X-Forwarded-Host"] = "files.example, evil.example"
+    is_problem(client.get("/", headers=sent), 421)
+
+
 def test_a_host_header_that_is_none(client: Any) -> None:
     created = client.post("/files", data=b"x", headers={"Host": "<script>"})
     assert created.status_code == 201
@@ -1674,7 +1807,8 @@ def test_wsgiref_finds_nothing(memcached: Memcached, headers: dict[str, str]) ->
 # Settings, and `python wsgi.py`
 
 
-def test_settings_from_the_environment() -> None:
+def test_settings_from_the_environment(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "tokens").write_text("t")
     assert wsgi.Settings.from_environment({}) == wsgi.Settings()
     environ = {
         "MEMCHUNK_SERVERS": "a:1,b:2",
@@ -1688,10 +1822,15 @@ def test_settings_from_the_environment() -> None:
         "MEMCHUNK_ORIGINS": "https://a.example, http://b.example:81",
         "MEMCHUNK_PUBLIC_READ": "1",
         "MEMCHUNK_PROXIES": "2",
+        "MEMCHUNK_HOSTS": "files.example, .b.example",
+        "MEMCHUNK_TOKEN_FILE": str(tmp_path / "tokens"),
         "OTHER_MEMCHUNK_SETTING": "",
     }
     origins = "https://a.example, http://b.example:81"
     expected = wsgi.Settings("a:1,b:2", "n", 1000, 0, 0.5, "t", 500, 60, origins, True, 2)
+    file = environ["MEMCHUNK_TOKEN_FILE"]
+    hosts = "files.example, .b.example"
+    expected = dataclasses.replace(expected, hosts=hosts, token_file=file)
     assert wsgi.Settings.from_environment(environ) == expected
 
 
@@ -1724,6 +1863,13 @@ def test_the_defaults_are_settings_too() -> None:
         ("MEMCHUNK_TOKEN", ""),
         ("MEMCHUNK_TOKEN", "two words"),
         ("MEMCHUNK_TOKEN", "\u00e9"),
+        ("MEMCHUNK_TOKEN", ","),
+        ("MEMCHUNK_TOKEN", "one,two words"),
+        ("MEMCHUNK_HOSTS", ","),
+        ("MEMCHUNK_HOSTS", "*"),
+        ("MEMCHUNK_HOSTS", "https://files.example"),
+        ("MEMCHUNK_HOSTS", "files.example:8000"),
+        ("MEMCHUNK_HOSTS", "a.example,b\u00fccher.example"),
         ("MEMCHUNK_NAMESPACE", "two words"),
         ("MEMCHUNK_SERVERS", " "),
         ("MEMCHUNK_SERVERS", ","),

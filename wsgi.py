@@ -76,6 +76,9 @@ DRAIN_SECONDS = 2
 DRAINING = threading.BoundedSemaphore(2)
 """The threads of a process that read what is dropped at a time; the others just close."""
 
+TOKEN_FILE_SECONDS = 1
+"""Seconds after which MEMCHUNK_TOKEN_FILE is read again, if a request wants a token."""
+
 READ_ATTEMPTS = 5  # how often a download that a writer overtakes starts over on the new version
 RETRY_AFTER = "5"  # seconds: about what memcached takes to come back
 MAX_FORM_OVERHEAD = 64 * 1024  # bytes of a form that are not the file, all of them together
@@ -95,6 +98,10 @@ CONTENT_TYPE_PATTERN = re.compile(r"[\w!#$&^.+-]+/[\w!#$&^.+-]+(;[ -~]*)?", re.A
 
 # Characters that make a file name look like another: https://www.unicode.org/reports/tr36
 BIDI_CONTROLS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
+# What MEMCHUNK_HOSTS may have: a name, perhaps after a dot, or an IPv6 address.
+HOST_PATTERN = re.compile(r"\.?[a-z0-9_-]+(\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\]")
+PROBED = ("/healthz", "/readyz")  # what balancers ask for, by IP address
 
 TAKES_BODY = ("new", "create", "put")  # endpoints
 UPLOADS = ("PATCH", "POST", "PUT")  # methods that may store what they carry
@@ -196,6 +203,7 @@ class Settings:
     expire: seconds that a file is kept unless its upload says otherwise, 0 (default) for no end.
     timeout: seconds to wait for memcached, 5 by default.
     token: what clients must send as bearer token, or as password of HTTP Basic; none by default.
+        Several have commas between them.
     max_response: most bytes of a file in one answer, for hosts with a limit, 0 (default) for none.
     max_expire: most seconds that an upload may ask for, and most of `expire`, 0 (default) for any.
     origins: other sites whose pages may use the API ("https://example.com"), separated by commas,
@@ -203,6 +211,10 @@ class Settings:
     public_read: 1 asks for the token on uploads and changes only, 0 (default) on reads, too.
     proxies: how many proxies in front set X-Forwarded-For, -Proto, -Host, -Port and -Prefix, 0 by
         default. A client can set these itself where fewer do.
+    hosts: host names that the API answers for, separated by commas; ".example.com" has
+        all below it, too. By default any.
+    token_file: a file with tokens, one a line or with commas between them, which may
+        change while the server runs.
     """
 
     servers: str = "127.0.0.1:11211"
@@ -216,6 +228,8 @@ class Settings:
     origins: str = ""
     public_read: bool = False
     proxies: int = 0
+    hosts: str = ""
+    token_file: str = ""
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Settings:
@@ -226,13 +240,21 @@ class Settings:
         for variable, field in fields.items():
             if variable in environ:
                 values[field.name] = _setting(variable, environ[variable], field.default)
-        if not re.fullmatch(r"[!-~]*", values.get("token", "")):
-            raise SettingError("MEMCHUNK_TOKEN must be of printable ASCII characters, no spaces")
         settings = cls(**values)
-        for origin in settings.allowed_origins - {"*", "null"}:
+        settings.check()
+        return settings
+
+    def check(self) -> None:
+        """Raise SettingError if a list has something else in it than it should."""
+        self.tokens()
+        for origin in self.allowed_origins - {"*", "null"}:
             if not re.fullmatch(r"https?://[^/@\s]+", origin):
                 raise SettingError(f"MEMCHUNK_ORIGINS: {origin!r} is not like https://example.com")
-        return settings
+        if self.hosts and not self.allowed_hosts:
+            raise SettingError("MEMCHUNK_HOSTS has no host; unset it to answer for any")
+        for host in self.allowed_hosts:
+            if not HOST_PATTERN.fullmatch(host):
+                raise SettingError(f"MEMCHUNK_HOSTS: {host!r} is not like example.com")
 
     @property
     def default_expire(self) -> int:
@@ -243,6 +265,14 @@ class Settings:
     @property
     def allowed_origins(self) -> frozenset[str]:
         return frozenset(filter(None, re.split(r"[\s,]+", self.origins.lower())))
+
+    @property
+    def allowed_hosts(self) -> frozenset[str]:
+        return frozenset(filter(None, re.split(r"[\s,]+", self.hosts.lower())))
+
+    def tokens(self) -> Tokens:
+        """The tokens that clients may send. Raises SettingError."""
+        return Tokens(self.token, self.token_file)
 
     def connect(self) -> memchunk.FileCache:
         """The cache that the settings describe. Raises SettingError."""
@@ -283,6 +313,58 @@ def _setting(variable: str, text: str, default: Any) -> str | int | float:
     if not least <= number <= MAX_EXPIRE:
         raise SettingError(f"{variable} is {text}, but must be {least} to {MAX_EXPIRE}")
     return number
+
+
+class Tokens:
+    """The tokens that clients may send: those of MEMCHUNK_TOKEN, and those in a file.
+
+    The file is read again while requests come, so that tokens change without an outage.
+    If it can't be read then, the last ones stay. At the start that is a SettingError.
+    """
+
+    def __init__(self, text: str, path: str) -> None:
+        self._fixed = _tokens("MEMCHUNK_TOKEN", text) if text else []
+        self._path = path
+        self._in_file = self._read() if path else []
+        self._due = time.monotonic() + TOKEN_FILE_SECONDS
+        self._is_broken = False
+
+    def __bool__(self) -> bool:
+        return bool(self._fixed or self._in_file)
+
+    def accept(self, sent: str) -> bool:
+        """Whether it is one of them. All are compared: the time must not tell which."""
+        given, found = sent.encode(), False
+        for token in self._current():
+            found |= hmac.compare_digest(given, token)
+        return found
+
+    def _current(self) -> list[bytes]:
+        if self._path and time.monotonic() >= self._due:
+            self._due = time.monotonic() + TOKEN_FILE_SECONDS
+            try:
+                self._in_file, self._is_broken = self._read(), False
+            except SettingError as error:
+                if not self._is_broken:
+                    log.error("%s; the last tokens stay", error)
+                self._is_broken = True
+        return self._fixed + self._in_file
+
+    def _read(self) -> list[bytes]:
+        try:
+            text = pathlib.Path(self._path).read_text("utf-8-sig")
+        except (OSError, ValueError) as error:
+            raise SettingError(f"MEMCHUNK_TOKEN_FILE: {error}") from None
+        return _tokens("MEMCHUNK_TOKEN_FILE", text)
+
+
+def _tokens(variable: str, text: str) -> list[bytes]:
+    tokens = [token.strip() for token in re.split(r"[,\n]", text) if token.strip()]
+    if not tokens:
+        raise SettingError(f"{variable} has no token")
+    if not all(re.fullmatch("[!-~]+", token) for token in tokens):
+        raise SettingError(f"{variable} must be of printable ASCII, without spaces")
+    return [token.encode() for token in tokens]
 
 
 # Readers of what comes in: bodies and forms
@@ -510,6 +592,8 @@ class Application:
         self.settings = settings or Settings()
         self.uploads = _uploads(self)
         self.origins = self.settings.allowed_origins
+        self.hosts = self.settings.allowed_hosts
+        self.tokens = self.settings.tokens()
         count = self.settings.proxies
         trusted = dict.fromkeys(("x_for", "x_proto", "x_host", "x_port", "x_prefix"), count)
         self.entry = ProxyFix(self.wsgi_app, **trusted) if count else self.wsgi_app
@@ -558,6 +642,7 @@ class Application:
         return response(environ, start_response)
 
     def dispatch(self, request: Request, body: Body) -> Response:
+        self.refuse_foreign_host(request)
         if not request.environ.get("PATH_INFO") and request.root_path.strip("/"):
             return _with_slash(request)
         adapter = self.url_map.bind_to_environ(request.environ)
@@ -583,9 +668,18 @@ class Application:
         return handler(request, **arguments)
 
     def has_token(self, request: Request) -> bool:
-        """Whether the request carries the token, or none is set."""
-        expected = self.settings.token.encode()
-        return not expected or hmac.compare_digest(_sent_token(request).encode(), expected)
+        """Whether the request carries a token, or none is set."""
+        return not self.tokens or self.tokens.accept(_sent_token(request))
+
+    def refuse_foreign_host(self, request: Request) -> None:
+        """Raise Problem unless MEMCHUNK_HOSTS has the request's host.
+
+        A probe asks by IP address, which no page can do that got here by DNS rebinding.
+        """
+        host = _hostname(f"//{request.host}")
+        is_probe = request.path in PROBED and _is_address(host)
+        if self.hosts and not is_probe and not _is_among(host, self.hosts):
+            raise Problem(421, "This server has another name, by MEMCHUNK_HOSTS.")
 
     def authorize(self, request: Request) -> None:
         """Raise Problem unless the request may go on. An upload's address is no link to a file."""
@@ -657,7 +751,7 @@ class Application:
             max_size=str(self.cache.max_size),
             limit=_words(self.cache.max_size),
             expiries=_expiry_options(self.settings),
-            token="" if self.settings.token else "hidden",
+            token="" if self.tokens else "hidden",
         )
 
     def on_health(self, request: Request) -> Response:
@@ -1027,6 +1121,20 @@ def _hostname(url: str) -> str:
     return ""
 
 
+def _is_among(host: str, hosts: Iterable[str]) -> bool:
+    """Whether a list has it, by its name or by ".example.com", which has all below."""
+    return any(
+        f".{host}".endswith(each) if each.startswith(".") else host == each.strip("[]")
+        for each in hosts
+    )
+
+
+def _is_address(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host) is not None
+    return False
+
+
 def _sent_token(request: Request) -> str:
     """The token in the request, "" without one. Werkzeug's parser takes "=" for a parameter, and
     raises on bytes that are not ASCII."""
@@ -1291,7 +1399,7 @@ def main() -> None:
 
 def serve(application: Application, host: str, port: int) -> None:
     server = make_server(host, port, application, threaded=True)
-    if not application.settings.token and not _is_loopback(server.server_address[0]):
+    if not application.tokens and not _is_loopback(server.server_address[0]):
         log.warning(
             "other machines may read, store and delete files here; set MEMCHUNK_TOKEN, "
             "or listen on 127.0.0.1"
@@ -1302,10 +1410,7 @@ def serve(application: Application, host: str, port: int) -> None:
 
 def _is_loopback(address: Any) -> bool:
     """Whether only this machine reaches it. The path of a Unix socket counts as such."""
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return True
+    return not _is_address(address) or ipaddress.ip_address(address).is_loopback
 
 
 if __name__ == "__main__":
