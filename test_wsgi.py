@@ -1755,6 +1755,9 @@ def test_hosts_and_probes(memcached: Memcached) -> None:
     for path in ("/healthz", "/readyz"):
         for host in ("10.0.0.7:8000", "[fd00::7]"):
             assert client.get(path, headers={"Host": host}).status_code == 200
+        hostless = create_environ(path, "http://waitress.invalid")
+        del hostless["HTTP_HOST"]  # as in HTTP/1.0
+        assert run_wsgi_app(client.application, hostless)[1] == "200 OK"
         is_problem(client.get(path, headers={"Host": "evil.example"}), 421)
 
 

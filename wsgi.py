@@ -674,10 +674,12 @@ class Application:
     def refuse_foreign_host(self, request: Request) -> None:
         """Raise Problem unless MEMCHUNK_HOSTS has the request's host.
 
-        A probe asks by IP address, which no page can do that got here by DNS rebinding.
+        A probe has an IP address there, or nothing. A page that got here by DNS rebinding
+        has a name.
         """
         host = _hostname(f"//{request.host}")
-        is_probe = request.path in PROBED and _is_address(host)
+        is_name = "Host" in request.headers and not _is_address(host)
+        is_probe = request.path in PROBED and not is_name
         if self.hosts and not is_probe and not _is_among(host, self.hosts):
             raise Problem(421, "This server has another name, by MEMCHUNK_HOSTS.")
 
