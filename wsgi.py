@@ -235,14 +235,15 @@ class Settings:
     def from_environment(cls, environ: Mapping[str, str]) -> Settings:
         """Read every setting that is there. Raises SettingError."""
         values: dict[str, Any] = {}
-        fields = {f"MEMCHUNK_{each.name.upper()}": each for each in dataclasses.fields(cls)}
+        settings = dataclasses.fields(cls)
+        fields = {f"MEMCHUNK_{each.name.upper()}": each for each in settings}
         _refuse_unknown(environ, fields)
         for variable, field in fields.items():
             if variable in environ:
                 values[field.name] = _setting(variable, environ[variable], field.default)
-        settings = cls(**values)
-        settings.check()
-        return settings
+        made = cls(**values)
+        made.check()
+        return made
 
     def check(self) -> None:
         """Raise SettingError if a list has something else in it than it should."""
@@ -674,8 +675,8 @@ class Application:
     def refuse_foreign_host(self, request: Request) -> None:
         """Raise Problem unless MEMCHUNK_HOSTS has the request's host.
 
-        A probe has an IP address there, or nothing. A page that got here by DNS rebinding
-        has a name.
+        A probe has an IP address there, or nothing. A page that got here by DNS
+        rebinding has a name.
         """
         host = _hostname(f"//{request.host}")
         is_name = "Host" in request.headers and not _is_address(host)
@@ -1411,7 +1412,7 @@ def serve(application: Application, host: str, port: int) -> None:
 
 
 def _is_loopback(address: Any) -> bool:
-    """Whether only this machine reaches it. The path of a Unix socket counts as such."""
+    """Whether only this machine reaches it. The path of a Unix socket counts, too."""
     return not _is_address(address) or ipaddress.ip_address(address).is_loopback
 
 

@@ -401,6 +401,12 @@ def test_requests(server: Server, file: pathlib.Path, big: bytes) -> None:
             assert digest == hashlib.sha256(big).digest()
 
 
+def test_a_slash_that_is_encoded(server: Server) -> None:
+    decoded = "a%2Fb" if server.host is HOSTS["cheroot"] else "a/b"
+    for sent, name in (("a%2Fb", decoded), ("a%252Fb", "a%2Fb")):
+        assert server.request("PUT", f"/files/{sent}", b"x").json["name"] == name
+
+
 def test_every_answer_has_one_date(server: Server) -> None:
     for path in ("/", "/healthz", "/nowhere"):
         assert len(server.request("GET", path).headers.get_all("Date", [])) == 1

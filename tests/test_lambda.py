@@ -217,7 +217,7 @@ def test_more_than_one_answer_carries(client: Client, application: wsgi.Applicat
     assert received == data
 
 
-@pytest.mark.parametrize("name", ["folder/caf\u00e9 \u4f60.txt", "a%20b 100%", "a?b#c+d"])
+@pytest.mark.parametrize("name", ["folder/caf\u00e9 \u4f60.txt", "a%20b %", "a?b#c+d"])
 def test_names(client: Client, name: str) -> None:
     status, _, answer = client("PUT", "/files/" + quote(name), name.encode())
     assert status in (200, 201), answer
@@ -226,8 +226,8 @@ def test_names(client: Client, name: str) -> None:
 
 
 def test_names_that_an_http_api_has_decoded(adapter: Handler) -> None:
-    """As AWS does with payload 2.0, but not with the others. Adapters decode once more."""
+    """AWS does so with payload 2.0, not with the others. Adapters decode once more."""
     client = Client(adapter, http_event)
-    for path, name in (("a b", "a b"), ("a/b", "a/b"), ("100%", "100%"), ("a%20b", "a b")):
+    for path, name in (("a b", "a b"), ("100%", "100%"), ("a%20b", "a b")):
         answer = client("PUT", f"/files/{path}", b"x")[2]
         assert json.loads(answer)["name"] == name

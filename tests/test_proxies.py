@@ -45,6 +45,9 @@ http {{
   scgi_temp_path {folder}/scgi;
   client_max_body_size 51m;
   proxy_http_version 1.1;
+  gzip on;
+  gzip_min_length 1;
+  gzip_types text/plain;
   server {{
     listen 127.0.0.1:{plain};
     listen 127.0.0.1:{tls} ssl;
@@ -74,7 +77,8 @@ http {{
 
 
 class Nginx:
-    """An nginx in front of a server: ours at `plain` and `tls`, the docs' at `documented`."""
+    """An nginx in front of a server: ours at `plain` and `tls`, the docs' at `documented`
+    and, below a prefix, at `prefixed`."""
 
     def __init__(self, folder: pathlib.Path, port: int) -> None:
         program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
@@ -87,13 +91,23 @@ class Nginx:
         certificate.private_key_pem.write_to_path(str(folder / "key.pem"))
         certificate.cert_chain_pems[0].write_to_path(str(folder / "certificate.pem"))
         with contextlib.ExitStack() as stack:
-            probes = [stack.enter_context(socket.socket()) for _ in range(3)]
+            probes = [stack.enter_context(socket.socket()) for _ in range(4)]
             for probe in probes:
                 probe.bind(("127.0.0.1", 0))
-            self.plain, self.tls, self.documented = (probe.getsockname()[1] for probe in probes)
-        documented = snippet("docs/deployment.md", "nginx")
-        documented = documented.replace("listen 80;", f"listen 127.0.0.1:{self.documented};")
-        documented = documented.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+            ports = [probe.getsockname()[1] for probe in probes]
+        self.plain, self.tls, self.documented, self.prefixed = ports
+        documented = "".join(
+            snippet("docs/deployment.md", name) for name in ("nginx", "nginx-prefix")
+        )
+        for old, new in (
+            ("listen 80;", f"listen 127.0.0.1:{self.documented};"),
+            ("listen 443 ssl;", f"listen 127.0.0.1:{self.prefixed} ssl;"),
+            ("/etc/ssl/certs/files.example.com.pem", f"{folder}/certificate.pem"),
+            ("/etc/ssl/private/files.example.com.key", f"{folder}/key.pem"),
+            ("127.0.0.1:8000", f"127.0.0.1:{port}"),
+        ):
+            assert old in documented
+            documented = documented.replace(old, new)
         # Else its workers could not read a folder of ours.
         user = "user root;" if os.geteuid() == 0 else ""
         configuration = folder / "nginx.conf"
@@ -125,6 +139,7 @@ class Nginx:
             for prefix in ("/", "/unbuffered/", "/told/"):
                 yield origin + prefix
         yield f"http://127.0.0.1:{self.documented}/"
+        yield f"https://127.0.0.1:{self.prefixed}/store/"
 
     def request(self, method: str, url: str, body: Any = None, **headers: str) -> Answer:
         parts = urlsplit(url)
@@ -235,3 +250,35 @@ def test_a_client_may_not_say_what_the_proxy_says(nginx: Nginx) -> None:
     assert stored.json["url"].startswith("/files/")
     page = {**forged, **headers, "Origin": "http://evil.test"}
     assert nginx.request("POST", site + "files", body, **page).status == 403
+
+
+def test_the_documented_prefix(nginx: Nginx) -> None:
+    site = f"https://127.0.0.1:{nginx.prefixed}/store/"
+    led = nginx.request("GET", site.rstrip("/"))
+    assert (led.status, led.headers["Location"]) == (301, site)
+    created = nginx.request("POST", site + "files", b"x")
+    assert created.json["url"].startswith("/store/files/")
+
+
+def test_slashes_that_nginx_merges_below_a_prefix(nginx: Nginx) -> None:
+    for site, name in (
+        (f"http://127.0.0.1:{nginx.plain}/told/", "s/t"),
+        (f"http://127.0.0.1:{nginx.documented}/", "s//t"),
+        (f"https://127.0.0.1:{nginx.prefixed}/store/", "s//t"),
+    ):
+        assert nginx.request("PUT", site + "files/s//t", b"x").json["name"] == name
+
+
+def test_etags_that_nginx_weakens_with_gzip(nginx: Nginx) -> None:
+    text = {"Content-Type": "text/plain"}
+    for site, status in (
+        (f"http://127.0.0.1:{nginx.plain}/", 412),
+        (f"http://127.0.0.1:{nginx.documented}/", 200),
+        (f"https://127.0.0.1:{nginx.prefixed}/store/", 200),
+    ):
+        nginx.request("PUT", site + "files/z", bytes(1000), **text)
+        read = nginx.request("GET", site + "files/z", Accept_Encoding="gzip")
+        etag = read.headers["ETag"]
+        assert etag.startswith("W/") == (status == 412)
+        replaced = nginx.request("PUT", site + "files/z", b"x", If_Match=etag, **text)
+        assert replaced.status == status
