@@ -58,7 +58,7 @@ from werkzeug.wrappers import Request, Response
 import memchunk
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
     import tus
 
@@ -289,7 +289,7 @@ class Settings:
 
 
 def _refuse_unknown(environ: Mapping[str, str], known: Iterable[str]) -> None:
-    """Raise SettingError if a name is misspelt: without MEMCHUNK_TOKEN all is open."""
+    """Raise SettingError if a name may be misspelt, as in MEMCHUNK_TOKENS."""
     for variable in sorted(set(environ).difference(known)):
         if variable.startswith("MEMCHUNK_"):
             [nearest] = difflib.get_close_matches(variable, known, n=1, cutoff=0)
@@ -334,7 +334,7 @@ class Tokens:
         return bool(self._fixed or self._in_file)
 
     def accept(self, sent: str) -> bool:
-        """Whether it is one of them. All are compared: the time must not tell which."""
+        """Whether it is one of them. All are compared, so that time tells nothing."""
         given, found = sent.encode(), False
         for token in self._current():
             found |= hmac.compare_digest(given, token)
@@ -590,14 +590,11 @@ class Application:
 
     def __init__(self, cache: memchunk.FileCache, settings: Settings | None = None) -> None:
         self.cache = cache
-        self.settings = settings or Settings()
+        self.settings = given = settings or Settings()
         self.uploads = _uploads(self)
-        self.origins = self.settings.allowed_origins
-        self.hosts = self.settings.allowed_hosts
-        self.tokens = self.settings.tokens()
-        count = self.settings.proxies
-        trusted = dict.fromkeys(("x_for", "x_proto", "x_host", "x_port", "x_prefix"), count)
-        self.entry = ProxyFix(self.wsgi_app, **trusted) if count else self.wsgi_app
+        self.origins, self.hosts = given.allowed_origins, given.allowed_hosts
+        self.tokens = given.tokens()
+        self.entry = self.behind_proxies(self.settings.proxies)
         self.url_map = Map(
             [
                 *(self.uploads.rules() if self.uploads else ()),
@@ -619,6 +616,11 @@ class Application:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         return self.entry(environ, start_response)
+
+    def behind_proxies(self, count: int) -> WSGIApplication:
+        told = ("x_for", "x_proto", "x_host", "x_port", "x_prefix")
+        trusted = dict.fromkeys(told, count)
+        return ProxyFix(self.wsgi_app, **trusted) if count else self.wsgi_app
 
     def wsgi_app(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         request, body = Request({}), Body(environ)

@@ -77,8 +77,8 @@ http {{
 
 
 class Nginx:
-    """An nginx in front of a server: ours at `plain` and `tls`, the docs' at `documented`
-    and, below a prefix, at `prefixed`."""
+    """An nginx in front of a server: ours at `plain` and `tls`, the docs' at
+    `documented` and, below a prefix, at `prefixed`."""
 
     def __init__(self, folder: pathlib.Path, port: int) -> None:
         program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
