@@ -1,39 +1,38 @@
-"""Keep files of 0 to 50 MiB in memcached, whose items end at 1 MB; get them back byte for byte.
+# memchunk 1.0.0, MIT licence. One file to copy; README.md and docs/ belong to it.
+"""Keep files of 0 to 50 MiB in memcached, whose items end at 1 MB.
 
-    cache = memchunk.connect("127.0.0.1:11211")
+    cache = memchunk.FileCache("127.0.0.1:11211")
     cache.add("report.pdf", pathlib.Path("report.pdf"), expire=86400)
     data = cache.get("report.pdf")
 
-A file is stored as chunks, each under a key of its own, and one manifest that names them:
+A file is stored as chunks and one manifest, which names them. A small file lies in
+its manifest:
 
-    <namespace>:<sha256 of the name>   manifest: size, chunks, version, times, name, metadata, CRC
-    <namespace>:<version>:<index>      chunk: index, total, CRC, payload
+    <namespace>:{<sha256 of the name>}                          the manifest
+    <namespace>:{<sha256 of the name>}|#|<segment>:<index>      a chunk
 
-The promise: a file that `add`, `set` or `cas` returned from is wholly in the cache at that moment;
-bytes that a read hands out are the bytes that were stored; everything else is a `MemchunkError`.
-What keeps it:
+The promise: when `add`, `set` or `cas` returns, the whole file is in the cache. A read
+returns exactly the bytes that were stored, or raises a `MemchunkError`. Four rules
+keep it:
 
-* Every upload has a random version, and its chunks have keys that no other upload uses. A reader
-  that holds a manifest can meet the chunks of that upload or none, never those of another.
-* A file appears by one atomic step: its manifest is written with memcached's `add` or `cas`, after
-  every chunk was stored and, by a `touch` that also sets its final expiry, seen to be still there.
-* Until that touch a chunk lives on a lease: what a writer leaves that dies before ends with it.
-* Every chunk has a CRC over payload, index, total and version; the manifest, over all of itself.
-* No clock but the server's counts: the clocks of those who read and write need not agree.
+* Every write draws a random segment, and only this write uses the keys in it. So the
+  bytes of two writers can't mix.
+* A file appears by one atomic step, memcached's `add` or `cas` of its manifest. Before
+  this step, a `touch` has proved that every chunk is still there.
+* Until that touch, chunks have a short expiry, the lease, so that leftovers of a
+  crashed writer expire by themselves.
+* The CRC of a chunk covers its bytes, its key, its index and the number of chunks. The
+  CRC of a manifest covers all of it.
 
-memcached is a cache: it evicts. What was evicted is `FileNotFound` or `FileEvicted`, never wrong.
-Copy this one file; it needs Python 3.9 and pymemcache 4, and nothing else.
-
-Read it in this order: `FileCache` (what can be asked), `FileWriter` (a write, in five steps),
-`CachedFile` (a read), `_Slot` (the steps that both share), and the two ways to talk to memcached:
-`_Server`, its verbs through any client, and `_Pool`, the same by faster connections.
+memcached is a cache and evicts. An evicted file is FileNotFound or FileEvicted, and
+never a wrong one. Read `FileCache` first, then `_Write` (the five steps of a write),
+`CachedFile` (a read), and `_Entry` (the commands that both use).
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import copy
+import copyreg
 import dataclasses
 import datetime
 import functools
@@ -45,247 +44,256 @@ import operator
 import os
 import re
 import secrets
-import socket
 import ssl
 import stat
 import struct
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from typing import IO, Any, Callable, NamedTuple, NoReturn, Protocol, Union
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import IO, Any, Callable, NamedTuple, NoReturn, Union
 
-from pymemcache.client.base import Client
+from pymemcache.client.base import Client, PooledClient
 from pymemcache.client.hash import HashClient
 from pymemcache.client.retrying import RetryingClient
 from pymemcache.exceptions import (
+    MemcacheError,
     MemcacheServerError,
     MemcacheUnexpectedCloseError,
-    MemcacheUnknownError,
+    MemcacheUnknownCommandError,
 )
 
 __all__ = [
-    "CacheFull",
-    "CacheMiss",
-    "CacheUnavailable",
-    "CachedFile",
     "FileCache",
-    "FileChanged",
-    "FileCorrupt",
+    "CachedFile",
+    "FileInfo",
+    "Source",
+    "MAX_SIZE",
+    "MemchunkError",
+    "InvalidName",
+    "CacheMiss",
+    "FileNotFound",
     "FileEvicted",
     "FileExists",
-    "FileInfo",
-    "FileNotFound",
+    "FileChanged",
     "FileTooLarge",
-    "FileWriter",
-    "InvalidName",
-    "MAX_SIZE",
-    "MemcacheClient",
-    "MemchunkError",
     "SizeMismatch",
-    "Source",
-    "UploadConflict",
-    "connect",
+    "FileCorrupt",
+    "CacheFull",
+    "CacheUnavailable",
 ]
 
-MAX_SIZE = 50 * 1024 * 1024  # bytes, inclusive: the largest file unless `max_size` says otherwise
-MAX_NAME = 1024  # bytes of UTF-8
-MAX_METADATA = 0xFFFF  # bytes: the length is a 16-bit field of the manifest
-TIMEOUT = 5.0  # seconds that `connect`'s clients wait to connect, and for each send and receive
-LEASE = 3600  # seconds that chunks live while their upload is not complete
+__version__ = "1.0.0"
 
-# Chunks outlive their manifest by this many seconds, so that an expiring file is first not found,
-# never half there, and a read that began just before can finish.
+MAX_SIZE = 50 * 1024 * 1024  # bytes, inclusive: the largest file by default
+MAX_NAME = 1024  # bytes of UTF-8
+MAX_METADATA = 0xFFFF  # bytes
+TIMEOUT = 5.0  # seconds to connect, and for each send and receive, of our own client
+LEASE = 3600  # seconds that chunks live before their file is published
+
+# Chunks outlive their manifest by this many seconds. So a file that expires is first
+# not found, and never half there, and a read that began just before can finish.
 _SLACK = 60
 
-# memcached keeps an item in one piece up to the size of its largest slab class, `slab_chunk_max`:
-# 512 KiB unless set otherwise, two to a page of 1 MB. Larger items it stitches together from
-# several pieces, which wastes memory and fails under pressure. Each item takes 59 bytes beside key
-# and value, or 63 where a client sets flags.
+# memcached keeps an item in one piece up to the size of its largest slab class, which
+# is 512 KiB by default, two in a page of 1 MB. It stitches larger items together from
+# several pieces, which wastes memory and fails under pressure. An item takes 59 bytes
+# beside its key and value, or 63 if a client sets flags.
 _LARGEST_ITEM = 512 * 1024
 _ITEM_OVERHEAD = 64
-_PAGE = 1024 * 1024  # bytes: the unit in which memcached gives memory to a slab class
-_MAX_KEY = 250  # bytes, memcached's own limit
+_PAGE = 1024 * 1024  # bytes: memcached gives memory to a slab class in pages
+_MAX_KEY = 250  # bytes, memcached's limit
+_LEAST_LIMIT = 1024  # bytes: memcached takes no smaller -I; less is no true answer
+_SMALL = 16  # a file of up to this part of a chunk lies in its manifest
 
-# memcached evicts per slab class, and the class with the fewest pages first, so that one chunk of
-# another size ends a file long before its time. Therefore files of several chunks have equal ones,
-# all in the largest class: what fills less than this part of a chunk is padded. The next smaller
-# class ends below 0.896 of the largest, whatever growth factor (-f) the server has.
-_LEAST_FILL = 0.9
-
-# Payload bytes that travel together, which bounds what a transfer holds in memory. Writes: batches
-# of 8 to 16 chunks survive best in a cache that hardly holds the file. Reads: so much stays in the
+# Bytes that travel together, which bounds the memory of a transfer. Batches of 8 chunks
+# survive best in a cache that hardly holds the file. A batch of a read stays in the
 # caches of a CPU.
 _WRITE_BATCH = 4 * 1024 * 1024
 _READ_BATCH = 2 * 1024 * 1024
-_PIPELINE = 256  # commands sent before a reply is read: the replies fit in any socket buffer
-_PIECE = 64 * 1024  # bytes asked for at a time of a file of unknown size
-_LINE = 8192  # bytes, the most that `peek` returns
-# A manifest that says more than this is damage, and is not worked off blindly.
+_PIECE = 64 * 1024  # bytes to read at a time from a source of unknown size
 _MAX_CHUNK = 2**30  # bytes: memcached's -I ends there
-_MAX_CHUNKS = 2**20  # more than any file needs
+_MAX_CHUNKS = 2**20  # a manifest that names more is damaged
+_FEW = 8  # chunks; their deletion does not wait for replies
 
-# Where chunks that were read, or touched, twice fill the cache, memcached refuses others until its
-# LRU thread has made room. That thread sleeps for up to a second.
+# Chunks that were read or touched twice are active in memcached's LRU. If they fill the
+# cache, memcached refuses others until its LRU thread has made room. That thread sleeps
+# for up to a second.
 _PATIENCE = 2.0  # seconds to wait for it
 _PAUSE = 0.02  # seconds between two tries
 
-_ATTEMPTS = 100  # at a manifest that others keep changing; each failure means that one got through
+_ATTEMPTS = 100  # at a manifest that others change: each failure means one got through
+_FRESH = 1.0  # seconds that a look at the manifest may serve for its publication
+_ASK_AGAIN = 60.0  # seconds until a server that refused `stats` is asked again
 _IDLE = 60  # seconds; firewalls forget connections that idle longer
+_POLL = 0.05  # seconds between two looks of `get_or_set` at the work of another
 
-_RELATIVE_LIMIT = 30 * 24 * 3600  # memcached reads more seconds than this as an absolute time
-_LONG_PAST = _RELATIVE_LIMIT + 1  # as an absolute time; -1 is, too, but twemproxy refuses it
-_ABSOLUTE_LIMIT = 2**31 - 1  # memcached keeps times in 32 bits: what ends later never ends
-_MAX_EXPIRE = 2**62  # seconds: with the time of day added, it fits the manifest's 64 bits
-_NO_TOKEN = b"%d" % (2**64 - 1)  # no item has it: a `cas` with it tells whether an item is there
+_RELATIVE_LIMIT = 30 * 24 * 3600  # memcached reads more seconds as an absolute time
+_LONG_PAST = _RELATIVE_LIMIT + 1  # as an absolute time; twemproxy refuses -1
+_ABSOLUTE_LIMIT = 2**31 - 1  # memcached keeps times in 32 bits: a later end is no end
+_MAX_EXPIRE = 2**62  # seconds
+_NO_TOKEN = b"%d" % (2**64 - 1)  # no item has it: a `cas` with it changes nothing
 
-_CHUNK = struct.Struct(">III")  # index, total, CRC
-# magic, format, chunk_size, floor, total, size, created, expires (0: never), version, length of
-# the name; name, metadata and the CRC follow.
-_MANIFEST = struct.Struct(">3sBIIIQQQ8sH")
-_CRC = struct.Struct(">I")
-_MAGIC, _FORMAT = b"mch", 1
+_HEADER = struct.Struct(">III")  # of a chunk: index, total, CRC
+_COUNTS = struct.Struct(">II")  # index and total, as the CRC covers them
+_CRC = struct.Struct(">I")  # of a manifest
+_FORMAT = 2
 
-_STORED, _NOT_STORED, _EXISTS, _NOT_FOUND = b"STORED", b"NOT_STORED", b"EXISTS", b"NOT_FOUND"
-_NO = (_NOT_STORED, _EXISTS, _NOT_FOUND)  # replies that are no errors
+_STORED, _NOT_STORED = b"STORED", b"NOT_STORED"
+_EXISTS, _NOT_FOUND, _TOUCHED, _DELETED = (
+    b"EXISTS",
+    b"NOT_FOUND",
+    b"TOUCHED",
+    b"DELETED",
+)
 _REFUSAL = re.compile(rb"out of memory (storing|during read)|object too large")
 
-_DROPPED = (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, MemcacheUnexpectedCloseError)
+_RESET = ConnectionResetError, BrokenPipeError, ssl.SSLEOFError
+_DROPPED = (*_RESET, MemcacheUnexpectedCloseError)
 
-_ADDRESS = re.compile(
-    r"(?P<tls>tls://)?(\[(?P<ipv6>[\w:.%]+)\]|(?P<host>[^\s\[\]:/]+))(:(?P<port>\d{1,5}))?"
-)
+_SEGMENT = re.compile("[0-9a-f]{16}")
+_PART = re.compile("([0-9a-f]{16}):([0-9]{1,7}):([0-9]{1,10})")
 
-Source = Union[bytes, bytearray, memoryview, IO[bytes], Iterable[bytes], "os.PathLike[str]"]
-"""What can be stored: a bytes-like object, a binary file, an iterable of these, or a path."""
+_Bytes = Union[bytes, bytearray, memoryview]
+_Expire = Union[int, datetime.timedelta]
+_Segments = Sequence[tuple[str, int]]  # keys of segments, and their numbers of chunks
+Source = Union[_Bytes, IO[bytes], Iterable[_Bytes], "os.PathLike[str]"]
+"""A file to store: bytes-like objects, one or an iterable; a binary file; or a path."""
 
-_Parts = tuple[Any, ...]  # an item's value, in parts that need not be joined
+
+# --- Errors ---------------------------------------------------------------------------
 
 
 class MemchunkError(Exception):
-    """Root of all errors of this module. `name` is the file's; more attributes stand with each."""
+    """Root of all errors of this module. `name` is the file's."""
 
-    name: str
-    text = ""
-
-    def __init__(self, **details: object) -> None:
-        super().__init__(self.text.format(**details))
-        self.__dict__.update(details)
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self.message, self.name = message, name
 
     def __str__(self) -> str:  # KeyError would show the message's repr
-        return str(self.args[0])
+        return self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return functools.partial(type(self), **self.__dict__), ()
+        return copyreg.__newobj__, (type(self), self.message), self.__dict__  # type: ignore[attr-defined]
 
 
 class InvalidName(MemchunkError, ValueError):
     """The name is empty, longer than 1024 bytes of UTF-8, or has no UTF-8 form."""
 
-    text = f"a name is a text of 1 to {MAX_NAME} bytes of UTF-8, which {{name!r:.50}} is not"
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"{name!r:.50} is no text of 1 to {MAX_NAME} UTF-8 bytes", name
+        )
 
 
 class CacheMiss(MemchunkError, LookupError):
-    """The file is not, or not wholly, in the cache: get it from where it came, and store it."""
+    """The file is not whole in the cache: get it from its origin, and store it."""
 
 
 class FileNotFound(CacheMiss, KeyError, FileNotFoundError):
-    """No file of that name is stored. It may have been, and expired or been evicted whole."""
+    """No file has that name. It may have expired, or been evicted whole."""
 
-    text = "no file named {name!r} is stored"
+    def __init__(self, name: str) -> None:
+        super().__init__(f"no file named {name!r} is stored", name)
 
 
 class FileEvicted(CacheMiss):
-    """memcached dropped chunks of the file: of those looked for, the ones at `missing`."""
+    """memcached evicted chunks of the file.
 
-    info: FileInfo
-    missing: list[int]
-    text = "{name!r} was evicted in part: chunks {missing} of {info.chunks} are gone"
+    info: FileInfo. missing: the indices of the missing chunks, of those looked for.
+    """
+
+    def __init__(self, name: str, info: FileInfo, missing: list[int]) -> None:
+        self.info, self.missing = info, missing
+        first = ", ".join(map(str, missing[:5])) + (", ..." if missing[5:] else "")
+        lost = f"{len(missing)} of its {info.chunks} chunks are gone ({first})"
+        super().__init__(f"{name!r} was evicted in part: {lost}", name)
 
 
 class FileExists(MemchunkError, FileExistsError):
-    """`add` found a file of that name, whole: `info`."""
+    """`add` found a whole file of that name: `info`, a FileInfo."""
 
-    info: FileInfo
-    text = "a file named {name!r} is already stored"
+    def __init__(self, name: str, info: FileInfo) -> None:
+        self.info = info
+        super().__init__(f"a file named {name!r} is already stored", name)
 
 
 class FileChanged(MemchunkError):
-    """The file is no longer the `version` asked for or opened; `current` is (None: it is gone)."""
+    """The file is not the `version` any more that was asked for or opened.
 
-    version: str
-    current: str | None
-    text = "{name!r} is not version {version} any more, but {current}"
+    current: the version that is there, None if there is no file.
+    """
 
-
-class UploadConflict(MemchunkError):
-    """Two resumed one upload with different bytes: at chunk `index` stand those of the other."""
-
-    version: str
-    index: int
-    text = "another writer stored other bytes for chunk {index} of {name!r}, version {version}"
+    def __init__(self, name: str, version: str, current: str | None) -> None:
+        self.version, self.current = version, current
+        now = f"it is version {current}" if current else "it is gone"
+        super().__init__(f"{name!r} is not version {version} any more: {now}", name)
 
 
 class FileTooLarge(MemchunkError, ValueError):
-    """More than `limit` bytes. `size` is the file's where known, else what had been read."""
+    """The file has more than `limit` bytes: `size`, or as many had been read so far."""
 
-    size: int
-    limit: int
-    text = "{name!r} has {size} bytes or more, and the limit is {limit}"
+    def __init__(self, name: str, size: int, limit: int) -> None:
+        self.size, self.limit = size, limit
+        super().__init__(
+            f"{name!r} has {size} bytes or more; the limit is {limit}", name
+        )
 
 
 class SizeMismatch(MemchunkError, ValueError):
-    """The source has not the `size` in bytes that was announced; `received` had been seen."""
+    """The source did not yield `size` bytes, as announced, but `received`."""
 
-    size: int
-    received: int
-    text = "{name!r} was announced with {size} bytes, and its source gave {received}"
+    def __init__(self, name: str, size: int, received: int) -> None:
+        self.size, self.received = size, received
+        text = f"was announced with {size} bytes, and its source gave {received}"
+        super().__init__(f"{name!r} {text}", name)
 
 
 class FileCorrupt(MemchunkError):
-    """What memcached returned is not what was stored: chunk `index`, or the manifest (None)."""
+    """The stored bytes are damaged: those of chunk `index`, or of the manifest (None)."""
 
-    index: int | None
-    text = "{name!r} is damaged (chunk {index}; None is the manifest)"
-
-
-class CacheFull(MemchunkError):
-    """The server would not keep the file: refused an item (then `missing` is empty), or evicted
-    the chunks at `missing`.
-
-    `cause` says why, by the server's own `stats` at that moment; the message has the numbers.
-
-    "memory": -m is smaller than the file. "slabs": other items hold the memory in pages for their
-    own size; `-o slab_automove=2`, or a memcached of its own, helps. "item size": -I or
-    slab_chunk_max is smaller than a chunk. "lease": the upload took longer than the lease.
-    "contention": other writers changed the manifest 100 times. "pressure": none of these;
-    memcached evicts new chunks to keep those that are read, and more -m helps. "unknown": the
-    server, or a proxy before it, gave no `stats`.
-    """
-
-    missing: list[int]
-    cause: str
-    text = "memcached would not keep {name!r}: {reason}"
-
-
-class CacheUnavailable(MemchunkError, ConnectionError):
-    """`server` did not answer, or not as memcached would. A write may have been done or not."""
-
-    server: str
-    text = "memcached at {server} is not available: {reason}"
+    def __init__(self, name: str, index: int | None, reason: str = "") -> None:
+        self.index = index
+        place = "its manifest" if index is None else f"chunk {index}"
+        super().__init__(f"{name!r} is damaged: {reason or f'{place} is wrong'}", name)
 
 
 class _UnknownFormat(FileCorrupt):
-    """A sound manifest of a format version that this module does not know."""
+    """A sound manifest of another version of memchunk."""
 
-    text = "{name!r} is stored in format {format}, which this version of memchunk does not know"
+    def __init__(self, name: str, number: object) -> None:
+        super().__init__(name, None, f"its format {number} is unknown to this memchunk")
+
+
+class CacheFull(MemchunkError):
+    """The server would not keep the file.
+
+    missing: indices of chunks that it evicted at once; empty if it refused an item.
+    cause: by the server's `stats`, "memory" (-m is smaller than the file), "slabs" (the
+    memory is in pages for items of other sizes), "item size" (-I is too small), "lease"
+    (it ended before the upload), "contention" (others changed the manifest 100 times),
+    "pressure" (other files fill the memory), or "unknown".
+    """
+
+    def __init__(self, name: str, cause: str, reason: str, missing: list[int]) -> None:
+        self.cause, self.missing = cause, missing
+        super().__init__(f"memcached would not keep {name!r}: {reason}", name)
+
+
+class CacheUnavailable(MemchunkError, ConnectionError):
+    """`server` gave no answer, or a wrong one. A write may have been done or not."""
+
+    def __init__(self, name: str, server: str, reason: str) -> None:
+        self.server, self.reason = server, reason
+        super().__init__(f"memcached at {server} is not available: {reason}", name)
 
 
 @dataclasses.dataclass(frozen=True)
 class FileInfo:
-    """What is known of a stored file without reading it.
+    """The properties of a stored file.
 
-    name, metadata: as given to `add`. size: bytes. chunks: how many, beside the manifest.
-    version: 16 hex digits, unique to this upload; part of its chunks' keys. created: Unix time in
+    name, metadata: as given to `add`. size: bytes. chunks: their number, 0 for a small
+    file. version: 16 hex digits, unique to one publication. created: Unix time in
     seconds, by the writer's clock. expires: likewise, None for never.
     """
 
@@ -296,131 +304,66 @@ class FileInfo:
     created: int
     expires: int | None
     metadata: bytes
-    # How the file is cut: chunks of `_chunk_size` bytes, the last one shorter; those shorter than
-    # `_floor` padded to it with zeros. `_total`, in every chunk's header, is their number, or 0
-    # where the first was sent before the source's end was known. Of an upload that is not
-    # finished it tells how many there may be.
-    _chunk_size: int = dataclasses.field(repr=False, compare=False)
-    _floor: int = dataclasses.field(repr=False, compare=False)
-    _total: int = dataclasses.field(repr=False, compare=False)
-
-    def _per_batch(self, size: int) -> int:
-        """How many chunks travel together in `size` bytes."""
-        return max(1, min(_PIPELINE, size // self._chunk_size))
-
-    def _chunk(self, index: int, payload: memoryview) -> _Parts:
-        """A chunk's value: header, payload, padding."""
-        padding = bytes(max(self._floor - len(payload), 0))
-        return self._header(index, payload, padding), payload, padding
-
-    def _header(self, index: int, *body: Any) -> bytes:
-        """A chunk's header. The CRC covers index, total and version, too, so that a sound chunk
-        under a wrong key fails like a damaged one."""
-        crc = zlib.crc32(_CHUNK.pack(index, self._total, 0) + self.version.encode())
-        for part in body:
-            crc = zlib.crc32(part, crc)
-        return _CHUNK.pack(index, self._total, crc)
-
-    def _verify(self, index: int, value: object) -> memoryview:
-        """The payload of a chunk's value. Raises FileCorrupt unless that is what was stored."""
-        if isinstance(value, (bytes, bytearray)):
-            size = min(self._chunk_size, self.size - index * self._chunk_size)
-            header, body = memoryview(value)[: _CHUNK.size], memoryview(value)[_CHUNK.size :]
-            if len(body) == max(size, self._floor) and header == self._header(index, body):
-                return body[:size].toreadonly()
-        raise FileCorrupt(name=self.name, index=index)
-
-    def _pack(self) -> bytes:
-        """The manifest's value."""
-        name = self.name.encode()
-        times, version = (self.created, self.expires or 0), bytes.fromhex(self.version)
-        layout = self._chunk_size, self._floor, self._total
-        head = _MANIFEST.pack(_MAGIC, _FORMAT, *layout, self.size, *times, version, len(name))
-        body = head + name + self.metadata
-        return body + _CRC.pack(zlib.crc32(body))
-
-    @classmethod
-    def _unpack(cls, name: str, value: object) -> FileInfo:
-        """Raises FileCorrupt unless `value` is, byte for byte, a manifest of the file `name`."""
-        body = bytes(value[: -_CRC.size]) if isinstance(value, (bytes, bytearray)) else b""
-        head, tail = body[: _MANIFEST.size], body[_MANIFEST.size :]
-        damage = FileCorrupt(name=name, index=None)
-        if value != body + _CRC.pack(zlib.crc32(body)) or not head.startswith(_MAGIC):
-            raise damage
-        format_ = int.from_bytes(head[len(_MAGIC) : len(_MAGIC) + 1], "big")
-        if format_ != _FORMAT:
-            raise _UnknownFormat(name=name, index=None, format=format_)
-        if len(head) < _MANIFEST.size:
-            raise damage
-        _, _, *layout, size, created, expires, version, length = _MANIFEST.unpack(head)
-        chunk_size, metadata = layout[0], tail[length:]
-        sound = 0 < chunk_size <= _MAX_CHUNK and size <= chunk_size * _MAX_CHUNKS
-        if not sound or tail[:length] != name.encode():
-            raise damage
-        chunks, end = -(-size // chunk_size), expires or None
-        return cls(name, size, chunks, version.hex(), created, end, metadata, *layout)
-
-
-class MemcacheClient(Protocol):
-    """What `FileCache` calls of a client: pymemcache's `Client` has it, and all that wrap one."""
-
-    def gets(self, key: str) -> Any: ...
-    def get_many(self, keys: list[str]) -> Any: ...
-    def set_many(self, values: Any, expire: int, noreply: bool) -> Any: ...
-    def add(self, key: str, value: bytes, expire: int, noreply: bool) -> Any: ...
-    def cas(self, key: str, value: bytes, cas: bytes, expire: int, noreply: bool) -> Any: ...
-    def touch(self, key: str, expire: int, noreply: bool) -> Any: ...
-    def delete_many(self, keys: list[str], noreply: bool) -> Any: ...
-    def stats(self, *args: str) -> Any: ...
-    def close(self) -> Any: ...
 
 
 class FileCache:
-    """Files in memcached, through any pymemcache client.
+    """Files in memcached.
 
-    client: a pymemcache `Client`, `PooledClient` or `RetryingClient`, or several: a `HashClient`,
-        or a mapping of server names to clients. Then each file lives whole on one server, chosen
-        by rendezvous hashing of its name. As safe for threads, and for processes that fork, as
-        the clients are; those of `connect` are.
-    namespace: prefix of every key, 1 to 100 printable ASCII characters without spaces.
-    max_size: bytes, the largest file. 50 MiB by default.
-    chunk_size: bytes of payload per chunk, by default the most that the server keeps well, as told
-        by its `stats settings`. Give it where a proxy hides servers with a small `-I`.
-    lease: seconds, 1 to 2,592,000 (30 days), that the chunks of an unfinished upload live after
-        they were sent; an hour by default. No upload may take longer.
+    client: the address of a server, "host", "host:port", "[ipv6]:port" or "unix:/path",
+        or any pymemcache `Client` or `PooledClient`, or a pool of `mcpool.connect`. A
+        cache is as safe for threads as its client. Those of an address and of mcpool
+        are safe for threads and for processes that fork.
+    namespace: prefix of every key, 1 to 100 printable ASCII characters, no spaces.
+    max_size: bytes, the largest file; 50 MiB by default.
+    chunk_size: bytes of payload in a chunk; by default the most that the server keeps
+        well, by its `stats settings`. Give it if a proxy hides servers with a small -I.
+    lease: seconds, 1 to 2,592,000, that chunks live before their file is published; an
+        hour by default. No upload may take longer.
 
-    Raises ValueError for options, and clients, that can't work. Every method that takes a name may
-    raise InvalidName, CacheUnavailable, and CacheFull where a server is out of memory for the
-    command. As a context manager it closes itself.
+    Raises ValueError for options and clients that can't work. Every method that takes a
+    name may raise InvalidName and CacheUnavailable. As a context manager it closes
+    itself.
     """
 
     def __init__(
         self,
-        client: MemcacheClient | HashClient | Mapping[str, MemcacheClient],
+        client: Any,
         *,
-        namespace: str = "memchunk",
+        namespace: str = "memchunk2",
         max_size: int = MAX_SIZE,
         chunk_size: int | None = None,
         lease: int = LEASE,
     ) -> None:
         if not re.fullmatch(r"[!-~]{1,100}", namespace):
-            raise ValueError("namespace: 1 to 100 printable ASCII characters without spaces")
+            raise ValueError("namespace: 1 to 100 printable ASCII letters, no spaces")
         if chunk_size is not None and not 1 <= operator.index(chunk_size) <= _MAX_CHUNK:
             raise ValueError(f"chunk_size is 1 to {_MAX_CHUNK} bytes")
-        if not 1 <= operator.index(lease) <= _RELATIVE_LIMIT:
-            raise ValueError(f"lease is 1 to {_RELATIVE_LIMIT} seconds")
         if operator.index(max_size) < 0:
             raise ValueError("max_size is a number of bytes")
-        self._servers = _servers(client)
-        for server in self._servers.values():
-            if len(server.key_prefix) + len(namespace) + len(":") + 64 > _MAX_KEY:
-                raise ValueError("key_prefix and namespace make keys longer than memcached's 250")
+        self.namespace, self.max_size, self.lease = namespace, max_size, _lease(lease)
         self._chunk_size = chunk_size
-        # int: memcached would not read True, and take the bytes that follow for commands.
-        self.namespace, self.max_size, self.lease = namespace, max_size, int(lease)
+        self._given = client
+        self._connect()
+        longest = len(getattr(self._client, "key_prefix", b"")) + len(self._key(b"x"))
+        if longest + len(_chunk_key("", "0" * 16, _MAX_CHUNKS)) > _MAX_KEY:
+            raise ValueError("key_prefix and namespace make keys longer than 250 bytes")
+
+    def _connect(self) -> None:
+        """Take the client, or make one for an address."""
+        is_address = isinstance(self._given, str)
+        self._client = _own_client(self._given) if is_address else _checked(self._given)
+        self._servers: dict[int, _Server] = {}
+        self._pid = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_client": None, "_servers": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._connect()
 
     def __repr__(self) -> str:
-        return f"<FileCache {self.namespace!r} on {', '.join(self._servers)}>"
+        return f"<FileCache {self.namespace!r} on {_server_name(self._client)}>"
 
     def __enter__(self) -> FileCache:
         return self
@@ -432,703 +375,737 @@ class FileCache:
         self,
         name: str,
         source: Source,
+        *,
         size: int | None = None,
-        expire: int | datetime.timedelta = 0,
+        expire: _Expire = 0,
         metadata: bytes = b"",
+        parts: Sequence[str] = (),
     ) -> FileInfo:
         """Store a new file; return its FileInfo.
 
-        source: a bytes-like object, a binary file (read from where it stands), an iterable of
-            bytes, or the path of a file. What it raises passes through, and nothing is stored.
-        size: bytes that the source will yield, where known. Binding.
+        source: a bytes-like object, a binary file (read from its position), an iterable
+            of bytes-like objects, or the path of a file. Its exceptions pass through,
+            and nothing is stored then.
+        size: bytes of the file, with its parts; binding. By default, the length of the
+            source decides.
         expire: seconds from now, or a timedelta; 0 for never.
         metadata: up to 65,535 bytes to keep with the file.
+        parts: those that `stage` returned; the source is the rest of the file.
 
-        Raises FileExists, before payload is sent, where a file of that name is there and whole
-        (one that lost chunks is replaced); FileTooLarge; SizeMismatch; CacheFull; FileCorrupt for
-        a manifest of a later format; TypeError for text.
+        Raises FileExists, before payload is sent, if a whole file has that name (one
+        that lost chunks is replaced); FileTooLarge; SizeMismatch; CacheFull;
+        FileCorrupt for a file of a later format; TypeError for text; ValueError for
+        parts of different chunk sizes.
         """
-        return self._write(_Order("add", name, size, _seconds(expire), metadata), source)
+        order = _Order("add", size, _seconds(expire), metadata)
+        return _Write(self, name, parts, order).run(source)
 
     def set(
         self,
         name: str,
         source: Source,
+        *,
         size: int | None = None,
-        expire: int | datetime.timedelta = 0,
+        expire: _Expire = 0,
         metadata: bytes = b"",
+        parts: Sequence[str] = (),
     ) -> FileInfo:
-        """Store a file, replacing what is there: until it returns, and where it raises, readers
-        get the old file. Only where the server's memory can't hold both, the old one goes first.
-        Arguments and errors are those of `add`, but FileExists."""
-        return self._write(_Order("set", name, size, _seconds(expire), metadata), source)
+        """Store a file, or replace it. Readers get the old file until this returns, and
+        also if it raises; but if memory can't hold both, the old file goes first.
+        Arguments and errors are those of `add`, except FileExists."""
+        order = _Order("set", size, _seconds(expire), metadata)
+        return _Write(self, name, parts, order).run(source)
 
     def cas(
         self,
         name: str,
         source: Source,
         version: str,
+        *,
         size: int | None = None,
-        expire: int | datetime.timedelta = 0,
+        expire: _Expire = 0,
         metadata: bytes = b"",
+        parts: Sequence[str] = (),
     ) -> FileInfo:
-        """Check and set: replace the file only while it is `version`. Arguments and errors are
-        those of `set`, and FileChanged where another is there, FileNotFound where none is,
-        FileCorrupt where none can be told."""
+        """Check and set: replace the file only if it is `version`. Arguments and errors
+        are those of `set`, and FileChanged for another version, FileNotFound for none,
+        FileCorrupt if the version can't be told."""
         if not isinstance(version, str):
             raise TypeError("version is a text, from a FileInfo")
-        order = _Order("cas", name, size, _seconds(expire), metadata, version)
-        return self._write(order, source)
+        order = _Order("cas", size, _seconds(expire), metadata, version)
+        return _Write(self, name, parts, order).run(source)
 
-    def create(
-        self,
-        name: str,
-        size: int | None = None,
-        expire: int | datetime.timedelta = 0,
-        metadata: bytes = b"",
-        *,
-        replace: bool = False,
-        version: str | None = None,
-    ) -> FileWriter:
-        """A binary stream to write a file into; its `close` publishes the file.
+    def stage(
+        self, name: str, data: _Bytes, *, parts: Sequence[str] = (), lease: int = LEASE
+    ) -> tuple[str, int]:
+        """Store the whole chunks in `data` ahead of their file.
 
-        Arguments and errors are those of `add`; with `replace` those of `set`; with a `version`
-        those of `cas`. Errors come here, in `write` or in `close`, as soon as they are known.
+        parts: those that earlier calls returned, in order; this call checks them.
+        lease: seconds, 1 to 2,592,000, that the new part lives; an hour by default.
+
+        Returns the new part, a short text for the `parts` of later calls, and the
+        number of bytes that it took, a multiple of the chunk size. The caller keeps the
+        others. Each call stores under keys of its own, so two callers never mix.
+
+        Raises FileEvicted if chunks of the parts are gone, FileTooLarge, CacheFull, and
+        ValueError for parts of different chunk sizes.
         """
-        verb = "cas" if version is not None else "set" if replace else "add"
-        return self._create(_Order(verb, name, size, _seconds(expire), metadata, version))
+        segment = _Segment(self, name, parts, _lease(lease))
+        return segment.stage(_view(data))
 
-    def resume(self, state: bytes) -> FileWriter:
-        """The writer of an upload that `FileWriter.suspend` ended for now, here or in another
-        process, on the same servers and namespace. Its chunks get a new lease.
-
-        A state may be resumed more than once, and by several at a time: the same bytes again are
-        fine, and keep the lease that they have; others are an UploadConflict. That is found where
-        they meet: never go on with other bytes where chunks may have been evicted or deleted.
-        Raises FileEvicted where chunks are gone, ValueError where `state` is none. What the verb
-        of the write raises comes in `close`.
-        """
-        order, info, tail = _Order.unpack(state)
-        writer = _ResumedWriter(self, order, draft=info, tail=tail)
-        writer._renew()
-        return writer
-
-    def abandon(self, state: bytes) -> None:
-        """Delete the chunks of a suspended upload, unless it is published; also those of others
-        who resumed it, where its size is known. Not to be called while one of them may be
-        publishing it: the file would lose its chunks. Raises ValueError where `state` is none."""
-        order, info, _ = _Order.unpack(state)
-        slot = self._slot(order.name)
-        if slot.lookup().version != info.version:
-            slot.delete_chunks(info, range(max(info.chunks, info._total)))
+    def unstage(self, name: str, parts: Sequence[str]) -> None:
+        """Delete parts, except those of the published file. Don't call it while another
+        may be publishing them: the new file would lose its chunks."""
+        entry = self._entry(name)
+        entry.delete_segments(_parsed(parts)[0], entry.lookup().segments)
 
     def get(self, name: str) -> bytes:
         """The whole file, verified. Raises FileNotFound, FileEvicted, FileCorrupt, and
-        FileTooLarge for one that a cache with another `max_size` wrote: `open` takes less memory.
+        FileTooLarge if a cache with another `max_size` wrote it.
 
-        Starts over where a writer replaced the file meanwhile; FileChanged: 100 times in a row.
+        Starts over if a writer replaces the file meanwhile, up to 100 times; then it
+        raises FileChanged.
         """
         for _ in range(_ATTEMPTS - 1):
             with contextlib.suppress(FileChanged):
                 return self._get(name)
-        return self._get(name)  # and this FileChanged is for the caller
+        return self._get(name)
 
     def _get(self, name: str) -> bytes:
         with self.open(name) as file:
             if file.info.size > self.max_size:
-                raise FileTooLarge(name=name, size=file.info.size, limit=self.max_size)
+                raise FileTooLarge(name, file.info.size, self.max_size)
             return file.readall()
 
+    def get_or_set(
+        self,
+        name: str,
+        make: Callable[[], _Bytes],
+        *,
+        expire: _Expire = 0,
+        metadata: bytes = b"",
+        lock: int = 60,
+    ) -> _Bytes:
+        """The file, or else the bytes that `make()` returns, which become the file.
+
+        One caller at a time runs `make`; the others wait for the file, at the longest
+        `lock` seconds, and then run it, too. If the cache is down, full, or has a
+        damaged file, callers still get bytes; the file is stored if it can be.
+        """
+        entry, deadline = self._entry(name), time.monotonic() + lock
+        is_mine = False
+        with contextlib.suppress(CacheUnavailable, CacheFull):
+            while not is_mine and time.monotonic() < deadline:
+                with contextlib.suppress(CacheMiss, FileCorrupt, FileChanged):
+                    return self.get(name)
+                is_mine = entry.take_lock(_lease(lock))
+                if not is_mine:
+                    time.sleep(_POLL)
+        try:
+            data = make()
+            with contextlib.suppress(CacheUnavailable, CacheFull):
+                self.set(name, data, expire=expire, metadata=metadata)
+            return data
+        finally:
+            if is_mine and time.monotonic() < deadline:  # later, it may be another's
+                entry.delete([entry.lock])
+
     def open(self, name: str) -> CachedFile:
-        """The version that is there now, as a binary stream that fetches chunks when they are
-        read. Raises FileNotFound, FileCorrupt."""
-        slot = self._slot(name)
-        return CachedFile(slot, slot.lookup().require())
+        """The present version of the file, as a binary stream, which fetches chunks as
+        they are read. Raises FileNotFound, FileCorrupt."""
+        entry = self._entry(name)
+        return CachedFile(entry, entry.lookup().require())
 
     def stat(self, name: str) -> FileInfo:
-        """What the manifest says; chunks may be gone. Raises FileNotFound, FileCorrupt."""
-        return self._slot(name).lookup().require()
+        """The file's properties, by its manifest; chunks may be gone. Raises
+        FileNotFound, FileCorrupt."""
+        return self._entry(name).lookup().require().info
 
     def __contains__(self, name: str) -> bool:
-        """Whether a whole file of that name is there. Reads no payload, and changes nothing."""
-        slot = self._slot(name)
-        info = slot.lookup().info
-        return info is not None and not slot.missing_chunks(info)
+        """Whether the whole file is there. Reads no payload, and changes nothing."""
+        entry = self._entry(name)
+        manifest = entry.lookup().manifest
+        return manifest is not None and not entry.missing(entry.keys(manifest.segments))
 
-    def touch(self, name: str, expire: int | datetime.timedelta) -> FileInfo:
-        """Give every piece of the file a new time to live, in seconds from now or as timedelta,
-        0 for never. Raises FileNotFound, FileEvicted, FileCorrupt, and CacheFull where others keep
-        changing the manifest. Where it fails midway, touch the file again: its chunks may have no
-        end, or after two touches at once that of the other."""
-        slot, seconds = self._slot(name), _seconds(expire)
-        manifest_end, chunks_end = slot.exptimes(seconds)
+    def touch(self, name: str, expire: _Expire) -> FileInfo:
+        """Give the file a new time to live, in seconds from now or as a timedelta, 0 for
+        never. Raises FileNotFound, FileEvicted, FileCorrupt, and CacheFull if others
+        keep changing the manifest. If it fails midway, call it again: its chunks may
+        have no end until then."""
+        entry, seconds = self._entry(name), _seconds(expire)
         for _ in range(_ATTEMPTS):
-            found = slot.lookup()
+            found, now = entry.lookup(), int(time.time())
             old = found.require()
-            info = dataclasses.replace(old, expires=_end(int(time.time()), seconds))
-            # First ask what is missing: chunks of a dead file keep their end. Then they get none,
-            # so that they outlive the manifest with its old end as well as with the new one: which
-            # is the later, only clocks that agree could tell.
-            missing = slot.missing_chunks(old)
-            if not missing:
-                missing = slot.touch_chunks(old, 0)
+            new = dataclasses.replace(old, expires=now + seconds if seconds else None)
+            keys, (manifest_end, chunks_end) = (
+                entry.keys(old.segments),
+                entry.exptimes(seconds),
+            )
+            # A dead file's chunks must keep their end, so ask before any is touched.
+            # Then chunks get no end: they must outlive the manifest with its old end as
+            # well as with the new one, and only clocks that agree know the later one.
+            missing = entry.missing(keys) or entry.touch(keys, 0)
             if missing:
-                with contextlib.suppress(FileChanged):  # then on the version that is there now
-                    slot.explain(old, missing)
-            elif slot.swap(found, info, manifest_end):
-                slot.touch_chunks(info, chunks_end)
-                # Another touch may have come in between. Then the chunks have no end, for the same
-                # reason, and stay until they are evicted, or touched again.
-                current = slot.lookup()
-                if current.version == info.version and current.info != info:
-                    slot.touch_chunks(info, 0)
-                return info
-        raise slot.cache_full(0, [], "contention")
+                with contextlib.suppress(FileChanged):  # then touch the present version
+                    entry.explain(old, missing)
+            elif entry.replace(found, new.pack(), manifest_end):
+                entry.touch(keys, chunks_end)
+                # If another touch came in between, its end may be later: again no end.
+                if keys and entry.lookup().manifest not in (None, new):
+                    entry.touch(keys, 0)
+                return new.info
+        raise entry.cache_full(0, cause="contention")
 
     def delete(self, name: str, version: str | None = None) -> None:
-        """Delete the file, whole or not; with `version`, only while it is that version.
-        Raises FileNotFound where it isn't there; with `version`, FileChanged where another is,
-        FileCorrupt where none can be told."""
-        slot = self._slot(name)
+        """Delete the file, also one that lost chunks or is damaged; with `version`, only
+        if it is that version. Raises FileNotFound; with `version`, FileChanged for
+        another, FileCorrupt if the version can't be told."""
+        entry = self._entry(name)
         for _ in range(_ATTEMPTS):
-            found = slot.lookup()
-            # Without a version, what is damaged can be deleted, too.
+            found = entry.lookup()
             if found.value is None or version is not None:
                 found.require(version)
-            # The text protocol can't delete conditionally. To `cas` in what has expired does so;
-            # `swap` then deletes the chunks.
-            if slot.swap(found, None, _LONG_PAST):
+            # The text protocol can't delete conditionally. But `cas` can store an item
+            # that has expired already.
+            if entry.replace(found, b"", _LONG_PAST):
+                entry.delete(entry.keys(found.segments))
                 return
-        raise slot.cache_full(0, [], "contention")
+        raise entry.cache_full(0, cause="contention")
 
     def ping(self) -> None:
-        """Return when every server answers, else raise CacheUnavailable."""
-        for server in self._servers.values():
-            _Slot(server, self.namespace, "ping").lookup()
+        """Return if every server answers, else raise CacheUnavailable."""
+        servers = getattr(self._client, "servers", {"": self._client})
+        key = self._key(b"ping")
+        for client in servers.values():
+            self._server(client).ask("", lambda each: each.gets(key))
 
     def close(self) -> None:
-        """Close the clients' connections. The next call opens new ones."""
-        for server in self._servers.values():
-            server.close()
+        """Close the client's connections. The next call opens new ones."""
+        self._client.close()
 
-    def _slot(self, name: str) -> _Slot:
+    def _key(self, encoded: bytes) -> str:
+        # Proxies that hash only the text in braces, or before "|#|", keep a file on one
+        # server. No part of a name enters a key.
+        return f"{self.namespace}:{{{hashlib.sha256(encoded).hexdigest()}}}"
+
+    def _entry(self, name: str) -> _Entry:
+        """The items of a file. Raises InvalidName."""
         encoded = name.encode(errors="ignore") if isinstance(name, str) else b""
         if not 1 <= len(encoded) <= MAX_NAME or encoded.decode() != name:
-            raise InvalidName(name=name)
-        digest = _digest(name)  # rendezvous hashing: the highest score wins
-        server = max(self._servers.values(), key=lambda each: _digest(f"{each.name}-{digest}"))
-        return _Slot(server, self.namespace, name)
+            raise InvalidName(name)
+        # A child must not talk on its parent's connections: replies would get mixed.
+        if self._pid != os.getpid() and isinstance(self._given, str):
+            self._connect()
+        key = self._key(encoded)
+        for_key = getattr(self._client, "for_key", None)
+        return _Entry(
+            self._server(for_key(key) if for_key else self._client), name, key
+        )
 
-    def _write(self, order: _Order, source: Any) -> FileInfo:
-        """`add`, `set` and `cas`."""
-        if isinstance(source, os.PathLike):
-            with open(source, "rb") as file:
-                return self._write(order, file)
-        known = _size_of(source)
-        if order.size is None:
-            order.size = known
-        elif known not in (None, order.size):
-            raise SizeMismatch(name=order.name, size=order.size, received=known)
-        with self._create(order) as writer:
-            for piece in _read_source(source, writer.batch_size, known):
-                writer.write(piece)
-        return writer.info
-
-    def _create(self, order: _Order) -> FileWriter:
-        slot = self._slot(order.name)
-        if order.size is not None and order.size > self.max_size:
-            raise FileTooLarge(name=order.name, size=order.size, limit=self.max_size)
-        # 1. Refuse early, before a byte of payload is sent.
-        old = slot.lookup()
-        order.check(slot, old)
-        return FileWriter(self, order, old.info)
-
-    def _limits(self, slot: _Slot) -> tuple[int, float]:
-        """Bytes of payload that a chunk may hold on the server, and of the server's memory."""
-        settings = slot.server.settings or slot.ask_settings()
-        told = (settings.get(key, _LARGEST_ITEM) for key in (b"item_size_max", b"slab_chunk_max"))
-        largest = min(_LARGEST_ITEM, *told)
-        # The key of the last chunk is the longest, as it ends with the index.
-        longest_key = len(slot.server.key_prefix) + len(slot.chunk_key("0" * 16, _MAX_CHUNKS))
-        capacity = max(largest - _ITEM_OVERHEAD - longest_key - _CHUNK.size, 1)
-        return self._chunk_size or capacity, settings.get(b"maxbytes", math.inf)
+    def _server(self, client: Any) -> _Server:
+        return self._servers.setdefault(id(client), _Server(client))
 
 
-@dataclasses.dataclass
-class _Order:
-    """What a writer was asked for. verb: "add", "set" or "cas", that of `version`."""
+# --- The stored format ----------------------------------------------------------------
+
+
+def _chunk_key(key: str, segment: str, index: int) -> str:
+    return f"{key}|#|{segment}:{index}"
+
+
+def _chunk(key: str, index: int, total: int, *body: Any) -> tuple[Any, ...]:
+    """A chunk's value: header, payload and padding, in parts that need not be joined.
+    The CRC covers the key, too: a sound chunk in a wrong place fails like a damaged one.
+    """
+    crc = zlib.crc32(key.encode(), zlib.crc32(_COUNTS.pack(index, total)))
+    for part in body:
+        crc = zlib.crc32(part, crc)
+    return _HEADER.pack(index, total, crc), *body
+
+
+@dataclasses.dataclass(frozen=True)
+class _Manifest:
+    """A file's manifest. data: the file itself, if it is small."""
+
+    name: str
+    size: int
+    chunk_size: int
+    created: int
+    expires: int | None
+    metadata: bytes
+    segments: _Segments
+    data: bytes = b""
+
+    @property
+    def version(self) -> str:
+        return self.segments[-1][0]
+
+    @property
+    def info(self) -> FileInfo:
+        times, chunks = (self.created, self.expires), sum(n for _, n in self.segments)
+        return FileInfo(
+            self.name, self.size, chunks, self.version, *times, self.metadata
+        )
+
+    def pack(self) -> bytes:
+        """The manifest's value: the CRC of the rest, a line of JSON, metadata, data."""
+        fields = {"format": _FORMAT, **vars(self), "metadata": len(self.metadata)}
+        del fields["data"]
+        line = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+        body = b"".join((line, b"\n", self.metadata, self.data))
+        return _CRC.pack(zlib.crc32(body)) + body
+
+    @classmethod
+    def unpack(cls, name: str, value: Any) -> _Manifest:
+        """Raises FileCorrupt unless `value` is a manifest of the file `name`."""
+        try:
+            seal, body = bytes(value[: _CRC.size]), bytes(value[_CRC.size :])
+            if seal != _CRC.pack(zlib.crc32(body)):
+                raise ValueError("the CRC is another")
+            line, _, rest = body.partition(b"\n")
+            fields = json.loads(line)
+            number, length = fields.pop("format"), fields.pop("metadata")
+            if number != _FORMAT:
+                raise _UnknownFormat(name, number)
+            found = cls(**fields, metadata=rest[:length], data=rest[length:])
+            found._check(name)
+            return found
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise FileCorrupt(name, None) from error
+
+    def _check(self, name: str) -> None:
+        """Raises ValueError or TypeError for fields that no writer would write: they go
+        into keys, and bound the work of a read."""
+        chunks, size = self.info.chunks, self.size - len(self.data)
+        sound = self.name == name and 0 < self.chunk_size <= _MAX_CHUNK
+        sound = sound and 0 <= size and 0 <= chunks <= _MAX_CHUNKS
+        sound = sound and chunks == -(-size // self.chunk_size)
+        sound = sound and not (chunks and self.data)
+        if not sound or not all(
+            _SEGMENT.fullmatch(k) and n >= 0 for k, n in self.segments
+        ):
+            raise ValueError("the manifest contradicts itself")
+
+
+def _parsed(parts: Sequence[str]) -> tuple[_Segments, int]:
+    """Segments and chunk size of an upload's parts, 0 if there are none. Raises
+    ValueError for parts that don't belong together."""
+    matches = [] if isinstance(parts, str) else list(map(_PART.fullmatch, parts))
+    found = [(each[1], int(each[2]), int(each[3])) for each in matches if each]
+    sizes = {size for _, _, size in found}
+    if len(found) != len(parts) or len(sizes) > 1 or 0 in sizes:
+        raise ValueError("these are no parts of one upload, from `stage`")
+    return [(key, count) for key, count, _ in found if count], max(sizes, default=0)
+
+
+# --- Writing --------------------------------------------------------------------------
+
+
+class _Segment:
+    """The chunks that one write, or one call of `stage`, stores behind the parts of an
+    upload. Only it writes their keys, so that the bytes of two writers can't mix."""
+
+    def __init__(
+        self, cache: FileCache, name: str, parts: Sequence[str], lease: int
+    ) -> None:
+        self.cache, self.entry, self.lease = cache, cache._entry(name), lease
+        self.parts, self.chunk_size = _parsed(parts)
+        self.first = sum(count for _, count in self.parts)  # index in the file
+        self.length = self.first * self.chunk_size  # bytes of the file so far
+        self.key = secrets.token_hex(8)
+        self.count = 0  # counts chunks before they are sent: all can be deleted
+        self.total = 0  # chunks that there will be, 0 if that is not known
+        self.pid, self.started = os.getpid(), time.monotonic()
+
+    def plan(self, size: int) -> None:
+        """Decide how to cut a file of up to `size` bytes."""
+        self.limits = limits = self.entry.server.limits()
+        self.small = (self.cache._chunk_size or limits.item) // _SMALL
+        if not self.chunk_size:
+            around = len(_chunk_key(self.entry.key, self.key, _MAX_CHUNKS))
+            around += len(self.entry.server.prefix) + _HEADER.size + _ITEM_OVERHEAD
+            self.chunk_size = self.cache._chunk_size or max(limits.item - around, 1)
+        self.batch_size = self.chunk_size * max(1, _WRITE_BATCH // self.chunk_size)
+        self.is_tight = 2 * size > limits.memory
+
+    def chunks_of(self, size: int) -> int:
+        return -(-size // self.chunk_size)
+
+    def stage(self, data: memoryview) -> tuple[str, int]:
+        """`FileCache.stage`."""
+        name, size, limit = (
+            self.entry.name,
+            self.length + len(data),
+            self.cache.max_size,
+        )
+        if size > limit:
+            raise FileTooLarge(name, size, limit)
+        self.plan(limit)
+        missing = self._missing_parts()
+        if missing:
+            draft = _Manifest(name, self.length, 1, 0, None, b"", self.parts)
+            raise FileEvicted(name, draft.info, missing)
+        taken = len(data) - len(data) % self.chunk_size
+        self.total = self.chunks_of(taken)
+        with self.deleted_on_error():
+            for batch in _batches([data[:taken]], self.batch_size):
+                self.send(batch)
+        return f"{self.key}:{self.count}:{self.chunk_size}", taken
+
+    def _missing_parts(self) -> list[int]:
+        """The indices of the parts' chunks that are gone. On a tight server, keeps the
+        others active."""
+        parts, keys = {key for key, _ in self.parts}, self.entry.keys(self.parts)
+        if not self.is_tight or parts & dict(self.entry.lookup().segments).keys():
+            return self.entry.missing(keys)
+        missing = self._touch_twice(keys)
+        # Another may have published them meanwhile, and this lease came after their
+        # final expiry. Then they get no end, which is never too early.
+        if parts & dict(self.entry.lookup().segments).keys():
+            self.entry.touch(keys, 0)
+        return missing
+
+    def all_keys(self) -> list[str]:
+        """The keys of the file's chunks so far, in order."""
+        return self.entry.keys([*self.parts, (self.key, self.count)])
+
+    def send(self, batch: memoryview, end: int | None = None) -> bool:
+        """Store a batch of chunks on the lease.
+
+        end: the final expiry, None if it comes later. If it is given, all chunks of the
+        file are touched with it in the same round trip. Returns whether they were there.
+        """
+        chunks = {command.key: command for command in self._commands(batch)}
+        is_last = end is not None and not self.is_tight
+        touched = self.all_keys() if is_last else []
+        refused, missing = self.entry.store(list(chunks.values()), touched, end or 0)
+        if refused or self.is_tight:
+            self._insist(chunks, refused)
+            return False
+        return is_last and not missing
+
+    def _commands(self, batch: memoryview) -> Iterator[_Command]:
+        """The commands that store a batch."""
+        if os.getpid() != self.pid:  # two processes would write the same keys
+            raise RuntimeError("the process was forked during a write")
+        # All chunks of a file have one length, unless there is only one.
+        is_alone = self.total == 1 and not self.parts
+        for start in range(0, len(batch), self.chunk_size):
+            payload = batch[start : start + self.chunk_size]
+            padding = bytes(0 if is_alone else self.chunk_size - len(payload))
+            key = _chunk_key(self.entry.key, self.key, self.count)
+            make = functools.partial(
+                _chunk, key, self.count, self.total, payload, padding
+            )
+            self.count += 1
+            yield _Command("set", key, self.lease, make)
+
+    def _touch_twice(self, keys: Sequence[str]) -> list[int]:
+        """Make chunks active in memcached's LRU; return the positions of missing ones.
+        Done always, this would cost a large cache an eighth of its files."""
+        self.entry.touch(keys, self.lease)
+        return self.entry.touch(keys, self.lease)
+
+    def _insist(
+        self, chunks: dict[str, _Command], refused: Mapping[str, bytes]
+    ) -> None:
+        """Store chunks again until the server keeps them: a full cache evicts new ones
+        first, unless they are active. Raises CacheFull."""
+        deadline, keys = time.monotonic() + _PATIENCE, list(chunks)
+        while True:
+            gone = {keys[position] for position in self._touch_twice(keys)}
+            keys = [key for key in keys if key in gone or key in refused]
+            if not keys:
+                return
+            reply = next(iter(refused.values()), b"")
+            if time.monotonic() > deadline or b"too large" in reply:
+                indices = map(self.all_keys().index, keys)
+                raise self.cache_full([] if refused else list(indices), reply.decode())
+            time.sleep(_PAUSE)
+            refused, _ = self.entry.store([chunks[key] for key in keys])
+
+    def cache_full(self, missing: list[int], said: str = "") -> CacheFull:
+        """missing: indices in the file."""
+        size = (self.first + max(self.count, self.total)) * self.chunk_size
+        # memcached's clock ticks once a second: an item may end up to a second early.
+        is_over = time.monotonic() - self.started > self.lease - 1
+        return self.entry.cache_full(size, missing, said, "lease" if is_over else "")
+
+    @contextlib.contextmanager
+    def deleted_on_error(self, kind: type[Exception] = Exception) -> Iterator[None]:
+        """An error deletes the segment. An exception that is no Exception, such as
+        Ctrl-C or a time-out of gevent, ends a write like a kill: the server may still be
+        at work on a command, so nothing more is sent, and the lease ends the chunks."""
+        try:
+            yield
+        except kind:
+            if os.getpid() == self.pid:  # in a child, the chunks are the parent's
+                self.entry.delete(self.entry.keys([(self.key, self.count)]))
+            raise
+
+
+class _Order(NamedTuple):
+    """What a caller wants. version: of the file to replace, for "cas"."""
 
     verb: str
-    name: str
     size: int | None
     expire: int
     metadata: bytes
     version: str | None = None
 
-    def __post_init__(self) -> None:
-        self.metadata = bytes(memoryview(self.metadata))
-        if len(self.metadata) > MAX_METADATA:
-            raise ValueError(f"metadata is limited to {MAX_METADATA} bytes")
-        if self.size is not None:
-            self.size = operator.index(self.size)
 
-    def check(self, slot: _Slot, found: _Found) -> None:
-        """Raise where what is at the manifest's key forbids the write."""
-        if self.verb == "cas":
-            found.require(self.version)
-        elif self.verb == "add" and isinstance(found.damage, _UnknownFormat):
-            raise found.damage  # it is somebody's file; any other damage is nobody's
-        elif self.verb == "add" and found.info and not slot.missing_chunks(found.info):
-            raise FileExists(name=self.name, info=found.info)
-
-    def pack(self, info: FileInfo, tail: bytearray) -> bytes:
-        """A writer's state: a CRC; the order and the draft's manifest, as a line of JSON; and the
-        bytes that don't fill a chunk yet."""
-        head = {**dataclasses.asdict(self), "draft": info._pack()}
-        body = json.dumps(head, default=bytes.hex).encode() + b"\n" + tail
-        return _CRC.pack(zlib.crc32(body)) + body
-
-    @staticmethod
-    def unpack(state: bytes) -> tuple[_Order, FileInfo, bytes]:
-        try:
-            crc, body = bytes(state[: _CRC.size]), bytes(state[_CRC.size :])
-            head, _, tail = body.partition(b"\n")
-            if crc != _CRC.pack(zlib.crc32(body)):
-                raise ValueError("a byte of it was changed")
-            fields = json.loads(head)
-            draft = FileInfo._unpack(fields["name"], bytes.fromhex(fields.pop("draft")))
-            fields["metadata"] = bytes.fromhex(fields["metadata"])
-            return _Order(**fields), draft, tail
-        except (FileCorrupt, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-            raise ValueError("this is not the state of a writer") from e
-
-
-class FileWriter(io.RawIOBase):
-    """A file that is being written, as a binary stream; made by `FileCache.create`.
-
-    `close`, or the end of a `with` block, publishes the file: until then nobody sees it. An error,
-    an exception that leaves the `with` block, and `abandon` end it unpublished, and delete what it
-    had stored. What a dropped one had stored ends with its lease; so does, after an error, what a
-    resumed one had, as others may go on with it. `info` is the published file's FileInfo. A stream
-    that wraps this one (`io.TextIOWrapper`) closes it, and so publishes, even after an error, or
-    when it is dropped: detach it first.
-
-    A write has five steps: (1) refuse early, in `create`; (2) store the chunks, on a lease;
-    (3) touch every chunk with its final expiry, which proves that each is still there; (4) publish
-    the manifest; (5) delete the chunks of the file that it replaced.
-    """
-
-    info: FileInfo
-    batch_size: int  # bytes that `write` sends as they lie in memory, where it gets them at once
-    _error: Exception | None = None  # that ended the upload
-    _may_be_published = False  # by a step whose reply was lost
+class _Write(_Segment):
+    """One `add`, `set` or `cas`. `run` has its five steps."""
 
     def __init__(
-        self,
-        cache: FileCache,
-        order: _Order,
-        old: FileInfo | None = None,
-        draft: FileInfo | None = None,
-        tail: bytes = b"",
+        self, cache: FileCache, name: str, parts: Sequence[str], order: _Order
     ) -> None:
-        super().__init__()
-        self._order, self._slot, self._old = order, cache._slot(order.name), old
-        self._max_size, self._lease = cache.max_size, cache.lease
-        self._capacity, self._memory = cache._limits(self._slot)
-        self._started = time.monotonic()
-        # Counts chunks before they are sent, so that `abandon` deletes all that may be stored.
-        self._draft = draft or self._plan(order.size)
-        self._rest = bytearray(tail)  # what does not make a batch yet
-        self.batch_size = self._draft._chunk_size * self._draft._per_batch(_WRITE_BATCH)
+        super().__init__(cache, name, parts, cache.lease)
+        self.order, self.metadata = order, bytes(memoryview(order.metadata))
+        if len(self.metadata) > MAX_METADATA:
+            raise ValueError(f"metadata is limited to {MAX_METADATA} bytes")
+        self.size = None if order.size is None else operator.index(order.size)
+        self.data = b""  # the file, if it is small
 
-    def _plan(self, size: int | None) -> FileInfo:
-        """A new version, yet without chunks, for `size` bytes (None: unknown)."""
-        order, capacity, version = self._order, self._capacity, secrets.token_hex(8)
-        size = max(size or 0, 0)  # a negative one is a SizeMismatch when the file ends
-        total = -(-size // capacity)
-        cut = -(-size // total) if total else capacity
-        # One chunk alone may be small. Of a stream there may come more than one; where it ends
-        # before one was sent, `_finish` plans again.
-        floor = 0 if total == 1 else int(capacity * _LEAST_FILL)
-        return FileInfo(order.name, 0, 0, version, 0, None, order.metadata, cut, floor, total)
-
-    def _checkClosed(self) -> None:  # noqa: N802 - as io names it
-        if self._error:  # not "closed file": a zipfile, say, goes on writing, and raises that last
-            raise self._error
-        super()._checkClosed()
-
-    def writable(self) -> bool:
-        self._checkClosed()
-        return True
-
-    @property
-    def version(self) -> str:
-        """That of the file, once it is published."""
-        return self._draft.version
-
-    def tell(self) -> int:
-        """Bytes written so far."""
-        self._checkClosed()
-        return self._draft.size + len(self._rest)
-
-    def write(self, data: Any) -> int:
-        """Write all of a bytes-like object; return its length in bytes.
-
-        Raises FileTooLarge, SizeMismatch, CacheFull; whatever it raises ends the upload.
-        """
-        self._checkClosed()
-        with self._ending():
-            view = memoryview(data)
-            view = (
-                view.cast("B") if view.nbytes and view.c_contiguous else memoryview(view.tobytes())
-            )
-            self._check_size(self.tell() + len(view))
-            self._buffer(view)
-        return len(view)
-
-    def close(self) -> None:
-        """Publish the file. Raises SizeMismatch, CacheFull, and what the verb of the write raises:
-        FileExists, FileChanged, FileNotFound. Then, as after any error, it is abandoned."""
-        if not self.closed:
-            with self._ending():
-                self._finish()
-                self.info = self._publish()
-            super().close()
-
-    def chunks(self) -> Iterator[memoryview]:
-        """What was written so far, in verified buffers, read back from where it is stored. Raises
-        FileEvicted, FileCorrupt."""
-        self._checkClosed()
-        self._renew()
-        rest = memoryview(bytes(self._rest))
-        try:
-            yield from CachedFile(self._slot, self._draft).chunks()
-        except FileChanged:  # said of missing chunks, as there is no manifest yet that needs them
-            self._renew()  # raises FileEvicted
-            raise
-        yield rest
-
-    def suspend(self) -> bytes:
-        """Put the upload down: return its state, for `FileCache.resume`, and close this stream.
-
-        The state holds the bytes that don't fill a chunk yet. What was stored lives for the
-        cache's `lease`, in seconds from when it was sent or last resumed.
-        """
-        self._checkClosed()
-        with self._ending():
-            length = len(self._rest) - len(self._rest) % self._draft._chunk_size  # of full chunks
-            self._send(memoryview(self._rest)[:length])
-            state = self._order.pack(self._draft, self._rest[length:])
-        super().close()
-        return state
-
-    def abandon(self) -> None:
-        """End the upload without publishing it, and delete what is stored of it."""
-        if self.closed:
-            return
-        super().close()
-        with contextlib.suppress(CacheUnavailable):
-            if not self._is_published():
-                self._slot.delete_chunks(self._draft)
-
-    def _is_published(self) -> bool:
-        return self._may_be_published and self._slot.lookup().version == self.version
-
-    _fail = abandon  # what to do after an error; another where others share the upload
-
-    @contextlib.contextmanager
-    def _ending(self) -> Iterator[None]:
-        """What goes wrong ends the upload. An interrupt (Ctrl-C, a gevent time-out) does as a kill
-        would: the server may still be at work on what it was sent, so nothing more is sent."""
-        try:
-            yield
-        except Exception as error:
-            self._error = copy.copy(error)  # without the traceback, which holds the caller's data
-            self._fail()
-            raise
-        except BaseException:
-            super().close()
-            raise
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._fail()
-
-    # To be dropped is not to `close`, as IOBase's own finalizer does, which would publish. This
-    # one stands for a function in C that does nothing: one in Python loses the Ctrl-C that strikes
-    # in it.
-    __del__ = object.__init__
-
-    def _renew(self) -> None:
-        """Give what is stored a new lease. Raises FileEvicted where chunks are gone."""
-        missing = self._put_on_lease(range(self._draft.chunks))
-        if missing:
-            with self._ending():
-                raise FileEvicted(name=self._order.name, info=self._draft, missing=missing)
-
-    def _put_on_lease(self, indices: Iterable[int]) -> list[int]:
-        """Put chunks on a lease; return the indices of those that are gone."""
-        return self._slot.touch_chunks(self._draft, self._lease, indices)
-
-    def _check_size(self, length: int) -> None:
-        """Raise where the file may not have `length` bytes."""
-        name, size = self._order.name, self._order.size
-        limit = min(self._max_size, self._draft._chunk_size * _MAX_CHUNKS)
-        if length > limit:
-            raise FileTooLarge(name=name, size=length, limit=limit)
-        if size is not None and length > size:
-            raise SizeMismatch(name=name, size=size, received=length)
-
-    def _buffer(self, view: memoryview) -> None:
-        """Send what makes a batch; keep the rest. What need not be joined is not copied."""
-        while view:
-            room = self.batch_size - len(self._rest)
-            piece, view = view[:room], view[room:]
-            is_last = self.tell() + len(piece) == self._order.size
-            if not self._rest and (len(piece) == room or is_last):
-                self._send(piece)
-                continue
-            self._rest += piece
-            if len(self._rest) == self.batch_size:
-                self._flush()
-
-    def _flush(self) -> None:
-        batch, self._rest = self._rest, bytearray()
-        self._send(memoryview(batch))
-
-    def _finish(self) -> None:
-        """Send what is left. Raises SizeMismatch."""
-        length = self.tell()
-        self._check_size(length)
-        if self._order.size not in (None, length):
-            raise SizeMismatch(name=self._order.name, size=self._order.size, received=length)
-        if not self._draft.chunks:
-            self._plan_again(length)
-        self._flush()
-
-    def _plan_again(self, length: int) -> None:
-        """Where the whole file is at hand its size is known now."""
-        self._draft = dataclasses.replace(self._plan(length), version=self.version)
-
-    def _send(self, batch: memoryview) -> None:
-        """2. Store chunks, on a lease."""
-        draft = self._draft
-        values: dict[int, _Parts] = {}
-        for start in range(0, len(batch), draft._chunk_size):
-            index = draft.chunks + len(values)
-            values[index] = draft._chunk(index, batch[start : start + draft._chunk_size])
-        size, chunks = draft.size + len(batch), draft.chunks + len(values)
-        self._draft = dataclasses.replace(draft, size=size, chunks=chunks)
-        # Where the old file and the new don't both fit, the old one goes: memcached would evict
-        # from it anyway, so that nobody could read it; and would take what is left of it for
-        # active, and evict the first chunks of the new one.
-        if self._old and self._old.size + size > self._memory:
-            self._slot.delete_chunks(self._old)
-            self._old = None
-        if values:
-            self._store(values)
-
-    def _store(self, values: dict[int, _Parts]) -> None:
-        """Store chunks until the server keeps all of them. Raises CacheFull, UploadConflict."""
-        deadline = time.monotonic() + _PATIENCE
-        # A file of more than half the server's memory needs what its old version holds.
-        size = self._max_size if self._order.size is None else self._order.size
-        is_tight = 2 * size > self._memory
-        while True:
-            refused = self._try_to_store(values)
-            if not (refused or is_tight):
-                return
-            # What was touched twice is active in the eyes of memcached's LRU, like the chunks of
-            # files that were read; otherwise a full cache evicts the new chunks to keep those.
-            # Done always, it would cost a large cache an eighth of the files that it keeps.
-            self._put_on_lease(values)
-            gone = self._put_on_lease(values)
-            left = sorted({*gone, *refused})
-            if not left:
-                return
-            reply = next(iter(refused.values()), b"")
-            # To wait helps where there is no room now, not where an item is larger than -I allows.
-            if time.monotonic() > deadline or b"too large" in reply:
-                raise self._cache_full([] if refused else left, reply)
-            values = {index: values[index] for index in left}
-            time.sleep(_PAUSE)
-
-    def _try_to_store(self, values: Mapping[int, _Parts]) -> dict[int, bytes]:
-        return self._slot.store_chunks(self._draft, values, self._lease)
-
-    def _publish(self) -> FileInfo:
-        now = int(time.time())
-        info = dataclasses.replace(self._draft, created=now, expires=_end(now, self._order.expire))
+    def run(self, source: Source) -> FileInfo:
+        if isinstance(source, os.PathLike):
+            with open(source, "rb") as file:
+                return self.run(file)
+        # 1. Look up the manifest, and refuse early: no payload was sent yet.
+        found = self._begin(_known_size(source))
+        with self.deleted_on_error():
+            # 2. Store the chunks on a lease. The touches of step 3 travel with the last.
+            is_settled = self._send(source, found)
+        is_fresh = self.order.verb != "cas" and time.monotonic() - found.time < _FRESH
+        manifest = self._manifest()
         for _ in range(_ATTEMPTS):
-            # Asked now, not before the upload: a server that restarts counts its tokens anew.
-            found = self._slot.lookup()
-            published = self._try_to_publish(info, found)
-            if published:
-                return published
-        raise self._slot.cache_full(info.size, [], "contention")
+            with self.deleted_on_error():
+                # A server that restarted counts its tokens anew: an old one might fit.
+                found = found if is_fresh else self._look_up()
+                # 3. Touch every chunk: this proves that each is still there.
+                manifest_end, chunks_end = self.entry.exptimes(self.order.expire)
+                if not is_settled:
+                    self._settle(chunks_end)
+            # 4. Publish. If nobody knows the outcome, the chunks stay: the file may yet
+            # appear.
+            with self.deleted_on_error(CacheFull):
+                if self.entry.replace(found, manifest.pack(), manifest_end):
+                    break
+            is_fresh = is_settled = False
+        else:
+            with self.deleted_on_error():
+                raise self.entry.cache_full(self.length, cause="contention")
+        # 5. Delete the chunks of the replaced file.
+        self._tidy(found, chunks_end)
+        return manifest.info
 
-    def _try_to_publish(self, info: FileInfo, found: _Found) -> FileInfo | None:
-        """Put the file in the place of what was found; None: another was quicker."""
-        self._order.check(self._slot, found)
-        manifest_end = self._settle(info)  # 3.
-        # Where `swap` raises, this stays: the clean-up then looks first, and where it can't look
-        # it must leave what is stored.
-        before, self._may_be_published = self._may_be_published, True
-        if self._slot.swap(found, info, manifest_end):  # 4. and 5.
-            return info
-        self._may_be_published = before  # a definite no
-        return None
+    def _begin(self, known: int | None) -> _Found:
+        """Step 1, for a source of `known` bytes, None if its length is unknown."""
+        name, limit = self.entry.name, self.cache.max_size
+        whole = None if known is None else self.length + known
+        if self.size is not None and whole not in (None, self.size):
+            raise SizeMismatch(name, self.size, whole or 0)
+        self.size = whole if self.size is None else self.size
+        if self.size is not None and self.size > limit:
+            raise FileTooLarge(name, self.size, limit)
+        found = self._look_up()
+        self.plan(limit if self.size is None else self.size)
+        self.total = self.chunks_of(max((self.size or 0) - self.length, 0))
+        self._check_memory(self.size or 0)
+        manifest = len(self._manifest().pack()) + self.small + len(self.entry.key)
+        if manifest + _ITEM_OVERHEAD > self.limits.value:
+            raise self.entry.cache_full(0, said="its manifest is too large")
+        return found
 
-    def _settle(self, info: FileInfo) -> int:
-        """Give every chunk its final expiry; return that of the manifest. Raises CacheFull where
-        one is gone: a server that is short of memory says STORED, and evicts the first chunks
-        while the last arrive."""
-        manifest_end, chunks_end = self._slot.exptimes(self._order.expire)
-        missing = self._slot.touch_chunks(info, chunks_end)
+    def _look_up(self) -> _Found:
+        """The present manifest. Raises an error if it forbids the write."""
+        found, verb = self.entry.lookup(), self.order.verb
+        if verb == "cas":
+            found.require(self.order.version)
+        elif verb == "add" and isinstance(found.damage, _UnknownFormat):
+            raise found.damage  # it is somebody's file; other damage is nobody's
+        elif verb == "add" and found.manifest:
+            if not self.entry.missing(self.entry.keys(found.segments)):
+                raise FileExists(self.entry.name, found.manifest.info)
+        return found
+
+    def _check_memory(self, size: int) -> None:
+        needed = self.chunks_of(size) * self.chunk_size
+        if needed > self.limits.memory:
+            raise self.entry.cache_full(needed)
+
+    def _send(self, source: Source, found: _Found) -> bool:
+        """Store all chunks. Returns whether they have their final expiry already."""
+        is_settled = False
+        for batch in _batches(_pieces(source, self.batch_size), self.batch_size):
+            self.length += len(batch)
+            self._check_length()
+            self._make_room(found)
+            is_last = self.length == self.size or len(batch) < self.batch_size
+            if is_last and len(batch) == self.length <= self.small:
+                self.data = bytes(batch)
+                continue
+            if is_last and not self.count:
+                self.total = self.chunks_of(len(batch))
+            end = self.entry.exptimes(self.order.expire)[1] if is_last else None
+            is_settled = self.send(batch, end)
+        if self.size not in (None, self.length):
+            raise SizeMismatch(self.entry.name, self.size or 0, self.length)
+        return is_settled
+
+    def _check_length(self) -> None:
+        """Raise if the file may not be as long as it is already."""
+        name, length = self.entry.name, self.length
+        limit = min(self.cache.max_size, self.chunk_size * _MAX_CHUNKS)
+        if length > limit:
+            raise FileTooLarge(name, length, limit)
+        if self.size is not None and length > self.size:
+            raise SizeMismatch(name, self.size, length)
+        self._check_memory(length)
+
+    def _make_room(self, found: _Found) -> None:
+        """Delete the old file's chunks if memory can't hold both files. memcached would
+        evict some of them anyway, and keep the others in place of new chunks."""
+        old = found.manifest
+        if old and old.size + self.length > self.limits.memory:
+            self.entry.delete_segments(old.segments, self.parts)
+
+    def _manifest(self) -> _Manifest:
+        now, expire = int(time.time()), self.order.expire
+        about = now, now + expire if expire else None, self.metadata
+        # The last segment is the version, also of a file without chunks of its own.
+        segments = [*self.parts, (self.key, self.count)]
+        name, cut = self.entry.name, self.chunk_size
+        return _Manifest(name, self.length, cut, *about, segments, self.data)
+
+    def _settle(self, end: int) -> None:
+        """Give every chunk its final expiry. Raises CacheFull if one is gone: a server
+        that is short of memory says STORED, and evicts the first chunks while the last
+        arrive."""
+        missing = self.entry.touch(self.all_keys(), end)
         if missing:
-            raise self._cache_full(missing)
-        return manifest_end
+            raise self.cache_full(missing)
 
-    def _cache_full(self, missing: list[int], refusal: bytes = b"") -> CacheFull:
-        size = max(self._draft.size, self._order.size or 0)
-        # memcached's clock ticks once a second: an item may end up to a second early.
-        is_over = time.monotonic() - self._started > self._lease - 1
-        return self._slot.cache_full(size, missing, "lease" if is_over else "", refusal)
+    def _tidy(self, found: _Found, end: int) -> None:
+        """Delete the old file's chunks, except those that the new one has, too."""
+        if self.parts:
+            # A `stage` that saw no published file may have put parts on a lease since.
+            with contextlib.suppress(CacheUnavailable):
+                self.entry.touch(self.entry.keys(self.parts), end)
+        self.entry.delete_segments(found.segments, self.parts, quick=True)
 
 
-class _ResumedWriter(FileWriter):
-    """A writer that was suspended, and resumed by one or more: what is stored of the upload is
-    that of the others, too, who send the same bytes, and may publish them at any moment."""
-
-    _may_be_published = True  # by one of the others
-
-    def _fail(self) -> None:
-        """What is stored stays for the lease: others may go on with it."""
-        if not self.closed:
-            io.RawIOBase.close(self)
-            with contextlib.suppress(MemchunkError):
-                self._put_on_lease(range(self._draft.chunks))
-
-    def _put_on_lease(self, indices: Iterable[int]) -> list[int]:
-        """Chunks that another has published keep their end. Where that happens while they are
-        touched, they get none, which is never too early."""
-        if self._is_published():
-            return self._slot.missing_chunks(self._draft, indices)
-        try:
-            return super()._put_on_lease(indices)
-        finally:  # it may be done also where its reply is lost
-            if self._is_published():
-                self._slot.touch_chunks(self._draft, 0, indices)
-
-    def _plan_again(self, length: int) -> None:
-        """Others may have sent chunks already, as they were planned at first."""
-
-    def _try_to_store(self, values: Mapping[int, _Parts]) -> dict[int, bytes]:
-        return self._slot.add_chunks(self._draft, values, self._lease)
-
-    def _try_to_publish(self, info: FileInfo, found: _Found) -> FileInfo | None:
-        if found.info and found.version == self.version:
-            return self._agree(found.info)
-        published = super()._try_to_publish(info, found)
-        if published:
-            self._settle(info)  # others may have put chunks on a lease, or abandoned them
-        return published
-
-    def _agree(self, published: FileInfo) -> FileInfo:
-        """What another has published: the same file, as each chunk was compared when it was sent,
-        and whole."""
-        if published.size != self._draft.size:
-            index = min(published.size, self._draft.size) // published._chunk_size
-            raise UploadConflict(name=published.name, version=published.version, index=index)
-        missing = self._slot.missing_chunks(published)
-        if missing:
-            raise self._cache_full(missing)
-        return published
+# --- Reading --------------------------------------------------------------------------
 
 
 class CachedFile(io.RawIOBase):
-    """One version of a file as a readable, seekable binary stream; made by `FileCache.open`.
+    """One version of a file, as a readable and seekable binary stream; made by
+    `FileCache.open`. For lines, wrap it in an `io.BufferedReader`.
 
-    Fetches the chunks that are read, and no others. Reading raises FileEvicted, FileCorrupt, and
-    FileChanged where the file was replaced or deleted since it was opened and its chunks are gone.
+    Fetches only the chunks that are read. Reading raises FileEvicted, FileCorrupt, and
+    FileChanged if the file was replaced or deleted since it was opened and its chunks
+    are gone.
     """
 
-    def __init__(self, slot: _Slot, info: FileInfo) -> None:
+    def __init__(self, entry: _Entry, manifest: _Manifest) -> None:
         super().__init__()
-        self.info = info
-        self._slot = slot
+        self.info, self._entry, self._manifest = manifest.info, entry, manifest
+        self._size = manifest.chunk_size if self.info.chunks else max(self.info.size, 1)
+        self._chunks = [  # segment, index in it, and number of chunks in it
+            (key, index, count)
+            for key, count in manifest.segments
+            for index in range(count)
+        ]
         self._position = 0
-        self._held: tuple[int, memoryview] = (-1, memoryview(b""))  # the chunk read last
+        self._held = -1, memoryview(b"")  # the chunk that was read last, and its number
 
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
-        """The bytes from `start` to `stop`, as in a slice, in verified read-only buffers. Holds
-        2 MiB of them at a time. Leaves the stream's position alone."""
+        """The bytes from `start` to `stop`, as in a slice, in verified, read-only
+        buffers. A buffer stays valid as long as the caller keeps it. Holds 2 MiB of them
+        at a time, and leaves the stream's position alone."""
         self._checkClosed()
         start, stop, _ = slice(start, stop).indices(self.info.size)
-        return self._pieces(start, stop)
+        return (piece for _, piece in self._pieces(start, stop))
 
-    def _pieces(self, start: int, stop: int) -> Iterator[memoryview]:
-        """What is between `start` and `stop`, a piece from each chunk, which is held until the
-        next one."""
-        size, batch = self.info._chunk_size, self.info._per_batch(_READ_BATCH)
-        indices = range(start // size, -(-stop // size) if start < stop else 0)
-        while indices:
-            held, payload = self._held  # at once: other threads may read, too
-            if indices[0] == held:
-                payloads = [payload]
-            else:
-                payloads = self._slot.read_chunks(self.info, indices[:batch])
-            for index, payload in zip(indices, payloads):
-                self._held, offset = (index, payload), index * size
-                yield payload[max(start - offset, 0) : stop - offset]
-            indices = indices[len(payloads) :]
-            # Now, so that the next batch is received into the same memory: to get fresh pages from
-            # the system takes as long as the CRC.
-            del payload, payloads
+    def _pieces(
+        self, start: int, stop: int, target: memoryview | None = None
+    ) -> Iterator[tuple[int, memoryview]]:
+        """The bytes from `start` to `stop`, a slice of each chunk, and its offset from
+        `start`; without the chunks that lie whole in `target`, which are received there.
+        """
+        batch = max(1, _READ_BATCH // self._size)
+        numbers = range(
+            start // self._size, -(-stop // self._size) if start < stop else 0
+        )
+        while numbers:
+            payloads = self._fetch(numbers[:batch], start, target)
+            for number, payload in payloads.items():
+                self._held, offset = (number, payload), number * self._size
+                first = max(start - offset, 0)
+                yield offset + first - start, payload[first : stop - offset]
+            numbers, payload = numbers[batch:], memoryview(b"")
+            # Freed now, so that the next batch is received into the same memory. Fresh
+            # pages from the system take as long as the CRC.
+            del payloads
+
+    def _fetch(
+        self, numbers: range, start: int, target: memoryview | None
+    ) -> dict[int, memoryview]:
+        """Verified payloads of chunks, without those received in `target`. Raises
+        FileEvicted, FileChanged, FileCorrupt."""
+        if not self._chunks:
+            return {0: memoryview(self._manifest.data)}
+        held, payload = self._held  # at once: other threads may read, too
+        places = [self._place(each, start, target) for each in numbers if each != held]
+        found = self._entry.read({place.key: place for place in places})
+        missing = [place.number for place in places if place.key not in found]
+        if missing:
+            self._entry.explain(self._manifest, missing)
+        payloads = {
+            each.number: found[each.key] for each in places if each.target is None
+        }
+        return {held: payload, **payloads} if held in numbers else payloads
+
+    def _place(self, number: int, start: int, target: memoryview | None) -> _Place:
+        """Where the file's chunk `number` is stored, and where its payload goes."""
+        segment, index, total = self._chunks[number]
+        key = _chunk_key(self._entry.key, segment, index)
+        size = min(self._size, self.info.size - number * self._size)
+        padding = 0 if len(self._chunks) == 1 else self._size - size
+        at = number * self._size - start
+        buffer = (
+            target[at : at + size] if target and 0 <= at <= len(target) - size else None
+        )
+        return _Place(self.info.name, number, key, index, total, size, padding, buffer)
 
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer`; fewer bytes than it holds only at the end of the file."""
-        filled = 0
-        # Released also after an error: what is kept with its traceback could not be freed.
-        with memoryview(buffer).cast("B") as target:
-            for piece in self.chunks(self._position, self._position + len(target)):
-                target[filled : filled + len(piece)] = piece
-                filled += len(piece)
-        self._position += filled
-        return filled
+        self._checkClosed()
+        start = min(self._position, self.info.size)
+        # Released also after an error, whose traceback would keep the caller's buffer.
+        with memoryview(buffer).cast("B") as whole:
+            stop = min(start + len(whole), self.info.size)
+            for offset, piece in self._pieces(start, stop, whole[: stop - start]):
+                whole[offset : offset + len(piece)] = piece
+        self._position = stop
+        return stop - start
 
     def read(self, size: int | None = -1) -> bytes:
-        """The next `size` bytes, fewer only at the end; all that is left by default. IOBase's own
-        makes room for all of `size`, however much is left."""
+        """The next `size` bytes, fewer only at the end; all that is left by default."""
+        # IOBase's own makes room for all of `size`, however much is left.
         if size is None or size < 0:
             return self.readall()
         return super().read(min(size, max(self.info.size - self._position, 0))) or b""
 
     def readall(self) -> bytes:
-        """All that is left, as one bytes object."""
-        # Zero bytes that the system makes when they are written to, and a buffer that is handed
-        # over without a copy: the file is in memory once.
+        """All that is left."""
+        # The system makes these zero bytes when they are written to, and `getvalue`
+        # hands the buffer over without a copy. So the file is in memory once.
         output = io.BytesIO(bytes(max(self.info.size - self._position, 0)))
         with output.getbuffer() as view:
             filled = self.readinto(view)
         output.truncate(filled)  # another thread may have moved the stream
         return output.getvalue()
-
-    def peek(self, size: int = 0) -> bytes:
-        """Some of the next bytes, without moving; `readline` and `for line in file` use it."""
-        start, size = self._position, self.info._chunk_size
-        stop = min(start + _LINE, start - start % size + size)  # of one chunk
-        return bytes(next(self.chunks(start, stop), b""))
-
-    def readline(self, size: int | None = -1) -> bytes:
-        """The next line, or its first `size` bytes. IOBase's own applies `size` to each `peek`
-        anew: what it read beyond is given back."""
-        limit = self.info.size if size is None or size < 0 else size
-        line = super().readline(limit)
-        self._position -= max(len(line) - limit, 0)
-        return line[:limit]
 
     def readable(self) -> bool:
         self._checkClosed()
@@ -1138,637 +1115,544 @@ class CachedFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self._checkClosed()
-        origins = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.info.size}
-        if whence not in origins or origins[whence] + operator.index(offset) < 0:
+        origin = {0: 0, 1: self._position, 2: self.info.size}.get(whence, -1)
+        if origin < 0 or origin + operator.index(offset) < 0:
             raise io.UnsupportedOperation(f"can't seek to {offset} from {whence}")
-        self._position = origins[whence] + offset
+        self._position = origin + offset
         return self._position
 
 
-def connect(
-    servers: str, *, timeout: float = TIMEOUT, tls: ssl.SSLContext | None = None, **options: Any
-) -> FileCache:
-    """A thread-safe FileCache with a pool of connections to each server.
+class _Place(NamedTuple):
+    """A chunk to read: `number` in the file, `index` in a segment of `total` chunks.
+    size, padding: bytes. target: a buffer for the payload, if there is one."""
 
-    servers: one or more of "host", "host:port", "[ipv6]:port" and "unix:/path", with commas
-        between; "tls://" before a host makes it TLS. The port is 11211 by default. All processes
-        must spell them alike: that decides which server has which file.
-    timeout: seconds to wait for a connection, and for each send and receive. 5 by default.
-    tls: the context for TLS, with which all hosts are spoken to in TLS; by default, for those that
-        ask for it, `ssl.create_default_context()`: certificates of the system's authorities.
-    options: the keyword arguments of FileCache.
+    name: str
+    number: int
+    key: str
+    index: int
+    total: int
+    size: int
+    padding: int
+    target: memoryview | None
 
-    Raises ValueError for an address that can't be one. Connects when it is first used.
-    """
-    names = list(filter(None, map(str.strip, servers.split(","))))
-    pools: Any = {name: _Pool(name, timeout, tls) for name in names}
-    return FileCache(pools, **options)
+    def receive(self, length: int, fill: Callable[[Any], Any]) -> memoryview:
+        """The verified payload of a value of `length` bytes. `fill` fills a buffer with
+        the next bytes of it. Raises FileCorrupt."""
+        if length == _HEADER.size + self.size + self.padding:
+            header = fill(bytearray(_HEADER.size))
+            payload = fill(bytearray(self.size) if self.target is None else self.target)
+            padding = fill(bytearray(self.padding))
+            index, total, _ = _HEADER.unpack(header)
+            expected = _chunk(self.key, index, total, payload, padding)[0]
+            if (header, index) == (expected, self.index) and total in (0, self.total):
+                return memoryview(payload).toreadonly()
+        raise FileCorrupt(self.name, self.number)
+
+
+# --- The items of one file, and the commands for them ---------------------------------
 
 
 class _Found(NamedTuple):
-    """What was at a manifest's key. value: None for nothing. damage: why `value` is no manifest.
-    token: what memcached's `cas` wants to be told."""
+    """A look at the key of a manifest. value: None if there is none. damage: the reason
+    why it is no manifest. token: for memcached's `cas`. time: of the look, monotonic."""
 
     name: str
+    time: float
     value: Any = None
     token: Any = None
-    info: FileInfo | None = None
+    manifest: _Manifest | None = None
     damage: FileCorrupt | None = None
 
     @property
-    def version(self) -> str | None:
-        return self.info.version if self.info else None
+    def segments(self) -> _Segments:
+        return self.manifest.segments if self.manifest else ()
 
-    def require(self, version: str | None = None) -> FileInfo:
-        """The file's info. Raises FileNotFound, FileCorrupt; FileChanged unless of `version`."""
+    def require(self, version: str | None = None) -> _Manifest:
+        """Raises FileNotFound, FileCorrupt; FileChanged unless it is `version`."""
         if self.damage:
             raise self.damage
-        if self.info is None:
-            raise FileNotFound(name=self.name)
-        if version not in (None, self.version):
-            raise FileChanged(name=self.name, version=version, current=self.version)
-        return self.info
+        if self.manifest is None:
+            raise FileNotFound(self.name)
+        if version not in (None, self.manifest.version):
+            raise FileChanged(self.name, version or "", self.manifest.version)
+        return self.manifest
 
 
-class _Slot:
-    """The place of one name: its server, the key of its manifest, the keys of its chunks; and the
-    steps of the protocol that reads and writes share."""
+class _Entry:
+    """The items of one file, its manifest and its chunks, on their server."""
 
-    def __init__(self, server: _Server, namespace: str, name: str) -> None:
-        self.server, self.name = server, name
-        self._namespace = namespace
-        self._key = f"{namespace}:{_digest(name)}"
+    def __init__(self, server: _Server, name: str, key: str) -> None:
+        self.server, self.name, self.key = server, name, key
+        self.lock = f"{key}|#|lock"  # of `get_or_set`
 
-    def chunk_key(self, version: str, index: int) -> str:
-        return f"{self._namespace}:{version}:{index}"
-
-    def _keys(self, info: FileInfo, indices: Iterable[int] | None) -> dict[str, int]:
-        """The keys of chunks, by default of all, and the index of each."""
-        chosen = range(info.chunks) if indices is None else indices
-        return {self.chunk_key(info.version, index): index for index in chosen}
+    def keys(self, segments: _Segments) -> list[str]:
+        """The keys of the chunks in segments, in order."""
+        pairs = ((key, index) for key, count in segments for index in range(count))
+        return [_chunk_key(self.key, *pair) for pair in pairs]
 
     def lookup(self) -> _Found:
-        """What is at the manifest's key."""
-        value, token = self._ask("gets", self._key)
+        """Look at the manifest."""
+        now = time.monotonic()
+        value, token = self.server.ask(self.name, lambda each: each.gets(self.key))
         if value is None:
-            return _Found(self.name)
+            return _Found(self.name, now)
+        if token == b"0":
+            reason = "it runs without cas (-C), which memchunk needs"
+            raise CacheUnavailable(self.name, self.server.name, reason)
         try:
-            return _Found(self.name, value, token, FileInfo._unpack(self.name, value))
+            manifest = _Manifest.unpack(self.name, value)
+            return _Found(self.name, now, value, token, manifest)
         except FileCorrupt as error:
-            return _Found(self.name, value, token, None, error)
+            return _Found(self.name, now, value, token, None, error)
 
-    def swap(self, found: _Found, info: FileInfo | None, exptime: int) -> bool:
-        """Put `info`, or nothing, in the place of what was found: the one atomic step; then delete
-        the chunks that nothing leads to any more. False: another was quicker, and nothing is done.
-        Raises CacheFull, and CacheUnavailable where nobody can tell whether it was done."""
-        done = self._replace(found, info._pack() if info else b"", exptime)
-        if done:
-            self._delete_replaced(found, info.version if info else None)
-        return done
-
-    def _replace(self, found: _Found, value: bytes, exptime: int) -> bool:
-        """The step itself. True: done. False: another was quicker. Where the reply is lost, what
-        is there tells: our value, it is done; what was there before, it is not done, or not yet:
-        once more. Raises where it is something else: nobody knows."""
-        try:
-            return self._try_to_replace(found, value, exptime)
-        except CacheUnavailable:
-            now = self.lookup()
-            # Tokens alone don't tell: a server that restarted gives the same ones again. Of an
-            # `add`, which has none, nothing tells: it may be done, and undone by a deleter, who
-            # took our chunks too.
-            if found.token is not None and (now.value, now.token) == (found.value, found.token):
-                # Should memcached do the first one late, it won't do both.
-                with contextlib.suppress(CacheUnavailable):
-                    if self._try_to_replace(found, value, exptime):
-                        return True
-                now = self.lookup()
-            if now.value == (value or None):  # a deleted manifest is empty, and has expired
-                return True
-            # Perhaps done, and replaced by a writer who deleted our chunks, not those that we
-            # replaced.
-            self._delete_replaced(found, now.version)
-            raise
-
-    def _try_to_replace(self, found: _Found, value: bytes, exptime: int) -> bool:
+    def replace(self, found: _Found, value: bytes, exptime: int) -> bool:
+        """Put a manifest, or nothing (an empty one), in the place of the one that was
+        found: the one atomic step. False: another was quicker. Raises CacheFull, and
+        CacheUnavailable if nobody knows the outcome."""
         verb = "add" if found.value is None else "cas"
-        item = {self._key: (value,)}
-        [reply] = self._ask("store", verb, item, exptime, found.token, again=False)
-        if reply != _STORED and reply not in _NO:
-            raise self.cache_full(0, [], "", reply)
-        return bool(reply == _STORED)
+        put = _Command(verb, self.key, exptime, lambda: (value,), found.token)
+        try:
+            (reply,) = self._run([put], again=False)
+        except CacheUnavailable:
+            # The reply was lost. Look once; a deleted manifest is gone at once.
+            if self.lookup().value == (value or None):
+                return True
+            raise
+        self._check([reply], _STORED, _NOT_STORED, _EXISTS, _NOT_FOUND)
+        # A replicated pool of memcached's proxy has one token for each replica, so that
+        # one stores and another says no.
+        return reply == _STORED or bool(value and self.lookup().value == value)
 
-    def _delete_replaced(self, found: _Found, version: str | None) -> None:
-        """Delete the chunks of what was found, unless it is what is there now, `version`."""
-        if found.info and found.version != version:
-            self.delete_chunks(found.info)
+    def store(
+        self, chunks: list[_Command], touched: Sequence[str] = (), end: int = 0
+    ) -> tuple[dict[str, bytes], list[int]]:
+        """Store chunks, then touch keys with their final expiry. Returns the refusals,
+        by key, and the positions of touched keys that are gone."""
+        touches = [_Command("touch", key, end) for key in touched]
+        replies = self._run([*chunks, *touches])
+        stored, rest = replies[: len(chunks)], replies[len(chunks) :]
+        refused = {
+            chunk.key: reply
+            for chunk, reply in zip(chunks, stored)
+            if reply == _NOT_STORED or _REFUSAL.search(reply)
+        }
+        self._check(set(stored).difference(refused.values()), _STORED)
+        return refused, self._absent(rest, _TOUCHED)
 
-    def store_chunks(
-        self, info: FileInfo, values: Mapping[int, _Parts], lease: int
-    ) -> dict[int, bytes]:
-        """Store chunks, by index, for `lease` seconds; return the replies that are no yes."""
-        items = {self.chunk_key(info.version, index): parts for index, parts in values.items()}
-        replies = self._ask("store", "set", items, lease)
-        return {index: reply for index, reply in zip(values, replies) if reply != _STORED}
+    def read(self, places: Mapping[str, _Place]) -> dict[str, memoryview]:
+        """The verified payloads of chunks that are there, by key. Raises FileCorrupt."""
 
-    def add_chunks(
-        self, info: FileInfo, values: Mapping[int, _Parts], lease: int
-    ) -> dict[int, bytes]:
-        """`store_chunks`, where others may do so too. Raises UploadConflict where other bytes are.
+        def receive(key: str, length: int, fill: Callable[[Any], Any]) -> memoryview:
+            return places[key].receive(length, fill)
 
-        One by one, so that nothing is stored behind other bytes, nor behind a chunk that is not
-        stored yet: it would be in the way of a writer who came first, and nobody could go on.
+        return self.server.read(self.name, list(places), receive) if places else {}
+
+    def touch(self, keys: Sequence[str], exptime: int) -> list[int]:
+        """Set the expiry of chunks; return the positions of the keys that are gone."""
+        commands = [_Command("touch", key, exptime) for key in keys]
+        return self._absent(self._run(commands), _TOUCHED)
+
+    def missing(self, keys: Sequence[str]) -> list[int]:
+        """The positions of the keys that are gone. A `cas` that can't succeed asks for
+        them. Of the commands that every proxy speaks, it alone neither reads a chunk nor
+        changes its expiry."""
+        commands = [_Command("cas", key, token=_NO_TOKEN) for key in keys]
+        return self._absent(self._run(commands), _EXISTS)
+
+    def delete(self, keys: Sequence[str], quick: bool = False) -> None:
+        """Delete chunks that no manifest names. A failure is no error, because nothing
+        depends on it. But nobody else will delete them, so it is tried twice.
+
+        quick: don't wait for the replies, if the chunks are few.
         """
-        for index, parts in values.items():
-            key = self.chunk_key(info.version, index)
-            [reply] = self._ask("store", "add", {key: parts}, lease)
-            if reply == _NOT_STORED:
-                there = self._ask("read", [key], lambda _, value: bytes(value)).get(key)
-                if there == b"".join(parts):
-                    continue
-                if there is not None:
-                    raise UploadConflict(name=self.name, version=info.version, index=index)
-            if reply != _STORED:
-                return {each: reply for each in values if each >= index}
-        return {}
-
-    def read_chunks(self, info: FileInfo, indices: range) -> list[memoryview]:
-        """Verified payloads. Raises FileEvicted, FileChanged, FileCorrupt."""
-        keys = self._keys(info, indices)
-        payloads = self._ask("read", list(keys), lambda key, value: info._verify(keys[key], value))
-        missing = [index for key, index in keys.items() if key not in payloads]
-        if missing:
-            self.explain(info, missing)
-        return [payloads[key] for key in keys]
-
-    def explain(self, info: FileInfo, missing: list[int]) -> NoReturn:
-        """Raise what it means that chunks are missing: FileChanged or FileEvicted."""
-        version = self.lookup().version
-        if version != info.version:
-            raise FileChanged(name=self.name, version=info.version, current=version)
-        raise FileEvicted(name=self.name, info=info, missing=missing)
-
-    def touch_chunks(
-        self, info: FileInfo, exptime: int, indices: Iterable[int] | None = None
-    ) -> list[int]:
-        """Set the expiry of chunks, by default of all; return the indices of those missing."""
-        keys = self._keys(info, indices)
-        there = self._ask("touch", list(keys), exptime)
-        return [index for index, found in zip(keys.values(), there) if not found]
-
-    def missing_chunks(self, info: FileInfo, indices: Iterable[int] | None = None) -> list[int]:
-        """The indices of chunks, by default of all, that are gone. A `cas` that can't succeed asks
-        for them: of the commands that every proxy speaks, the only one that neither reads nor
-        changes them."""
-        keys = self._keys(info, indices)
-        replies = self._ask("store", "cas", dict.fromkeys(keys, ()), 0, _NO_TOKEN)
-        for reply in set(replies) - {_EXISTS, _NOT_FOUND}:
-            raise self.cache_full(0, [], "", reply)
-        return [index for index, reply in zip(keys.values(), replies) if reply == _NOT_FOUND]
-
-    def delete_chunks(self, info: FileInfo, indices: Iterable[int] | None = None) -> None:
-        """Delete the chunks of a version that no manifest names. Failure is no error, as nothing
-        depends on it; but nobody else will ever do it, so it is tried twice."""
-        keys = list(self._keys(info, indices))
+        verb = "delete quickly" if quick and len(keys) <= _FEW else "delete"
         for _ in range(2):
             with contextlib.suppress(CacheUnavailable):
-                self._ask("delete", keys)
-                break
+                self._run([_Command(verb, key) for key in keys])
+                return
+
+    def delete_segments(
+        self, segments: _Segments, kept: _Segments, quick: bool = False
+    ) -> None:
+        """Delete the chunks of segments, unless another file has them, too."""
+        keys = {key for key, _ in kept}
+        self.delete(
+            self.keys([each for each in segments if each[0] not in keys]), quick
+        )
+
+    def take_lock(self, seconds: int) -> bool:
+        """False: another has it."""
+        add = _Command("add", self.lock, seconds, lambda: (b"1",))
+        return self._run([add], again=False) == [_STORED]
+
+    def explain(self, manifest: _Manifest, missing: list[int]) -> NoReturn:
+        """Raise the reason for missing chunks: FileChanged or FileEvicted."""
+        now = self.lookup().manifest
+        current = now.version if now else None
+        if current != manifest.version:
+            raise FileChanged(self.name, manifest.version, current)
+        raise FileEvicted(self.name, manifest.info, missing)
 
     def exptimes(self, expire: int) -> tuple[int, int]:
-        """What to tell memcached for a manifest to end in `expire` seconds, and for its chunks to
-        do so a little later. Both are relative, or both absolute, by the time that the server
-        itself tells, where it does."""
-        if not expire:
-            return 0, 0
-        end = expire if expire + _SLACK <= _RELATIVE_LIMIT else self.now() + expire
-        return (end, end + _SLACK) if end + _SLACK <= _ABSOLUTE_LIMIT else (0, 0)
-
-    def now(self) -> int:
-        """Unix time by the server's clock, where `stats` tells it; else by this machine's."""
-        with contextlib.suppress(CacheUnavailable):
-            return int(self._ask("stats").get(b"time", time.time()))
-        return int(time.time())
-
-    def ask_settings(self) -> Mapping[bytes, Any]:
-        """The server's `stats settings`; nothing where a client or proxy hides one of those that
-        are needed, which is asked again the next time."""
-        try:
-            told = self._ask("stats", "settings")
-        except CacheUnavailable as error:
-            # Some proxies close the connection on a command that they don't know.
-            if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, _DROPPED):
-                raise
-            told = {}
-        needed = {b"item_size_max", b"slab_chunk_max", b"maxbytes"}
-        self.server.settings = told if needed <= told.keys() else {}
-        return self.server.settings
+        """The times to tell memcached so that a manifest ends in `expire` seconds and
+        its chunks a little later. Both are relative, or both are absolute by the
+        server's clock."""
+        end = expire
+        if expire + _SLACK > _RELATIVE_LIMIT:
+            end += self.server.stats(self.name).get("time", int(time.time()))
+        return (
+            (end, end + _SLACK)
+            if 0 < end + _SLACK <= _ABSOLUTE_LIMIT and expire
+            else (0, 0)
+        )
 
     def cache_full(
-        self, size: int, missing: list[int], cause: str, refusal: bytes = b""
+        self, size: int, missing: Sequence[int] = (), said: str = "", cause: str = ""
     ) -> CacheFull:
-        """The error for a file of `size` bytes. cause: "" to ask the server for it."""
-        said, why = refusal.decode(errors="replace"), _REASONS.get(cause)
-        if not why:
-            cause, why = "unknown", "it does not tell why"
-            with contextlib.suppress(CacheUnavailable):
-                if settings := self.ask_settings():
-                    cause, why = _diagnose(settings, self._ask("stats", "slabs"), size, said)
-        said = said or (f"it evicted {len(missing)} chunks at once" if missing else "it could not")
-        return CacheFull(name=self.name, missing=missing, cause=cause, reason=f"{said}: {why}")
+        """The error for a file of `size` bytes. said: the server's words, or another
+        symptom. cause: "" to ask the server for it."""
+        if missing and not said:
+            said = f"it evicted {len(missing)} chunks at once"
+        reason = _REASONS.get(cause)
+        if not reason:
+            cause, reason = self.server.diagnose(self.name, size, said)
+        text = f"{said}: {reason}" if said else reason
+        return CacheFull(self.name, cause, text, list(missing))
 
-    def _ask(self, verb: str, *args: Any, **options: Any) -> Any:
-        """Call a verb of `_Server`; its errors are about this file."""
+    def _run(self, commands: list[_Command], again: bool = True) -> list[bytes]:
+        return self.server.run(self.name, commands, again) if commands else []
+
+    def _absent(self, replies: list[bytes], there: bytes) -> list[int]:
+        """The positions of NOT_FOUND in replies of which the others say `there`."""
+        self._check(replies, there, _NOT_FOUND)
+        return [
+            position for position, reply in enumerate(replies) if reply == _NOT_FOUND
+        ]
+
+    def _check(self, replies: Iterable[bytes], *allowed: bytes) -> None:
+        """Raise for a line that is no reply: it must never be taken for a no."""
+        for reply in set(replies).difference(allowed):
+            if _REFUSAL.search(reply):
+                raise self.cache_full(0, said=reply.decode())
+            reason = _OLD if reply == b"ERROR" else f"it said {reply[:64]!r}"
+            raise CacheUnavailable(self.name, self.server.name, reason)
+
+
+class _Command(NamedTuple):
+    """A command of memcached for one key, with a one-line reply. value: makes the value,
+    in parts; so a chunk's CRC is computed while the chunk before it travels."""
+
+    verb: str
+    key: str
+    exptime: int = 0
+    value: Callable[[], tuple[Any, ...]] = tuple
+    token: bytes | None = None
+
+    def wire(self) -> tuple[Any, ...]:
+        """The command as a pool with `pipeline` sends it, in parts."""
+        if self.verb == "touch":
+            return (f"touch {self.key} {self.exptime}\r\n".encode(),)
+        if self.verb.startswith("delete"):
+            noreply = "" if self.verb == "delete" else " noreply"
+            return (f"delete {self.key}{noreply}\r\n".encode(),)
+        parts = self.value()
+        head = f"{self.verb} {self.key} 0 {self.exptime} {sum(map(len, parts))}"
+        token = b"" if self.token is None else b" " + self.token
+        return head.encode() + token + b"\r\n", *parts, b"\r\n"
+
+    def call(self, client: Any) -> bytes:
+        """Have any pymemcache client do it; return the reply of memcached."""
+        options = {"expire": self.exptime, "noreply": False}
         try:
-            return getattr(self.server, verb)(*args, **options)
+            if self.verb == "touch":
+                return _TOUCHED if client.touch(self.key, **options) else _NOT_FOUND
+            if self.verb.startswith("delete"):
+                client.delete_many([self.key], noreply=self.verb != "delete")
+                return _DELETED
+            value = b"".join(self.value())
+            if self.verb == "set":  # `set` itself is always True
+                failed = client.set_many({self.key: value}, **options)
+                return _NOT_STORED if failed else _STORED
+            if self.verb == "add":
+                done = client.add(self.key, value, **options)
+                return _STORED if done else _NOT_STORED
+            done = client.cas(self.key, value, self.token, **options)
+            return _NOT_FOUND if done is None else _STORED if done else _EXISTS
+        except MemcacheServerError as error:
+            return b"SERVER_ERROR %b" % str(error).encode()
+
+
+# --- The server -----------------------------------------------------------------------
+
+
+class _Limits(NamedTuple):
+    """Bytes. item: the largest item that a server keeps in one piece. value: the largest
+    that it takes. memory: for all items, infinite if it is unknown."""
+
+    item: int
+    value: int
+    memory: float
+
+
+class _Server:
+    """One memcached, through any client with pymemcache's interface."""
+
+    def __init__(self, client: Any) -> None:
+        self.client, self.name = client, _server_name(client)
+        self.prefix = getattr(client, "key_prefix", b"")
+        self._settings: dict[str, int] = {}
+        self._silent_until = -math.inf
+
+    def run(self, name: str, commands: list[_Command], again: bool) -> list[bytes]:
+        """Do commands; return their replies. A client with `pipeline`, as of mcpool, gets
+        them in one go. Others get them one by one: pymemcache's `set_many` stops at the
+        first refusal, while the server goes on to store the items behind it."""
+        if not hasattr(self.client, "pipeline"):
+            return [self.ask(name, command.call, again) for command in commands]
+        wires = functools.partial(map, _Command.wire, commands)
+        return list(self.ask(name, lambda each: each.pipeline(wires()), again))
+
+    def read(
+        self, name: str, keys: list[str], receive: Callable[..., memoryview]
+    ) -> dict[str, memoryview]:
+        """The values that are there, as `receive` takes them: by mcpool, each while the
+        next arrives."""
+        if hasattr(self.client, "receive_many"):
+            return dict(self.ask(name, lambda each: each.receive_many(keys, receive)))
+        values = self.ask(name, lambda each: each.get_many(keys))
+        return {key: receive(key, *_opened(value)) for key, value in values.items()}
+
+    def ask(self, name: str, command: Callable[[Any], Any], again: bool = True) -> Any:
+        """Have the client do a command for a file. Its errors become CacheUnavailable.
+
+        again: whether the command may be repeated. Then it is, if the server has closed
+        the connection meanwhile. After a restart, all that idle in a pool are closed.
+        """
+        pool = getattr(self.client, "client_pool", None)
+        retries = 1 + len(getattr(pool, "free", ())) if again else 0
+        while True:
+            try:
+                return command(self.client)
+            except MemchunkError:
+                raise
+            except (OSError, MemcacheError) as error:
+                retries -= 1
+                if retries < 0 or not isinstance(error, _DROPPED):
+                    raise CacheUnavailable(name, self.name, _reason(error)) from error
+            except BaseException as error:
+                # The rest of a reply would be taken for another's. After an Exception
+                # pymemcache's Client closes its connection itself.
+                if not isinstance(error, Exception) and isinstance(self.client, Client):
+                    self.client.close()
+                raise
+
+    def limits(self) -> _Limits:
+        """By `stats settings`, or memcached's defaults if it tells none."""
+        told = self._settings = self._settings or self.stats("", "settings")
+        value = told.get("item_size_max", _PAGE)
+        item = min(_LARGEST_ITEM, value, told.get("slab_chunk_max", _LARGEST_ITEM))
+        return _Limits(item, value, told.get("maxbytes", math.inf))
+
+    def stats(self, name: str, *what: str) -> dict[str, int]:
+        """The numbers of a `stats`. None from a server or proxy that refuses: it is not
+        asked again for a minute, as some close the connection on this command."""
+        if time.monotonic() < self._silent_until:
+            return {}
+        told: Mapping[bytes, Any] = {}
+        try:
+            told = self.ask(name, lambda each: each.stats(*what))
         except CacheUnavailable as error:
-            error.name = self.name
-            raise
+            cause = error.__cause__
+            if isinstance(cause, OSError) and not isinstance(cause, _DROPPED):
+                raise
+        numbers = {}
+        for key, value in told.items():
+            with contextlib.suppress(ValueError, TypeError):
+                numbers[key.decode()] = int(value)
+        if told.get(b"proxy_enabled") == b"yes":
+            numbers.pop("maxbytes", None)  # it is the proxy's own, not its servers'
+        sizes = (
+            numbers.get(f"{each}_max", _PAGE) for each in ("item_size", "slab_chunk")
+        )
+        if not numbers or min(sizes) < _LEAST_LIMIT:
+            self._silent_until, numbers = time.monotonic() + _ASK_AGAIN, {}
+        return numbers
+
+    def diagnose(self, name: str, size: int, said: str) -> tuple[str, str]:
+        """Why the server did not keep a file of `size` bytes: cause, and sentence."""
+        slabs: dict[str, int] = {}
+        with contextlib.suppress(CacheUnavailable):
+            self._settings = self.stats(name, "settings")
+            slabs = self.stats(name, "slabs")
+        limits = self.limits() if slabs else _Limits(0, 0, math.inf)
+        sizes = {  # of the items of each slab class, and its pages
+            slabs.get(key.replace("total_pages", "chunk_size"), 0): pages
+            for key, pages in slabs.items()
+            if key.endswith(":total_pages")
+        }
+        own = min((each for each in sizes if each >= limits.item), default=0)
+        others = sum(pages for each, pages in sizes.items() if each != own)
+        memory = f"the server has {limits.memory} bytes of memory (-m)"
+        if "too large" in said:
+            return (
+                "item size",
+                f"its items end at {limits.value or 'unknown'} bytes (-I)",
+            )
+        if size > limits.memory:
+            return "memory", f"the file takes {size} bytes, and {memory}"
+        if limits.memory == math.inf:
+            return "unknown", "the server does not tell why"
+        if size > limits.memory - others * _PAGE:
+            advice = (
+                "start it with -o slab_automove=2, or give files their own memcached"
+            )
+            pages = f"{others} MiB of it are in pages for items of other sizes"
+            return "slabs", f"{memory}, and {pages}: {advice}"
+        return "pressure", f"{memory}, and other items fill it"
 
 
+_OLD = "it does not know a command (memchunk needs memcached 1.4.8 or newer)"
 _REASONS = {
     "lease": "the upload took longer than its lease",
     "contention": f"other writers changed the manifest {_ATTEMPTS} times",
 }
 
 
-def _diagnose(
-    settings: Mapping[bytes, Any], slabs: Mapping[bytes, Any], size: int, refusal: str
-) -> tuple[str, str]:
-    """Why a server with these `stats` did not keep a file of `size` bytes: cause, and sentence."""
-    largest, memory = settings[b"item_size_max"], settings[b"maxbytes"]
-    if "too large" in refusal:
-        return "item size", f"items end at {largest} bytes (-I), and a chunk is larger"
-    if size > memory:
-        return "memory", f"the file has {size} bytes, and the server's memory (-m) {memory}"
-    pages = {  # of each slab class, by the size of its items
-        slabs.get(name.replace(b"total_pages", b"chunk_size")): count
-        for name, count in slabs.items()
-        if name.endswith(b":total_pages")
-    }
-    pages.pop(settings[b"slab_chunk_max"], None)  # where chunks of files are
-    others = sum(pages.values())
-    if size > memory - others * _PAGE:
-        held = f"{others} pages of its {memory // _PAGE} MiB (-m) hold items of other sizes"
-        advice = "start it with -o slab_automove=2, or give files a memcached of their own"
-        return "slabs", f"{held}: {advice}"
-    return "pressure", f"other items fill its memory (-m) of {memory} bytes"
+def _own_client(address: str) -> PooledClient:
+    """A client for an address. Raises ValueError."""
+    is_plain = not re.search("://|,|@", address)
+    if not is_plain or not re.fullmatch(r"unix:.+|/.+|[^/\s]+?(:\d{1,5})?", address):
+        forms = "host, host:port, [ipv6]:port or unix:/path"
+        advice = "mcpool.connect(...) takes several servers, TLS and passwords"
+        raise ValueError(f"{address!r} is not one server, {forms}; {advice}")
+    waits = {"connect_timeout": TIMEOUT, "timeout": TIMEOUT, "pool_idle_timeout": _IDLE}
+    return PooledClient(address, no_delay=True, default_noreply=False, **waits)
 
 
-class _Server:
-    """The seam: one memcached, through any client of pymemcache's. Errors are CacheUnavailable.
-
-    Items are stored one by one: pymemcache's `set_many` stops at the first refusal, while the
-    server goes on to store what was sent behind it, perhaps after the command that cleans up.
-    """
-
-    key_prefix = b""  # what the client puts before every key
-    settings: Mapping[bytes, Any] = {}  # as last told
-
-    def __init__(self, name: str, client: Any) -> None:
-        self.name = name
-        if isinstance(client, RetryingClient):
-            # It repeats an `add` or `cas` that may have been done. What it wraps does not.
-            client = vars(client)["_client"]
-        if getattr(client, "ignore_exc", False):
-            raise ValueError("ignore_exc=True makes a client call a server that is down a miss")
-        if isinstance(client, HashClient):
-            raise ValueError("a HashClient calls a server that is down a miss: give it unwrapped")
-        if not hasattr(client, "get_many"):
-            raise ValueError(f"{client!r} is no memcached client; `connect` takes addresses")
-        self._client = client
-        self._pool = getattr(client, "client_pool", None)
-        self.key_prefix = getattr(client, "key_prefix", b"")
-
-    def gets(self, key: str) -> Any:
-        """Value and cas token, None and None for a miss."""
-        return self._call("gets", key)
-
-    def store(
-        self,
-        verb: str,
-        items: Mapping[str, _Parts],
-        exptime: int,
-        token: Any = None,
-        again: bool = True,
-    ) -> list[bytes]:
-        """Store items by the verb "set", "add" or "cas"; return memcached's replies: STORED,
-        NOT_STORED, EXISTS, NOT_FOUND, or a refusal. again: whether what may have been done can be
-        done again."""
-        joined = ((key, b"".join(parts)) for key, parts in items.items())
-        return [self._store(verb, key, value, exptime, token, again) for key, value in joined]
-
-    def _store(
-        self, verb: str, key: str, value: bytes, exptime: int, token: Any, again: bool
-    ) -> bytes:
-        ask = functools.partial(self._call, again=again, expire=exptime, noreply=False)
-        try:
-            if verb == "set":  # by `set_many`, which lists what failed: `set` is always True
-                return _NOT_STORED if ask("set_many", {key: value}) else _STORED
-            if verb == "add":
-                return _STORED if ask("add", key, value) else _NOT_STORED
-            done = ask("cas", key, value, token)
-            return _STORED if done else _NOT_FOUND if done is None else _EXISTS
-        except CacheUnavailable as error:
-            refusal = str(error.__cause__).encode()
-            if isinstance(error.__cause__, MemcacheServerError) and _REFUSAL.search(refusal):
-                return refusal
-            raise
-
-    def read(self, keys: list[str], verify: Callable[[str, Any], Any]) -> dict[str, Any]:
-        """What `verify` makes of each key and value that is there."""
-        return {key: verify(key, value) for key, value in self._call("get_many", keys).items()}
-
-    def touch(self, keys: list[str], exptime: int) -> list[bool]:
-        """Set the expiry of items; return which of them are there."""
-        return [self._call("touch", key, expire=exptime, noreply=False) for key in keys]
-
-    def delete(self, keys: list[str]) -> None:
-        for start in range(0, len(keys), _PIPELINE):
-            self._call("delete_many", keys[start : start + _PIPELINE], noreply=False)
-
-    def stats(self, *what: str) -> dict[bytes, Any]:
-        return dict(self._call("stats", *what))
-
-    def close(self) -> None:
-        self._client.close()
-
-    def _call(self, command: str, *args: Any, again: bool = True, **options: Any) -> Any:
-        """Have a client do a command; where it can be done twice, `again` on the next connection
-        when one turns out to be broken. After a restart of the server, all that idle are."""
-        retries = 1 + self._idling() if again else 0
-        while True:
-            try:
-                return self._do(command, *args, **options)
-            except MemchunkError:
-                raise
-            except Exception as error:  # pymemcache's, a socket's, those of a user's serializer
-                reason = repr(error)
-                if isinstance(error, _DROPPED):
-                    retries -= 1
-                    if retries >= 0:
-                        continue
-                    reason += (
-                        ": it closed the connection, as without tls:// a server with TLS does"
-                    )
-                if isinstance(error, ssl.SSLError):
-                    reason += ": TLS failed; does it speak TLS, is its certificate a trusted one?"
-                raise CacheUnavailable(name="", server=self.name, reason=reason) from error
-
-    def _idling(self) -> int:
-        """How many connections idle in the client's pool."""
-        return len(self._pool.free) if self._pool else 0
-
-    def _do(self, command: str, *args: Any, **options: Any) -> Any:
-        try:
-            return getattr(self._client, command)(*args, **options)
-        except BaseException as error:
-            # In mid-reply, the rest of which nobody may read for another's. pymemcache's client
-            # closes its connection after an Exception only; its pool does not reuse it.
-            if not isinstance(error, Exception) and not self._pool:
-                self._client.close()
-            raise
-
-
-class _Pool(_Server):
-    """One server as `connect` speaks to it: fast connections, kept for the next call. Safe for
-    threads, each of which takes a connection of its own, and for processes that fork."""
-
-    def __init__(self, name: str, timeout: float, tls: ssl.SSLContext | None) -> None:
-        self.name = name
-        address, wants_tls = _address(name)
-        if isinstance(address, str):
-            tls = None  # a Unix socket
-        elif wants_tls and tls is None:
-            tls = ssl.create_default_context()
-        self._address, self._timeout, self._tls = address, timeout, tls
-        self._idle: collections.deque[tuple[float, _Connection]] = collections.deque()
-        self._pid = os.getpid()
-
-    def store(self, *args: Any, again: bool = True) -> list[bytes]:
-        return list(self._call("store", *args, again=again))
-
-    def read(self, keys: list[str], verify: Callable[[str, Any], Any]) -> dict[str, Any]:
-        return dict(self._call("read", keys, verify))
-
-    def touch(self, keys: list[str], exptime: int) -> list[bool]:
-        commands = [(f"touch {key} {exptime}\r\n".encode(),) for key in keys]
-        return [reply == b"TOUCHED" for reply in self._call("ask", commands, b"TOUCHED")]
-
-    def delete(self, keys: list[str]) -> None:
-        self._call("ask", [(f"delete {key}\r\n".encode(),) for key in keys], b"DELETED")
-
-    def close(self) -> None:
-        with contextlib.suppress(IndexError):  # another thread may be taking them
-            while True:
-                self._idle.pop()[1].close()
-
-    def _idling(self) -> int:
-        return len(self._idle)
-
-    def _do(self, command: str, *args: Any, **options: Any) -> Any:
-        connection = self._take()
-        try:
-            result = getattr(connection, command)(*args, **options)
-        except BaseException:  # perhaps in mid-reply
-            connection.close()
-            raise
-        self._idle.append((time.monotonic(), connection))
-        return result
-
-    def _take(self) -> _Connection:
-        """An idle connection, or a new one."""
-        if self._pid != os.getpid():  # a child must not talk on its parent's connections
-            self.close()
-            self._pid = os.getpid()
-        with contextlib.suppress(IndexError):
-            while True:
-                since, connection = self._idle.pop()
-                if time.monotonic() - since < _IDLE:
-                    return connection
-                connection.close()
-        connection = _Connection(self._address)
-        connection.sock = self._open()
-        return connection
-
-    def _open(self) -> socket.socket:
-        """A connected socket: to any address of the host, where pymemcache tries the first."""
-        if isinstance(self._address, str):
-            sock = socket.socket(socket.AF_UNIX)
-        else:
-            sock = socket.create_connection(self._address, self._timeout)
-        try:
-            sock.settimeout(self._timeout)
-            if isinstance(self._address, str):
-                sock.connect(self._address)
-            else:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                if self._tls:
-                    sock = self._tls.wrap_socket(sock, server_hostname=self._address[0])
-        except BaseException:
-            sock.close()
-            raise
-        return sock
-
-
-class _Connection(Client):
-    """pymemcache's client for one connection, with its two costly steps replaced: values go out as
-    they lie in memory, in parts (it joins and copies them three times), and come in with one copy,
-    out of the socket (it reads 4 KiB at a time, and joins). It halves the time for a file."""
-
-    sock: Any  # that of a `_Pool`, which opens it
-    _on_value: Callable[[str, Any], Any]  # that of the `read` that is at work
-
-    def store(
-        self, verb: str, items: Mapping[str, _Parts], exptime: int, token: Any = None
-    ) -> list[bytes]:
-        end = b"\r\n" if token is None else b" %b\r\n" % token
-        commands = []
-        for key, parts in items.items():
-            head = f"{verb} {key} 0 {exptime} {sum(map(len, parts))}".encode()
-            commands.append((head + end, *parts, b"\r\n"))
-        return self.ask(commands, _STORED)
-
-    def ask(self, commands: list[_Parts], yes: bytes) -> list[bytes]:
-        """Send commands, each in parts, and return their replies, of which one is a line. All of
-        them are read, errors too: the server goes on to do what was sent, whatever becomes of the
-        connection. Raises for a line that is no reply: it must never be taken for a "no"."""
-        replies = []
-        for start in range(0, len(commands), _PIPELINE):
-            batch = commands[start : start + _PIPELINE]
-            self._send([part for command in batch for part in command])
-            replies += self._lines(len(batch))
-        for reply in replies:
-            if reply != yes and reply not in _NO and not _REFUSAL.search(reply):
-                raise MemcacheUnknownError(reply[:64])
-        return replies
-
-    def _send(self, parts: list[Any]) -> None:
-        if isinstance(self.sock, ssl.SSLSocket) or not hasattr(self.sock, "sendmsg"):  # Windows
-            self.sock.sendall(b"".join(parts))
-            return
-        while parts:
-            sent = self.sock.sendmsg(parts[:64])  # the system takes 1024 at once, POSIX 16
-            while parts and sent >= len(parts[0]):
-                sent -= len(parts.pop(0))
-            if sent:
-                parts[0] = memoryview(parts[0])[sent:]
-
-    def _lines(self, count: int) -> list[bytes]:
-        received = b""
-        while received.count(b"\r\n") < count:
-            piece = self.sock.recv(4096)
-            if not piece:
-                raise MemcacheUnexpectedCloseError
-            received += piece
-        *lines, rest = received.split(b"\r\n")
-        if rest or len(lines) > count:
-            raise MemcacheUnknownError(received[:64])
-        return lines
-
-    def read(self, keys: list[str], verify: Callable[[str, Any], Any]) -> Any:
-        """`get_many`, which verifies each value while the next arrives."""
-        self._on_value = verify
-        return self.get_many(keys)
-
-    def _extract_value(
-        self,
-        expect_cas: bool,
-        line: bytes,
-        buf: bytes,
-        remapped_keys: dict[bytes, Any],
-        prefixed_keys: list[bytes],
-    ) -> tuple[Any, Any, bytes]:
-        """One value of a reply; to be replaced by subclasses, as pymemcache's docstring says."""
-        _, key, _, size, *cas = line.split()
-        length = int(size) + 2  # with the line's end
-        value = bytearray(length)
-        filled = min(len(buf), length)
-        value[:filled], buf = buf[:filled], buf[filled:]
-        with memoryview(value) as view:
-            while filled < length:
-                received = self.sock.recv_into(view[filled:])
-                if not received:
-                    raise MemcacheUnexpectedCloseError
-                filled += received
-        del value[-2:]
-        name = remapped_keys[key]
-        if expect_cas:
-            return name, (value, cas[0]), buf
-        return name, self._on_value(name, value), buf
-
-
-def _servers(client: Any) -> dict[str, _Server]:
-    """The servers behind what `FileCache` was given, by name. Raises ValueError."""
+def _checked(client: Any) -> Any:
+    """The client. Raises ValueError for one that breaks the promise."""
+    instead = "give FileCache a Client, a PooledClient, or mcpool.connect(...)"
     if isinstance(client, HashClient):
-        # Its own routing calls a server that is down a miss, and what it put on another instead is
-        # stale when the first returns. Its clients are sound, one by one.
-        client = client.clients
-    clients = client if isinstance(client, Mapping) else {"memcached": client}
-    if not clients:
-        raise ValueError("no memcached server is given")
-    return {
-        str(name): each if isinstance(each, _Pool) else _Server(str(name), each)
-        for name, each in clients.items()
-    }
+        raise ValueError(f"HashClient calls a file on a dead server a miss: {instead}")
+    if isinstance(client, RetryingClient):
+        raise ValueError(f"RetryingClient repeats an `add` that may be done: {instead}")
+    if getattr(client, "ignore_exc", False):
+        raise ValueError("ignore_exc=True calls a file on a dead server a miss")
+    if not hasattr(client, "get_many"):
+        raise ValueError(f"{client!r:.80} is no memcached client: {instead}")
+    return client
 
 
-def _address(server: str) -> tuple[str | tuple[str, int], bool]:
-    """What pymemcache wants for an address, and whether it asks for TLS. Raises ValueError."""
-    if server.startswith("unix:") and len(server) > len("unix:"):
-        return server[len("unix:") :], False
-    match = _ADDRESS.fullmatch(server)
-    port = int(match["port"] or 11211) if match else 0
-    if not match or not 1 <= port <= 65535:
-        raise ValueError(f"{server!r} is no server: host, host:port, [ipv6]:port or unix:/path")
-    return (match["ipv6"] or match["host"], port), bool(match["tls"])
+def _server_name(client: Any) -> str:
+    """The address of a client's server, for messages."""
+    server = getattr(client, "server", None) or "an unknown address"
+    return ":".join(map(str, server)) if isinstance(server, tuple) else str(server)
 
 
-def _size_of(source: Any) -> int | None:
-    """Bytes from where a source stands to its end; None where only reading will tell. Nothing is
-    moved to find out: not all that can seek to the end find the way back. Raises TypeError."""
+def _reason(error: Exception) -> str:
+    """An error of a client, with its likely cause if there is one."""
+    if isinstance(error, MemcacheUnknownCommandError):
+        return _OLD
+    advice = "does it speak TLS, and is its certificate trusted?"
+    tls = f" ({advice})" if isinstance(error, ssl.SSLError) else ""
+    return f"{type(error).__name__}: {error}{tls}".strip(": ")
+
+
+def _opened(value: Any) -> tuple[int, Callable[[Any], Any]]:
+    """The length of a value that is here already, and a function that takes it out."""
+    is_bytes = isinstance(value, (bytes, bytearray))  # unless a user's serde made it
+    stream = io.BytesIO(value if is_bytes else b"")
+
+    def fill(buffer: Any) -> Any:
+        stream.readinto(buffer)
+        return buffer
+
+    return len(value) if is_bytes else -1, fill
+
+
+# --- Sources --------------------------------------------------------------------------
+
+
+def _known_size(source: Any) -> int | None:
+    """Bytes from a source's position to its end, or None if only reading will tell.
+    Raises TypeError for a source that yields no bytes."""
     if isinstance(source, (str, io.TextIOBase)):
-        raise TypeError("files are bytes: encode the text, or open the file in binary mode")
-    with contextlib.suppress(TypeError):
+        raise TypeError("files are bytes: encode the text, or open it in binary mode")
+    if _is_buffer(source):
         return memoryview(source).nbytes
     if type(source) is io.BytesIO:
         return max(source.getbuffer().nbytes - source.tell(), 0)
     if _is_file(source):
         status = os.fstat(source.fileno())
-        if stat.S_ISREG(status.st_mode) and status.st_size:  # 0: /proc says so, and has content
+        # Files of /proc and /sys announce a length, but have no blocks that hold it.
+        if stat.S_ISREG(status.st_mode) and getattr(status, "st_blocks", True):
             return max(status.st_size - int(source.tell()), 0)
+    elif hasattr(source, "getheader"):
+        # An http.client.HTTPResponse. Its `read(n)` ends a broken download like a whole
+        # one; its `length` is the number of bytes that must come.
+        return getattr(source, "length", None)
+    elif not hasattr(source, "read"):
+        iter(source)
     return None
 
 
+def _is_buffer(source: Any) -> bool:
+    with contextlib.suppress(TypeError):
+        return bool(memoryview(source).nbytes + 1)
+    return False
+
+
 def _is_file(source: Any) -> bool:
-    """Whether `open` made it. What wraps or extends a file may read other bytes than it has."""
+    """Whether `open` made it. A wrapper or a subclass may yield other bytes."""
     buffered = type(source) in (io.BufferedReader, io.BufferedRandom)
     return type(source.raw if buffered else source) is io.FileIO
 
 
-def _read_source(source: Any, size: int, known: int | None) -> Iterator[Any]:
-    """The bytes of a source, in pieces that hold until the next one is asked for; of a file whose
-    length is known, `size` bytes at a time, read into one buffer."""
-    if known is not None and (type(source) is io.BytesIO or _is_file(source)):
+def _pieces(source: Any, size: int) -> Iterator[Any]:
+    """The bytes of a source, in pieces that are valid until the next one is asked for. A
+    file is read into one buffer, `size` bytes at a time."""
+    if _is_buffer(source):
+        yield source
+    elif type(source) is io.BytesIO or _is_file(source):
         buffer = memoryview(bytearray(size))
         while count := source.readinto(buffer):
             yield buffer[:count]
-    elif known is not None:
-        yield source
     elif hasattr(source, "read"):
         while piece := source.read(_PIECE):
             yield piece
         if piece is None:
-            raise BlockingIOError("the source does not block, and has nothing to read yet")
+            raise BlockingIOError("the source does not block, and has no bytes yet")
     else:
         yield from source
 
 
-def _digest(name: str) -> str:
-    return hashlib.sha256(name.encode()).hexdigest()
+def _batches(pieces: Iterable[Any], size: int) -> Iterator[memoryview]:
+    """The pieces as batches of `size` bytes; only the last may be shorter. Bytes that
+    need not be joined are not copied."""
+    rest = bytearray()
+    for piece in pieces:
+        view = _view(piece)
+        while view:
+            taken, view = view[: size - len(rest)], view[size - len(rest) :]
+            if len(taken) == size:
+                yield taken
+                continue
+            rest += taken
+            if len(rest) == size:
+                yield memoryview(rest)
+                rest = bytearray()
+    if rest:
+        yield memoryview(rest)
 
 
-def _seconds(expire: int | datetime.timedelta) -> int:
+def _view(data: Any) -> memoryview:
+    """The bytes of a bytes-like object."""
+    view = memoryview(data)
+    is_flat = view.nbytes and view.c_contiguous
+    return view.cast("B") if is_flat else memoryview(view.tobytes())
+
+
+def _seconds(expire: _Expire) -> int:
     if isinstance(expire, datetime.timedelta):
         seconds = expire.total_seconds()
         expire = math.ceil(seconds) if seconds >= 0 else -1
@@ -1777,5 +1661,7 @@ def _seconds(expire: int | datetime.timedelta) -> int:
     return int(expire)
 
 
-def _end(now: int, expire: int) -> int | None:
-    return now + expire if expire else None
+def _lease(seconds: int) -> int:
+    if not 1 <= operator.index(seconds) <= _RELATIVE_LIMIT:
+        raise ValueError(f"a lease is 1 to {_RELATIVE_LIMIT} seconds")
+    return int(seconds)  # memcached would not read True
