@@ -32,7 +32,6 @@ never a wrong one. Read `FileCache` first, then `_Write` (the five steps of a wr
 from __future__ import annotations
 
 import contextlib
-import copyreg
 import dataclasses
 import datetime
 import functools
@@ -55,12 +54,9 @@ from typing import IO, Any, Callable, NamedTuple, NoReturn, Union
 from pymemcache.client.base import Client, PooledClient
 from pymemcache.client.hash import HashClient
 from pymemcache.client.retrying import RetryingClient
-from pymemcache.exceptions import (
-    MemcacheError,
-    MemcacheServerError,
-    MemcacheUnexpectedCloseError,
-    MemcacheUnknownCommandError,
-)
+from pymemcache.exceptions import MemcacheError, MemcacheServerError
+from pymemcache.exceptions import MemcacheUnexpectedCloseError as MemcacheClosed
+from pymemcache.exceptions import MemcacheUnknownCommandError as MemcacheUnknown
 
 __all__ = [
     "FileCache",
@@ -139,22 +135,19 @@ _CRC = struct.Struct(">I")  # of a manifest
 _FORMAT = 2
 
 _STORED, _NOT_STORED = b"STORED", b"NOT_STORED"
-_EXISTS, _NOT_FOUND, _TOUCHED, _DELETED = (
-    b"EXISTS",
-    b"NOT_FOUND",
-    b"TOUCHED",
-    b"DELETED",
-)
+_EXISTS, _NOT_FOUND = b"EXISTS", b"NOT_FOUND"
+_TOUCHED, _DELETED = b"TOUCHED", b"DELETED"
 _REFUSAL = re.compile(rb"out of memory (storing|during read)|object too large")
 
 _RESET = ConnectionResetError, BrokenPipeError, ssl.SSLEOFError
-_DROPPED = (*_RESET, MemcacheUnexpectedCloseError)
+_DROPPED = (*_RESET, MemcacheClosed)
 
 _SEGMENT = re.compile("[0-9a-f]{16}")
 _PART = re.compile("([0-9a-f]{16}):([0-9]{1,7}):([0-9]{1,10})")
 
 _Bytes = Union[bytes, bytearray, memoryview]
 _Expire = Union[int, datetime.timedelta]
+_Fill = Callable[[Any], Any]
 _Segments = Sequence[tuple[str, int]]  # keys of segments, and their numbers of chunks
 Source = Union[_Bytes, IO[bytes], Iterable[_Bytes], "os.PathLike[str]"]
 """A file to store: bytes-like objects, one or an iterable; a binary file; or a path."""
@@ -174,7 +167,7 @@ class MemchunkError(Exception):
         return self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return copyreg.__newobj__, (type(self), self.message), self.__dict__  # type: ignore[attr-defined]
+        return type(self).__new__, (type(self), self.message), self.__dict__
 
 
 class InvalidName(MemchunkError, ValueError):
@@ -250,7 +243,7 @@ class SizeMismatch(MemchunkError, ValueError):
 
 
 class FileCorrupt(MemchunkError):
-    """The stored bytes are damaged: those of chunk `index`, or of the manifest (None)."""
+    """The stored bytes of chunk `index` are damaged, or of the manifest (None)."""
 
     def __init__(self, name: str, index: int | None, reason: str = "") -> None:
         self.index = index
@@ -397,8 +390,7 @@ class FileCache:
         FileCorrupt for a file of a later format; TypeError for text; ValueError for
         parts of different chunk sizes.
         """
-        order = _Order("add", size, _seconds(expire), metadata)
-        return _Write(self, name, parts, order).run(source)
+        return _Write(self, "add", name, size, expire, metadata, parts).run(source)
 
     def set(
         self,
@@ -413,8 +405,7 @@ class FileCache:
         """Store a file, or replace it. Readers get the old file until this returns, and
         also if it raises; but if memory can't hold both, the old file goes first.
         Arguments and errors are those of `add`, except FileExists."""
-        order = _Order("set", size, _seconds(expire), metadata)
-        return _Write(self, name, parts, order).run(source)
+        return _Write(self, "set", name, size, expire, metadata, parts).run(source)
 
     def cas(
         self,
@@ -432,8 +423,8 @@ class FileCache:
         FileCorrupt if the version can't be told."""
         if not isinstance(version, str):
             raise TypeError("version is a text, from a FileInfo")
-        order = _Order("cas", size, _seconds(expire), metadata, version)
-        return _Write(self, name, parts, order).run(source)
+        order = size, expire, metadata, parts, version
+        return _Write(self, "cas", name, *order).run(source)
 
     def stage(
         self, name: str, data: _Bytes, *, parts: Sequence[str] = (), lease: int = LEASE
@@ -498,9 +489,7 @@ class FileCache:
             while not is_mine and time.monotonic() < deadline:
                 with contextlib.suppress(CacheMiss, FileCorrupt, FileChanged):
                     return self.get(name)
-                is_mine = entry.take_lock(_lease(lock))
-                if not is_mine:
-                    time.sleep(_POLL)
+                is_mine = entry.take_lock(lock)
         try:
             data = make()
             with contextlib.suppress(CacheUnavailable, CacheFull):
@@ -524,23 +513,18 @@ class FileCache:
     def __contains__(self, name: str) -> bool:
         """Whether the whole file is there. Reads no payload, and changes nothing."""
         entry = self._entry(name)
-        manifest = entry.lookup().manifest
-        return manifest is not None and not entry.missing(entry.keys(manifest.segments))
+        return entry.is_whole(entry.lookup())
 
     def touch(self, name: str, expire: _Expire) -> FileInfo:
-        """Give the file a new time to live, in seconds from now or as a timedelta, 0 for
-        never. Raises FileNotFound, FileEvicted, FileCorrupt, and CacheFull if others
-        keep changing the manifest. If it fails midway, call it again: its chunks may
-        have no end until then."""
+        """Give the file a new time to live: seconds from now, a timedelta, or 0 for no
+        end. Raises FileNotFound, FileEvicted, FileCorrupt, CacheFull. If it fails
+        midway, call it again: its chunks may have no end until then."""
         entry, seconds = self._entry(name), _seconds(expire)
         for _ in range(_ATTEMPTS):
             found, now = entry.lookup(), int(time.time())
-            old = found.require()
+            old, keys = found.require(), entry.keys(found.segments)
             new = dataclasses.replace(old, expires=now + seconds if seconds else None)
-            keys, (manifest_end, chunks_end) = (
-                entry.keys(old.segments),
-                entry.exptimes(seconds),
-            )
+            end, chunks_end = entry.exptimes(seconds)
             # A dead file's chunks must keep their end, so ask before any is touched.
             # Then chunks get no end: they must outlive the manifest with its old end as
             # well as with the new one, and only clocks that agree know the later one.
@@ -548,7 +532,7 @@ class FileCache:
             if missing:
                 with contextlib.suppress(FileChanged):  # then touch the present version
                     entry.explain(old, missing)
-            elif entry.replace(found, new.pack(), manifest_end):
+            elif entry.replace(found, new.pack(), end):
                 entry.touch(keys, chunks_end)
                 # If another touch came in between, its end may be later: again no end.
                 if keys and entry.lookup().manifest not in (None, new):
@@ -557,9 +541,9 @@ class FileCache:
         raise entry.cache_full(0, cause="contention")
 
     def delete(self, name: str, version: str | None = None) -> None:
-        """Delete the file, also one that lost chunks or is damaged; with `version`, only
-        if it is that version. Raises FileNotFound; with `version`, FileChanged for
-        another, FileCorrupt if the version can't be told."""
+        """Delete the file, also a damaged one or one that lost chunks; with `version`,
+        only that version. Raises FileNotFound; with `version`, FileChanged for another,
+        FileCorrupt if the version can't be told."""
         entry = self._entry(name)
         for _ in range(_ATTEMPTS):
             found = entry.lookup()
@@ -577,7 +561,7 @@ class FileCache:
         servers = getattr(self._client, "servers", {"": self._client})
         key = self._key(b"ping")
         for client in servers.values():
-            self._server(client).ask("", lambda each: each.gets(key))
+            _Server(client).ask("", lambda each: each.gets(key))
 
     def close(self) -> None:
         """Close the client's connections. The next call opens new ones."""
@@ -598,12 +582,8 @@ class FileCache:
             self._connect()
         key = self._key(encoded)
         for_key = getattr(self._client, "for_key", None)
-        return _Entry(
-            self._server(for_key(key) if for_key else self._client), name, key
-        )
-
-    def _server(self, client: Any) -> _Server:
-        return self._servers.setdefault(id(client), _Server(client))
+        client = for_key(key) if for_key else self._client
+        return _Entry(self._servers.setdefault(id(client), _Server(client)), name, key)
 
 
 # --- The stored format ----------------------------------------------------------------
@@ -615,8 +595,7 @@ def _chunk_key(key: str, segment: str, index: int) -> str:
 
 def _chunk(key: str, index: int, total: int, *body: Any) -> tuple[Any, ...]:
     """A chunk's value: header, payload and padding, in parts that need not be joined.
-    The CRC covers the key, too: a sound chunk in a wrong place fails like a damaged one.
-    """
+    The CRC covers the key, too, so that a sound chunk in a wrong place is damage."""
     crc = zlib.crc32(key.encode(), zlib.crc32(_COUNTS.pack(index, total)))
     for part in body:
         crc = zlib.crc32(part, crc)
@@ -643,9 +622,8 @@ class _Manifest:
     @property
     def info(self) -> FileInfo:
         times, chunks = (self.created, self.expires), sum(n for _, n in self.segments)
-        return FileInfo(
-            self.name, self.size, chunks, self.version, *times, self.metadata
-        )
+        about = self.name, self.size, chunks, self.version
+        return FileInfo(*about, *times, self.metadata)
 
     def pack(self) -> bytes:
         """The manifest's value: the CRC of the rest, a line of JSON, metadata, data."""
@@ -678,12 +656,11 @@ class _Manifest:
         into keys, and bound the work of a read."""
         chunks, size = self.info.chunks, self.size - len(self.data)
         sound = self.name == name and 0 < self.chunk_size <= _MAX_CHUNK
-        sound = sound and 0 <= size and 0 <= chunks <= _MAX_CHUNKS
+        sound = sound and size >= 0 and 0 <= chunks <= _MAX_CHUNKS
         sound = sound and chunks == -(-size // self.chunk_size)
         sound = sound and not (chunks and self.data)
-        if not sound or not all(
-            _SEGMENT.fullmatch(k) and n >= 0 for k, n in self.segments
-        ):
+        sound = sound and all(map(_SEGMENT.fullmatch, dict(self.segments)))
+        if not sound or any(count < 0 for _, count in self.segments):
             raise ValueError("the manifest contradicts itself")
 
 
@@ -719,28 +696,24 @@ class _Segment:
 
     def plan(self, size: int) -> None:
         """Decide how to cut a file of up to `size` bytes."""
-        self.limits = limits = self.entry.server.limits()
-        self.small = (self.cache._chunk_size or limits.item) // _SMALL
+        item, self.largest, self.memory = self.entry.server.limits()
+        self.small = (self.cache._chunk_size or item) // _SMALL
         if not self.chunk_size:
             around = len(_chunk_key(self.entry.key, self.key, _MAX_CHUNKS))
             around += len(self.entry.server.prefix) + _HEADER.size + _ITEM_OVERHEAD
-            self.chunk_size = self.cache._chunk_size or max(limits.item - around, 1)
+            self.chunk_size = self.cache._chunk_size or max(item - around, 1)
         self.batch_size = self.chunk_size * max(1, _WRITE_BATCH // self.chunk_size)
-        self.is_tight = 2 * size > limits.memory
+        self.is_tight = 2 * size > self.memory
 
     def chunks_of(self, size: int) -> int:
         return -(-size // self.chunk_size)
 
     def stage(self, data: memoryview) -> tuple[str, int]:
         """`FileCache.stage`."""
-        name, size, limit = (
-            self.entry.name,
-            self.length + len(data),
-            self.cache.max_size,
-        )
-        if size > limit:
-            raise FileTooLarge(name, size, limit)
-        self.plan(limit)
+        name, size = self.entry.name, self.length + len(data)
+        if size > self.cache.max_size:
+            raise FileTooLarge(name, size, self.cache.max_size)
+        self.plan(self.cache.max_size)
         missing = self._missing_parts()
         if missing:
             draft = _Manifest(name, self.length, 1, 0, None, b"", self.parts)
@@ -772,8 +745,9 @@ class _Segment:
     def send(self, batch: memoryview, end: int | None = None) -> bool:
         """Store a batch of chunks on the lease.
 
-        end: the final expiry, None if it comes later. If it is given, all chunks of the
-        file are touched with it in the same round trip. Returns whether they were there.
+        end: the final expiry, None if it comes later. If it is given, all chunks of
+        the file are touched with it in the same round trip. Returns whether they were
+        there.
         """
         chunks = {command.key: command for command in self._commands(batch)}
         is_last = end is not None and not self.is_tight
@@ -794,9 +768,8 @@ class _Segment:
             payload = batch[start : start + self.chunk_size]
             padding = bytes(0 if is_alone else self.chunk_size - len(payload))
             key = _chunk_key(self.entry.key, self.key, self.count)
-            make = functools.partial(
-                _chunk, key, self.count, self.total, payload, padding
-            )
+            body = self.total, payload, padding
+            make = functools.partial(_chunk, key, self.count, *body)
             self.count += 1
             yield _Command("set", key, self.lease, make)
 
@@ -806,9 +779,7 @@ class _Segment:
         self.entry.touch(keys, self.lease)
         return self.entry.touch(keys, self.lease)
 
-    def _insist(
-        self, chunks: dict[str, _Command], refused: Mapping[str, bytes]
-    ) -> None:
+    def _insist(self, chunks: dict[str, _Command], refused: dict[str, bytes]) -> None:
         """Store chunks again until the server keeps them: a full cache evicts new ones
         first, unless they are active. Raises CacheFull."""
         deadline, keys = time.monotonic() + _PATIENCE, list(chunks)
@@ -834,8 +805,8 @@ class _Segment:
     @contextlib.contextmanager
     def deleted_on_error(self, kind: type[Exception] = Exception) -> Iterator[None]:
         """An error deletes the segment. An exception that is no Exception, such as
-        Ctrl-C or a time-out of gevent, ends a write like a kill: the server may still be
-        at work on a command, so nothing more is sent, and the lease ends the chunks."""
+        Ctrl-C or a time-out of gevent, ends a write like a kill: the server may still
+        be at work on a command, so nothing more is sent. The lease ends the chunks."""
         try:
             yield
         except kind:
@@ -844,60 +815,63 @@ class _Segment:
             raise
 
 
-class _Order(NamedTuple):
-    """What a caller wants. version: of the file to replace, for "cas"."""
-
-    verb: str
-    size: int | None
-    expire: int
-    metadata: bytes
-    version: str | None = None
-
-
 class _Write(_Segment):
     """One `add`, `set` or `cas`. `run` has its five steps."""
 
     def __init__(
-        self, cache: FileCache, name: str, parts: Sequence[str], order: _Order
+        self,
+        cache: FileCache,
+        verb: str,
+        name: str,
+        size: int | None,
+        expire: _Expire,
+        metadata: bytes,
+        parts: Sequence[str],
+        version: str | None = None,
     ) -> None:
         super().__init__(cache, name, parts, cache.lease)
-        self.order, self.metadata = order, bytes(memoryview(order.metadata))
+        self.verb, self.version, self.expire = verb, version, _seconds(expire)
+        self.size = None if size is None else operator.index(size)
+        self.data, self.metadata = b"", bytes(memoryview(metadata))
         if len(self.metadata) > MAX_METADATA:
             raise ValueError(f"metadata is limited to {MAX_METADATA} bytes")
-        self.size = None if order.size is None else operator.index(order.size)
-        self.data = b""  # the file, if it is small
 
     def run(self, source: Source) -> FileInfo:
         if isinstance(source, os.PathLike):
             with open(source, "rb") as file:
-                return self.run(file)
+                return self._store(file)
+        return self._store(source)
+
+    def _store(self, source: Any) -> FileInfo:
+        known, pieces = _opened_source(source)
         # 1. Look up the manifest, and refuse early: no payload was sent yet.
-        found = self._begin(_known_size(source))
+        found = self._begin(known)
         with self.deleted_on_error():
-            # 2. Store the chunks on a lease. The touches of step 3 travel with the last.
-            is_settled = self._send(source, found)
-        is_fresh = self.order.verb != "cas" and time.monotonic() - found.time < _FRESH
+            # 2. Store the chunks on a lease. The last batch takes step 3 along.
+            is_settled = self._send(pieces(self.batch_size), found)
+        is_fresh = self.verb != "cas" and time.monotonic() - found.time < _FRESH
         manifest = self._manifest()
         for _ in range(_ATTEMPTS):
             with self.deleted_on_error():
                 # A server that restarted counts its tokens anew: an old one might fit.
                 found = found if is_fresh else self._look_up()
                 # 3. Touch every chunk: this proves that each is still there.
-                manifest_end, chunks_end = self.entry.exptimes(self.order.expire)
-                if not is_settled:
-                    self._settle(chunks_end)
-            # 4. Publish. If nobody knows the outcome, the chunks stay: the file may yet
-            # appear.
+                end, chunks_end = self._settle(is_settled)
+            # 4. Publish. If nobody knows the outcome, the file may yet appear, so its
+            # chunks stay.
             with self.deleted_on_error(CacheFull):
-                if self.entry.replace(found, manifest.pack(), manifest_end):
+                if self.entry.replace(found, manifest.pack(), end):
                     break
             is_fresh = is_settled = False
         else:
-            with self.deleted_on_error():
-                raise self.entry.cache_full(self.length, cause="contention")
+            self._give_up()
         # 5. Delete the chunks of the replaced file.
         self._tidy(found, chunks_end)
         return manifest.info
+
+    def _give_up(self) -> NoReturn:
+        with self.deleted_on_error():
+            raise self.entry.cache_full(self.length, cause="contention")
 
     def _begin(self, known: int | None) -> _Found:
         """Step 1, for a source of `known` bytes, None if its length is unknown."""
@@ -913,31 +887,30 @@ class _Write(_Segment):
         self.total = self.chunks_of(max((self.size or 0) - self.length, 0))
         self._check_memory(self.size or 0)
         manifest = len(self._manifest().pack()) + self.small + len(self.entry.key)
-        if manifest + _ITEM_OVERHEAD > self.limits.value:
+        if manifest + _ITEM_OVERHEAD > self.largest:
             raise self.entry.cache_full(0, said="its manifest is too large")
         return found
 
     def _look_up(self) -> _Found:
         """The present manifest. Raises an error if it forbids the write."""
-        found, verb = self.entry.lookup(), self.order.verb
+        found, verb = self.entry.lookup(), self.verb
         if verb == "cas":
-            found.require(self.order.version)
+            found.require(self.version)
         elif verb == "add" and isinstance(found.damage, _UnknownFormat):
             raise found.damage  # it is somebody's file; other damage is nobody's
-        elif verb == "add" and found.manifest:
-            if not self.entry.missing(self.entry.keys(found.segments)):
-                raise FileExists(self.entry.name, found.manifest.info)
+        elif verb == "add" and found.manifest and self.entry.is_whole(found):
+            raise FileExists(self.entry.name, found.manifest.info)
         return found
 
     def _check_memory(self, size: int) -> None:
         needed = self.chunks_of(size) * self.chunk_size
-        if needed > self.limits.memory:
+        if needed > self.memory:
             raise self.entry.cache_full(needed)
 
-    def _send(self, source: Source, found: _Found) -> bool:
+    def _send(self, pieces: Iterable[Any], found: _Found) -> bool:
         """Store all chunks. Returns whether they have their final expiry already."""
         is_settled = False
-        for batch in _batches(_pieces(source, self.batch_size), self.batch_size):
+        for batch in _batches(pieces, self.batch_size):
             self.length += len(batch)
             self._check_length()
             self._make_room(found)
@@ -947,7 +920,7 @@ class _Write(_Segment):
                 continue
             if is_last and not self.count:
                 self.total = self.chunks_of(len(batch))
-            end = self.entry.exptimes(self.order.expire)[1] if is_last else None
+            end = self.entry.exptimes(self.expire)[1] if is_last else None
             is_settled = self.send(batch, end)
         if self.size not in (None, self.length):
             raise SizeMismatch(self.entry.name, self.size or 0, self.length)
@@ -967,24 +940,26 @@ class _Write(_Segment):
         """Delete the old file's chunks if memory can't hold both files. memcached would
         evict some of them anyway, and keep the others in place of new chunks."""
         old = found.manifest
-        if old and old.size + self.length > self.limits.memory:
+        if old and old.size + self.length > self.memory:
             self.entry.delete_segments(old.segments, self.parts)
 
     def _manifest(self) -> _Manifest:
-        now, expire = int(time.time()), self.order.expire
+        now, expire = int(time.time()), self.expire
         about = now, now + expire if expire else None, self.metadata
         # The last segment is the version, also of a file without chunks of its own.
         segments = [*self.parts, (self.key, self.count)]
         name, cut = self.entry.name, self.chunk_size
         return _Manifest(name, self.length, cut, *about, segments, self.data)
 
-    def _settle(self, end: int) -> None:
-        """Give every chunk its final expiry. Raises CacheFull if one is gone: a server
-        that is short of memory says STORED, and evicts the first chunks while the last
-        arrive."""
-        missing = self.entry.touch(self.all_keys(), end)
+    def _settle(self, is_settled: bool) -> tuple[int, int]:
+        """Give every chunk its final expiry; return that of the manifest, and theirs.
+        Raises CacheFull if a chunk is gone: a server that is short of memory says
+        STORED, and evicts the first chunks while the last arrive."""
+        end, chunks_end = self.entry.exptimes(self.expire)
+        missing = [] if is_settled else self.entry.touch(self.all_keys(), chunks_end)
         if missing:
             raise self.cache_full(missing)
+        return end, chunks_end
 
     def _tidy(self, found: _Found, end: int) -> None:
         """Delete the old file's chunks, except those that the new one has, too."""
@@ -1011,8 +986,8 @@ class CachedFile(io.RawIOBase):
         super().__init__()
         self.info, self._entry, self._manifest = manifest.info, entry, manifest
         self._size = manifest.chunk_size if self.info.chunks else max(self.info.size, 1)
-        self._chunks = [  # segment, index in it, and number of chunks in it
-            (key, index, count)
+        self._chunks = [  # key, index in the segment, number of chunks in the segment
+            (_chunk_key(entry.key, key, index), index, count)
             for key, count in manifest.segments
             for index in range(count)
         ]
@@ -1021,8 +996,8 @@ class CachedFile(io.RawIOBase):
 
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
         """The bytes from `start` to `stop`, as in a slice, in verified, read-only
-        buffers. A buffer stays valid as long as the caller keeps it. Holds 2 MiB of them
-        at a time, and leaves the stream's position alone."""
+        buffers. A buffer stays valid as long as the caller keeps it. Holds 2 MiB of
+        them at a time, and leaves the stream's position alone."""
         self._checkClosed()
         start, stop, _ = slice(start, stop).indices(self.info.size)
         return (piece for _, piece in self._pieces(start, stop))
@@ -1031,12 +1006,10 @@ class CachedFile(io.RawIOBase):
         self, start: int, stop: int, target: memoryview | None = None
     ) -> Iterator[tuple[int, memoryview]]:
         """The bytes from `start` to `stop`, a slice of each chunk, and its offset from
-        `start`; without the chunks that lie whole in `target`, which are received there.
-        """
+        `start`. Chunks that lie whole in `target` are received there, and left out."""
         batch = max(1, _READ_BATCH // self._size)
-        numbers = range(
-            start // self._size, -(-stop // self._size) if start < stop else 0
-        )
+        end = -(-stop // self._size) if start < stop else 0
+        numbers = range(start // self._size, end)
         while numbers:
             payloads = self._fetch(numbers[:batch], start, target)
             for number, payload in payloads.items():
@@ -1056,27 +1029,50 @@ class CachedFile(io.RawIOBase):
         if not self._chunks:
             return {0: memoryview(self._manifest.data)}
         held, payload = self._held  # at once: other threads may read, too
-        places = [self._place(each, start, target) for each in numbers if each != held]
-        found = self._entry.read({place.key: place for place in places})
-        missing = [place.number for place in places if place.key not in found]
-        if missing:
+        keys = {self._chunks[each][0]: each for each in numbers if each != held}
+        placed = self._placed(keys.values(), start, target)
+
+        def receive(key: str, length: int, fill: _Fill) -> memoryview:
+            return self._receive(keys[key], length, fill, placed.get(keys[key]))
+
+        found = self._entry.server.read(self.info.name, list(keys), receive)
+        if len(found) < len(keys):
+            missing = [number for key, number in keys.items() if key not in found]
             self._entry.explain(self._manifest, missing)
-        payloads = {
-            each.number: found[each.key] for each in places if each.target is None
-        }
+        payloads = {n: found[key] for key, n in keys.items() if n not in placed}
         return {held: payload, **payloads} if held in numbers else payloads
 
-    def _place(self, number: int, start: int, target: memoryview | None) -> _Place:
-        """Where the file's chunk `number` is stored, and where its payload goes."""
-        segment, index, total = self._chunks[number]
-        key = _chunk_key(self._entry.key, segment, index)
-        size = min(self._size, self.info.size - number * self._size)
+    def _placed(
+        self, numbers: Iterable[int], start: int, target: memoryview | None
+    ) -> dict[int, memoryview]:
+        """The places in `target` of the chunks that lie in it whole."""
+        offsets = {number: number * self._size - start for number in numbers}
+        return {
+            number: target[offset : offset + self._length(number)]
+            for number, offset in offsets.items()
+            if target and 0 <= offset <= len(target) - self._length(number)
+        }
+
+    def _length(self, number: int) -> int:
+        return min(self._size, self.info.size - number * self._size)
+
+    def _receive(
+        self, number: int, length: int, fill: _Fill, place: memoryview | None
+    ) -> memoryview:
+        """The verified payload of a chunk, whose value has `length` bytes. `fill` fills
+        a buffer with the next bytes of it. Raises FileCorrupt."""
+        size = self._length(number)
         padding = 0 if len(self._chunks) == 1 else self._size - size
-        at = number * self._size - start
-        buffer = (
-            target[at : at + size] if target and 0 <= at <= len(target) - size else None
-        )
-        return _Place(self.info.name, number, key, index, total, size, padding, buffer)
+        if length == _HEADER.size + size + padding:
+            header = fill(bytearray(_HEADER.size))
+            payload = fill(bytearray(size) if place is None else place)
+            rest = fill(bytearray(padding))
+            key, *expected = self._chunks[number]
+            index, total, _ = _HEADER.unpack(header)
+            is_sound = header == _chunk(key, index, total, payload, rest)[0]
+            if is_sound and [index, total] in (expected, [expected[0], 0]):
+                return memoryview(payload).toreadonly()
+        raise FileCorrupt(self.info.name, number)
 
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer`; fewer bytes than it holds only at the end of the file."""
@@ -1122,39 +1118,12 @@ class CachedFile(io.RawIOBase):
         return self._position
 
 
-class _Place(NamedTuple):
-    """A chunk to read: `number` in the file, `index` in a segment of `total` chunks.
-    size, padding: bytes. target: a buffer for the payload, if there is one."""
-
-    name: str
-    number: int
-    key: str
-    index: int
-    total: int
-    size: int
-    padding: int
-    target: memoryview | None
-
-    def receive(self, length: int, fill: Callable[[Any], Any]) -> memoryview:
-        """The verified payload of a value of `length` bytes. `fill` fills a buffer with
-        the next bytes of it. Raises FileCorrupt."""
-        if length == _HEADER.size + self.size + self.padding:
-            header = fill(bytearray(_HEADER.size))
-            payload = fill(bytearray(self.size) if self.target is None else self.target)
-            padding = fill(bytearray(self.padding))
-            index, total, _ = _HEADER.unpack(header)
-            expected = _chunk(self.key, index, total, payload, padding)[0]
-            if (header, index) == (expected, self.index) and total in (0, self.total):
-                return memoryview(payload).toreadonly()
-        raise FileCorrupt(self.name, self.number)
-
-
 # --- The items of one file, and the commands for them ---------------------------------
 
 
 class _Found(NamedTuple):
-    """A look at the key of a manifest. value: None if there is none. damage: the reason
-    why it is no manifest. token: for memcached's `cas`. time: of the look, monotonic."""
+    """A look at the key of a manifest. value: None if there is none. damage: the error
+    if it is no manifest. token: for memcached's `cas`. time: of the look, monotonic."""
 
     name: str
     time: float
@@ -1239,14 +1208,6 @@ class _Entry:
         self._check(set(stored).difference(refused.values()), _STORED)
         return refused, self._absent(rest, _TOUCHED)
 
-    def read(self, places: Mapping[str, _Place]) -> dict[str, memoryview]:
-        """The verified payloads of chunks that are there, by key. Raises FileCorrupt."""
-
-        def receive(key: str, length: int, fill: Callable[[Any], Any]) -> memoryview:
-            return places[key].receive(length, fill)
-
-        return self.server.read(self.name, list(places), receive) if places else {}
-
     def touch(self, keys: Sequence[str], exptime: int) -> list[int]:
         """Set the expiry of chunks; return the positions of the keys that are gone."""
         commands = [_Command("touch", key, exptime) for key in keys]
@@ -1254,10 +1215,13 @@ class _Entry:
 
     def missing(self, keys: Sequence[str]) -> list[int]:
         """The positions of the keys that are gone. A `cas` that can't succeed asks for
-        them. Of the commands that every proxy speaks, it alone neither reads a chunk nor
-        changes its expiry."""
+        them. Of the commands that every proxy speaks, it alone neither reads a chunk
+        nor changes its expiry."""
         commands = [_Command("cas", key, token=_NO_TOKEN) for key in keys]
         return self._absent(self._run(commands), _EXISTS)
+
+    def is_whole(self, found: _Found) -> bool:
+        return bool(found.manifest) and not self.missing(self.keys(found.segments))
 
     def delete(self, keys: Sequence[str], quick: bool = False) -> None:
         """Delete chunks that no manifest names. A failure is no error, because nothing
@@ -1276,14 +1240,15 @@ class _Entry:
     ) -> None:
         """Delete the chunks of segments, unless another file has them, too."""
         keys = {key for key, _ in kept}
-        self.delete(
-            self.keys([each for each in segments if each[0] not in keys]), quick
-        )
+        gone = [segment for segment in segments if segment[0] not in keys]
+        self.delete(self.keys(gone), quick)
 
     def take_lock(self, seconds: int) -> bool:
-        """False: another has it."""
-        add = _Command("add", self.lock, seconds, lambda: (b"1",))
-        return self._run([add], again=False) == [_STORED]
+        """Take the lock of `get_or_set`, or wait a moment if another has it."""
+        add = _Command("add", self.lock, _lease(seconds), lambda: (b"1",))
+        is_mine = self._run([add], again=False) == [_STORED]
+        time.sleep(0 if is_mine else _POLL)
+        return is_mine
 
     def explain(self, manifest: _Manifest, missing: list[int]) -> NoReturn:
         """Raise the reason for missing chunks: FileChanged or FileEvicted."""
@@ -1300,11 +1265,8 @@ class _Entry:
         end = expire
         if expire + _SLACK > _RELATIVE_LIMIT:
             end += self.server.stats(self.name).get("time", int(time.time()))
-        return (
-            (end, end + _SLACK)
-            if 0 < end + _SLACK <= _ABSOLUTE_LIMIT and expire
-            else (0, 0)
-        )
+        is_endless = not expire or end + _SLACK > _ABSOLUTE_LIMIT
+        return (0, 0) if is_endless else (end, end + _SLACK)
 
     def cache_full(
         self, size: int, missing: Sequence[int] = (), said: str = "", cause: str = ""
@@ -1325,9 +1287,7 @@ class _Entry:
     def _absent(self, replies: list[bytes], there: bytes) -> list[int]:
         """The positions of NOT_FOUND in replies of which the others say `there`."""
         self._check(replies, there, _NOT_FOUND)
-        return [
-            position for position, reply in enumerate(replies) if reply == _NOT_FOUND
-        ]
+        return [at for at, reply in enumerate(replies) if reply == _NOT_FOUND]
 
     def _check(self, replies: Iterable[bytes], *allowed: bytes) -> None:
         """Raise for a line that is no reply: it must never be taken for a no."""
@@ -1339,8 +1299,8 @@ class _Entry:
 
 
 class _Command(NamedTuple):
-    """A command of memcached for one key, with a one-line reply. value: makes the value,
-    in parts; so a chunk's CRC is computed while the chunk before it travels."""
+    """A command of memcached for one key, with a one-line reply. value: makes the
+    value, in parts. So a CRC is computed while the chunk before it travels."""
 
     verb: str
     key: str
@@ -1385,15 +1345,6 @@ class _Command(NamedTuple):
 # --- The server -----------------------------------------------------------------------
 
 
-class _Limits(NamedTuple):
-    """Bytes. item: the largest item that a server keeps in one piece. value: the largest
-    that it takes. memory: for all items, infinite if it is unknown."""
-
-    item: int
-    value: int
-    memory: float
-
-
 class _Server:
     """One memcached, through any client with pymemcache's interface."""
 
@@ -1404,9 +1355,9 @@ class _Server:
         self._silent_until = -math.inf
 
     def run(self, name: str, commands: list[_Command], again: bool) -> list[bytes]:
-        """Do commands; return their replies. A client with `pipeline`, as of mcpool, gets
-        them in one go. Others get them one by one: pymemcache's `set_many` stops at the
-        first refusal, while the server goes on to store the items behind it."""
+        """Do commands; return their replies. A client with `pipeline`, as of mcpool,
+        gets them in one go. Others get them one by one: pymemcache's `set_many` stops
+        at the first refusal, while the server goes on to store what is behind it."""
         if not hasattr(self.client, "pipeline"):
             return [self.ask(name, command.call, again) for command in commands]
         wires = functools.partial(map, _Command.wire, commands)
@@ -1415,8 +1366,10 @@ class _Server:
     def read(
         self, name: str, keys: list[str], receive: Callable[..., memoryview]
     ) -> dict[str, memoryview]:
-        """The values that are there, as `receive` takes them: by mcpool, each while the
-        next arrives."""
+        """The values that are there, as `receive` takes them: from mcpool, each while
+        the next arrives."""
+        if not keys:
+            return {}
         if hasattr(self.client, "receive_many"):
             return dict(self.ask(name, lambda each: each.receive_many(keys, receive)))
         values = self.ask(name, lambda each: each.get_many(keys))
@@ -1446,12 +1399,13 @@ class _Server:
                     self.client.close()
                 raise
 
-    def limits(self) -> _Limits:
-        """By `stats settings`, or memcached's defaults if it tells none."""
+    def limits(self) -> tuple[int, int, float]:
+        """Bytes of the largest item that it keeps in one piece, of the largest that it
+        takes, and of its memory (infinite if unknown), or memcached's defaults."""
         told = self._settings = self._settings or self.stats("", "settings")
         value = told.get("item_size_max", _PAGE)
         item = min(_LARGEST_ITEM, value, told.get("slab_chunk_max", _LARGEST_ITEM))
-        return _Limits(item, value, told.get("maxbytes", math.inf))
+        return item, value, told.get("maxbytes", math.inf)
 
     def stats(self, name: str, *what: str) -> dict[str, int]:
         """The numbers of a `stats`. None from a server or proxy that refuses: it is not
@@ -1471,9 +1425,9 @@ class _Server:
                 numbers[key.decode()] = int(value)
         if told.get(b"proxy_enabled") == b"yes":
             numbers.pop("maxbytes", None)  # it is the proxy's own, not its servers'
-        sizes = (
-            numbers.get(f"{each}_max", _PAGE) for each in ("item_size", "slab_chunk")
-        )
+        sizes = [
+            numbers.get(each, _PAGE) for each in ("item_size_max", "slab_chunk_max")
+        ]
         if not numbers or min(sizes) < _LEAST_LIMIT:
             self._silent_until, numbers = time.monotonic() + _ASK_AGAIN, {}
         return numbers
@@ -1484,31 +1438,24 @@ class _Server:
         with contextlib.suppress(CacheUnavailable):
             self._settings = self.stats(name, "settings")
             slabs = self.stats(name, "slabs")
-        limits = self.limits() if slabs else _Limits(0, 0, math.inf)
+        item, largest, memory = self.limits() if slabs else (0, 0, math.inf)
         sizes = {  # of the items of each slab class, and its pages
             slabs.get(key.replace("total_pages", "chunk_size"), 0): pages
             for key, pages in slabs.items()
             if key.endswith(":total_pages")
         }
-        own = min((each for each in sizes if each >= limits.item), default=0)
-        others = sum(pages for each, pages in sizes.items() if each != own)
-        memory = f"the server has {limits.memory} bytes of memory (-m)"
+        own = min((each for each in sizes if each >= item), default=0)
+        others = sum(pages for each, pages in sizes.items() if each != own) * _PAGE
         if "too large" in said:
-            return (
-                "item size",
-                f"its items end at {limits.value or 'unknown'} bytes (-I)",
-            )
-        if size > limits.memory:
-            return "memory", f"the file takes {size} bytes, and {memory}"
-        if limits.memory == math.inf:
+            return "item size", f"its items end at {largest or 'unknown'} bytes (-I)"
+        if memory == math.inf:
             return "unknown", "the server does not tell why"
-        if size > limits.memory - others * _PAGE:
-            advice = (
-                "start it with -o slab_automove=2, or give files their own memcached"
-            )
-            pages = f"{others} MiB of it are in pages for items of other sizes"
-            return "slabs", f"{memory}, and {pages}: {advice}"
-        return "pressure", f"{memory}, and other items fill it"
+        has = f"the server has {memory} bytes of memory (-m)"
+        if size > memory:
+            return "memory", f"{has}, and the file takes {size}"
+        if size > memory - others:
+            return "slabs", f"{has}, of which items of other sizes hold {others}"
+        return "pressure", f"{has}, and other items fill it"
 
 
 _OLD = "it does not know a command (memchunk needs memcached 1.4.8 or newer)"
@@ -1551,14 +1498,14 @@ def _server_name(client: Any) -> str:
 
 def _reason(error: Exception) -> str:
     """An error of a client, with its likely cause if there is one."""
-    if isinstance(error, MemcacheUnknownCommandError):
+    if isinstance(error, MemcacheUnknown):
         return _OLD
     advice = "does it speak TLS, and is its certificate trusted?"
     tls = f" ({advice})" if isinstance(error, ssl.SSLError) else ""
     return f"{type(error).__name__}: {error}{tls}".strip(": ")
 
 
-def _opened(value: Any) -> tuple[int, Callable[[Any], Any]]:
+def _opened(value: Any) -> tuple[int, _Fill]:
     """The length of a value that is here already, and a function that takes it out."""
     is_bytes = isinstance(value, (bytes, bytearray))  # unless a user's serde made it
     stream = io.BytesIO(value if is_bytes else b"")
@@ -1573,33 +1520,24 @@ def _opened(value: Any) -> tuple[int, Callable[[Any], Any]]:
 # --- Sources --------------------------------------------------------------------------
 
 
-def _known_size(source: Any) -> int | None:
-    """Bytes from a source's position to its end, or None if only reading will tell.
-    Raises TypeError for a source that yields no bytes."""
+def _opened_source(source: Any) -> tuple[int | None, Callable[[int], Iterable[Any]]]:
+    """Bytes from a source's position to its end, None if only reading will tell; and a
+    function that yields them in pieces (of a file: of the given size), each valid until
+    the next is asked for. Raises TypeError for a source that yields no bytes."""
     if isinstance(source, (str, io.TextIOBase)):
         raise TypeError("files are bytes: encode the text, or open it in binary mode")
-    if _is_buffer(source):
-        return memoryview(source).nbytes
-    if type(source) is io.BytesIO:
-        return max(source.getbuffer().nbytes - source.tell(), 0)
-    if _is_file(source):
-        status = os.fstat(source.fileno())
-        # Files of /proc and /sys announce a length, but have no blocks that hold it.
-        if stat.S_ISREG(status.st_mode) and getattr(status, "st_blocks", True):
-            return max(status.st_size - int(source.tell()), 0)
-    elif hasattr(source, "getheader"):
-        # An http.client.HTTPResponse. Its `read(n)` ends a broken download like a whole
-        # one; its `length` is the number of bytes that must come.
-        return getattr(source, "length", None)
-    elif not hasattr(source, "read"):
-        iter(source)
-    return None
-
-
-def _is_buffer(source: Any) -> bool:
     with contextlib.suppress(TypeError):
-        return bool(memoryview(source).nbytes + 1)
-    return False
+        view = _view(source)
+        return len(view), lambda size: [view]
+    if _is_file(source):
+        return _file_size(source), functools.partial(_read_file, source)
+    # The `read(n)` of an http.client.HTTPResponse ends a broken download like a whole
+    # one. Its `length` is the number of bytes that must come.
+    known = getattr(source, "length", None) if hasattr(source, "getheader") else None
+    if hasattr(source, "read"):
+        return known, lambda size: iter(functools.partial(source.read, _PIECE), b"")
+    pieces = iter(source)
+    return None, lambda size: pieces
 
 
 def _is_file(source: Any) -> bool:
@@ -1608,22 +1546,17 @@ def _is_file(source: Any) -> bool:
     return type(source.raw if buffered else source) is io.FileIO
 
 
-def _pieces(source: Any, size: int) -> Iterator[Any]:
-    """The bytes of a source, in pieces that are valid until the next one is asked for. A
-    file is read into one buffer, `size` bytes at a time."""
-    if _is_buffer(source):
-        yield source
-    elif type(source) is io.BytesIO or _is_file(source):
-        buffer = memoryview(bytearray(size))
-        while count := source.readinto(buffer):
-            yield buffer[:count]
-    elif hasattr(source, "read"):
-        while piece := source.read(_PIECE):
-            yield piece
-        if piece is None:
-            raise BlockingIOError("the source does not block, and has no bytes yet")
-    else:
-        yield from source
+def _file_size(file: Any) -> int | None:
+    status = os.fstat(file.fileno())
+    # Files of /proc and /sys announce a length, but have no blocks that hold it.
+    is_known = stat.S_ISREG(status.st_mode) and getattr(status, "st_blocks", True)
+    return max(status.st_size - int(file.tell()), 0) if is_known else None
+
+
+def _read_file(file: Any, size: int) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(size))
+    while count := file.readinto(buffer):
+        yield buffer[:count]
 
 
 def _batches(pieces: Iterable[Any], size: int) -> Iterator[memoryview]:
