@@ -1,1 +1,2 @@
-"""Tests that need more than a memcached: WSGI hosts, Lambda adapters, tus clients, a browser."""
+"""Tests that need more than a memcached: WSGI hosts, Lambda adapters, tus clients, a
+browser."""

@@ -1,11 +1,12 @@
-"""Mutation testing of memchunk.py: changes of one operator or constant that no test notices.
+"""Mutation testing of memchunk.py: changes of one operator or constant that no test
+notices.
 
     tox run -e mutation                           the functions below, in some minutes
     tox run -e mutation -- "memchunk.*exptime*"   those of these names
 
-mutmut writes beside the code that it changes; so it runs in a copy. It prints what survived, each
-with its difference, and fails where that is more than docs/contributing.md explains.
-"""
+mutmut writes beside the code that it changes; so it runs in a copy. It prints what
+survived, each with its difference, and fails where that is more than
+docs/contributing.md explains."""
 
 from __future__ import annotations
 
@@ -37,14 +38,20 @@ EXPLAINED = 10  # survivors
 
 def main(folder: pathlib.Path, names: list[str]) -> int:
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "docs"))
+    shutil.copytree(
+        ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "docs")
+    )
     (folder / "setup.cfg").write_text(SETTINGS)
-    subprocess.run(["mutmut", "run", "--max-children", "2", *names], cwd=folder, check=True)
+    subprocess.run(
+        ["mutmut", "run", "--max-children", "2", *names], cwd=folder, check=True
+    )
     results = subprocess.run(
         ["mutmut", "results"], cwd=folder, check=True, capture_output=True, text=True
     )
     survivors = [
-        line.split(":")[0].strip() for line in results.stdout.splitlines() if "surv" in line
+        line.split(":")[0].strip()
+        for line in results.stdout.splitlines()
+        if "surv" in line
     ]
     for name in survivors:
         subprocess.run(["mutmut", "show", name], cwd=folder, check=True)

@@ -26,10 +26,12 @@ from tests.test_proxies import Nginx
 Start = Callable[..., Any]
 
 
-AXE = "axe-core/axe.min.js"  # finds what screen readers, keyboards and poor eyes can't cope with
+# finds what screen readers, keyboards and poor eyes can't cope with
+AXE = "axe-core/axe.min.js"
 TUS = "tus-js-client/dist/tus.min.js"
 
-# Uploads from a page of another site, and reads back; answers with the bytes that were the same.
+# Uploads from a page of another site, and reads back; answers with the bytes that were
+# the same.
 ELSEWHERE = """
 const [api, token, size, done] = arguments;
 const headers = { Authorization: "Bearer " + token };
@@ -50,7 +52,8 @@ new tus.Upload(new Blob([data]), {
   onSuccess: async () => {
     const answer = await fetch(stored, { headers });
     const got = new Uint8Array(await answer.arrayBuffer());
-    done([answer.headers.get("ETag"), got.length, data.every((byte, at) => byte === got[at])]);
+    const same = data.every((byte, at) => byte === got[at]);
+    done([answer.headers.get("ETag"), got.length, same]);
   },
 }).start();
 """
@@ -75,7 +78,8 @@ def start(tmp_path: pathlib.Path, memcached: Memcached) -> Iterator[Start]:
 
 
 class Driver(webdriver.ChromeService):
-    """chromedriver, which is ended by a signal: Selenium asks it to end, and sleeps a second."""
+    """chromedriver, which is ended by a signal: Selenium asks it to end, and sleeps a
+    second."""
 
     def send_remote_shutdown_command(self) -> None:
         pass
@@ -85,10 +89,15 @@ def chromium(folder: pathlib.Path, script: bool = True) -> Any:
     """A browser that downloads to the folder, and remembers in it what it does."""
     for program in ("chromium", "chromedriver"):
         if shutil.which(program) is None:
-            pytest.fail(f"needs {program}; install it: 'apt-get install chromium chromium-driver'")
+            pytest.fail(f"needs {program}: 'apt-get install chromium chromium-driver'")
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""
-    arguments = ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=900,900")
+    arguments = (
+        "headless=new",
+        "no-sandbox",
+        "disable-dev-shm-usage",
+        "window-size=900,900",
+    )
     for argument in (*arguments, f"user-data-dir={folder / 'profile'}"):
         options.add_argument(f"--{argument}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
@@ -112,7 +121,9 @@ def choose(browser: Any, *paths: str) -> None:
 
 def item(browser: Any, name: str) -> Any:
     """The list's item for the file of that name, newest first."""
-    return browser.find_element(By.XPATH, f"//li[contains(div[@class='name'], '{name}')]")
+    return browser.find_element(
+        By.XPATH, f"//li[contains(div[@class='name'], '{name}')]"
+    )
 
 
 def state(browser: Any, name: str) -> str:
@@ -120,7 +131,9 @@ def state(browser: Any, name: str) -> str:
 
 
 def wait_until(browser: Any, name: str, text: str) -> None:
-    wait_for(lambda: text in state(browser, name), f"{text!r}, not {state(browser, name)!r}")
+    wait_for(
+        lambda: text in state(browser, name), f"{text!r}, not {state(browser, name)!r}"
+    )
 
 
 def wait_until_sent(browser: Any, name: str, percent: int) -> None:
@@ -133,7 +146,9 @@ def wait_until_sent(browser: Any, name: str, percent: int) -> None:
 
 def wait_for_page(browser: Any, title: str) -> None:
     """Of the page that it leaves, the browser still finds elements for a moment."""
-    wait_for(lambda: browser.title == title, f"the page {title!r}, not {browser.title!r}")
+    wait_for(
+        lambda: browser.title == title, f"the page {title!r}, not {browser.title!r}"
+    )
 
 
 def wait_for_download(path: pathlib.Path, data: bytes) -> None:
@@ -161,7 +176,8 @@ def network(browser: Any, rate: int = -1, offline: bool = False) -> None:
 def record(browser: Any) -> None:
     """Let the page keep all that it says."""
     browser.execute_script(
-        "window.said = ''; new MutationObserver(() => { said += document.body.innerText; })"
+        "window.said = '';"
+        "new MutationObserver(() => { said += document.body.innerText; })"
         ".observe(document.body, { childList: true, subtree: true })"
     )
 
@@ -187,7 +203,9 @@ def library(path: str) -> str:
     file = pathlib.Path(os.environ.get("NODE_PATH", "node_modules"), path)
     if not file.exists():
         package = path.partition("/")[0]
-        pytest.fail(f"needs {file}; NODE_PATH says where 'npm install {package}' has put it")
+        pytest.fail(
+            f"needs {file}; NODE_PATH says where 'npm install {package}' has put it"
+        )
     return file.read_text("utf-8")
 
 
@@ -216,7 +234,8 @@ def test_50_mib_there_and_back(start: Start, tmp_path: pathlib.Path) -> None:
     network(browser, 100 * MIB)
     browser.execute_script(
         "window.seen = []; new MutationObserver(() => {"
-        "  const bar = document.querySelector('progress'); if (bar) seen.push(bar.value);"
+        "  const bar = document.querySelector('progress');"
+        "  if (bar) seen.push(bar.value);"
         "}).observe(document.body, {subtree: true, childList: true, attributes: true});"
     )
     choose(browser, make(tmp_path, "big old file.dat", data))
@@ -226,10 +245,14 @@ def test_50_mib_there_and_back(start: Start, tmp_path: pathlib.Path) -> None:
     assert seen == sorted(seen)
     link(browser, "big old file.dat").click()
     wait_for_download(tmp_path / "big old file.dat", data)
-    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+    assert [
+        entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"
+    ] == []
 
 
-def test_several_at_once_one_of_them_cancelled(start: Start, tmp_path: pathlib.Path) -> None:
+def test_several_at_once_one_of_them_cancelled(
+    start: Start, tmp_path: pathlib.Path
+) -> None:
     browser = start()
     network(browser, MIB // 4)
     paths = [make(tmp_path, f"{number}.bin", os.urandom(MIB)) for number in range(4)]
@@ -250,7 +273,8 @@ def test_several_at_once_one_of_them_cancelled(start: Start, tmp_path: pathlib.P
 
 
 def test_a_line_that_breaks(start: Start, tmp_path: pathlib.Path) -> None:
-    """The upload goes on where it broke, and sends no more twice than what was under way."""
+    """The upload goes on where it broke, and sends no more twice than what was under
+    way."""
     browser = start()
     data = os.urandom(50 * MIB)
     proxy = Proxy(browser.server.port, 1_000_000, 10_000_000, 40_000_000)
@@ -259,8 +283,9 @@ def test_a_line_that_breaks(start: Start, tmp_path: pathlib.Path) -> None:
         choose(browser, make(tmp_path, "big.dat", data))
         wait_until(browser, "big.dat", "Stored")
         assert not proxy.cuts
-        # Each break costs the piece under way, once more as Chromium repeats a request by itself,
-        # and once more where the server, not done with it, answers that with 409.
+        # Each break costs the piece under way, once more as Chromium repeats a request
+        # by itself, and once more where the server, not done with it, answers that with
+        # 409.
         assert proxy.passed < len(data) + 3 * 3 * 4 * MIB
         link(browser, "big.dat").click()
         wait_for_download(tmp_path / "big.dat", data)
@@ -278,7 +303,9 @@ def test_a_line_that_stalls(start: Start, tmp_path: pathlib.Path) -> None:
         browser.execute_script("document.body.dataset.patience = 3")  # seconds
         choose(browser, make(tmp_path, "big.dat", data))
         wait_until(browser, "big.dat", "Stored")
-        assert "The connection stalled. Going on in 1 s." in browser.execute_script("return said")
+        assert "The connection stalled. Going on in 1 s." in browser.execute_script(
+            "return said"
+        )
         link(browser, "big.dat").click()
         wait_for_download(tmp_path / "big.dat", data)
 
@@ -292,7 +319,9 @@ def test_a_network_that_is_away(start: Start, tmp_path: pathlib.Path) -> None:
     wait_until(browser, "big.dat", "The connection broke. Going on in 8 s.")
     network(browser)  # it's back: the page notices, and does not wait
     wait_until(browser, "big.dat", "Stored")
-    assert len([line for line in news(browser) if "broke" in line]) == 1  # not at each attempt
+    assert (
+        len([line for line in news(browser) if "broke" in line]) == 1
+    )  # not at each attempt
 
 
 def test_a_browser_that_is_closed(start: Start, tmp_path: pathlib.Path) -> None:
@@ -372,17 +401,26 @@ def test_a_file_that_is_changed(start: Start, tmp_path: pathlib.Path) -> None:
     wait_until(browser, "big.dat", "The file was changed or removed. Choose it again.")
 
 
-def test_a_cache_that_lost_all(start: Start, tmp_path: pathlib.Path, memcached: Memcached) -> None:
+def test_a_cache_that_lost_all(
+    start: Start, tmp_path: pathlib.Path, memcached: Memcached
+) -> None:
     """The page starts over by itself, but once: it could go on like that for ever."""
     browser = start()
     network(browser, 4 * MIB)
     choose(browser, make(tmp_path, "big.dat", bytes(40 * MIB)))
     wait_until_sent(browser, "big.dat", 15)
     memcached.flush()
-    wait_until(browser, "big.dat", "The server no longer has what was sent. Starting over in 1 s.")
+    wait_until(
+        browser,
+        "big.dat",
+        "The server no longer has what was sent. Starting over in 1 s.",
+    )
     wait_until_sent(browser, "big.dat", 15)
     memcached.flush()
-    wait_for(lambda: "failed" in item(browser, "big.dat").get_attribute("class"), "it to give up")
+    wait_for(
+        lambda: "failed" in item(browser, "big.dat").get_attribute("class"),
+        "it to give up",
+    )
     assert state(browser, "big.dat") == "The server no longer has what was sent."
     network(browser)
     press(browser, "big.dat", "again")
@@ -419,7 +457,9 @@ def test_cancelled_is_what_the_server_says(
     wait_for(lambda: memcached.keys() == [], "the pieces to be deleted")
 
 
-def test_errors_in_words(start: Start, tmp_path: pathlib.Path, memcached: Memcached) -> None:
+def test_errors_in_words(
+    start: Start, tmp_path: pathlib.Path, memcached: Memcached
+) -> None:
     browser = start(MEMCHUNK_MAX_SIZE="1000000")
     choose(browser, make(tmp_path, "large.bin", bytes(1_000_001)))
     wait_until(browser, "large.bin", "Too large")
@@ -437,7 +477,9 @@ def test_errors_in_words(start: Start, tmp_path: pathlib.Path, memcached: Memcac
     wait_until(browser, "b.txt", "The connection broke.")
 
 
-def test_a_server_without_tus(start: Start, tmp_path: pathlib.Path, memcached: Memcached) -> None:
+def test_a_server_without_tus(
+    start: Start, tmp_path: pathlib.Path, memcached: Memcached
+) -> None:
     browser = start()
     browser.execute_script("document.body.dataset.uploads = ''")  # as it says then
     choose(browser, make(tmp_path, "a b.txt", b"the content"))
@@ -479,7 +521,8 @@ def test_drop(start: Start, memcached: Memcached) -> None:
     browser = start()
     browser.execute_script(
         "const data = new DataTransfer();"
-        "for (const name of ['one.txt', 'two.txt']) data.items.add(new File(['12345'], name));"
+        "for (const name of ['one.txt', 'two.txt'])"
+        "  data.items.add(new File(['12345'], name));"
         "const event = type => new DragEvent(type, "
         "  {dataTransfer: data, bubbles: true, cancelable: true});"
         "document.querySelector('.drop').dispatchEvent(event('dragover'));"
@@ -500,7 +543,9 @@ def test_expiry_and_copy(start: Start, tmp_path: pathlib.Path) -> None:
     browser.find_element(By.CSS_SELECTOR, "option[value='3600']").click()
     choose(browser, make(tmp_path, "a.txt", b"x"))
     wait_until(browser, "a.txt", "Stored until ")
-    info = browser.server.request("GET", link(browser, "a.txt").get_attribute("href") + "?info")
+    info = browser.server.request(
+        "GET", link(browser, "a.txt").get_attribute("href") + "?info"
+    )
     shown = browser.execute_script(
         "return new Date(1000 * arguments[0])"
         ".toLocaleString([], { dateStyle: 'medium', timeStyle: 'short' })",
@@ -509,7 +554,9 @@ def test_expiry_and_copy(start: Start, tmp_path: pathlib.Path) -> None:
     assert f"Stored until {shown}" in state(browser, "a.txt")
     press(browser, "a.txt", "copy")
     wait_for(lambda: "Copied" in item(browser, "a.txt").text, "the button to say so")
-    copied = browser.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
+    copied = browser.execute_async_script(
+        "navigator.clipboard.readText().then(arguments[0])"
+    )
     assert copied == link(browser, "a.txt").get_attribute("href")
 
 
@@ -531,7 +578,8 @@ def test_keyboard_and_screen_reader(start: Start, tmp_path: pathlib.Path) -> Non
 
 
 def test_the_focus_stays_with_the_file(start: Start, tmp_path: pathlib.Path) -> None:
-    """A button that goes, as it was pressed or has become pointless, leaves it to another."""
+    """A button that goes, as it was pressed or has become pointless, leaves it to
+    another."""
     browser = start()
     network(browser, MIB)
     choose(browser, make(tmp_path, "big.dat", bytes(20 * MIB)))
@@ -579,11 +627,16 @@ def test_axe_finds_nothing(start: Start, tmp_path: pathlib.Path) -> None:
 
 def test_axe_finds_nothing_without_script(start: Start, tmp_path: pathlib.Path) -> None:
     browser = start(MEMCHUNK_MAX_SIZE="1000")
-    for name, data, title in (("a", b"x", "Stored"), ("b", bytes(9999), wsgi.TITLES[413])):
+    for name, data, title in (
+        ("a", b"x", "Stored"),
+        ("b", bytes(9999), wsgi.TITLES[413]),
+    ):
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
         browser.get(browser.server.url("/"))
         choose(browser, make(tmp_path, name, data))
-        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+        browser.execute_cdp_cmd(
+            "Emulation.setScriptExecutionDisabled", {"value": False}
+        )
         assert_accessible(browser, "without script")
         browser.find_element(By.TAG_NAME, "button").click()
         wait_for_page(browser, title)
@@ -615,7 +668,9 @@ def test_nothing_is_loaded_from_elsewhere(start: Start) -> None:
     assert loaded(start()) == []
 
 
-def test_behind_a_proxy_that_takes_small_bodies(start: Start, tmp_path: pathlib.Path) -> None:
+def test_behind_a_proxy_that_takes_small_bodies(
+    start: Start, tmp_path: pathlib.Path
+) -> None:
     """And that has the API below a path of which the API knows nothing."""
     browser = start()
     data = os.urandom(10 * MIB)
@@ -654,7 +709,9 @@ def test_a_page_of_another_site(start: Start, elsewhere: str) -> None:
     browser = start(MEMCHUNK_ORIGINS=elsewhere, MEMCHUNK_TOKEN="s3cret")
     browser.set_script_timeout(SECONDS)
     browser.get(elsewhere)
-    upload = functools.partial(browser.execute_async_script, ELSEWHERE, browser.server.url("/"))
+    upload = functools.partial(
+        browser.execute_async_script, ELSEWHERE, browser.server.url("/")
+    )
     etag, size, same = upload("s3cret", 50 * MIB)
     assert etag
     assert (size, same) == (50 * MIB, True)

@@ -1,11 +1,12 @@
-"""Every `python` and `console` snippet of README.md and docs/ is run here, from the document.
+"""Every `python` and `console` snippet of README.md and docs/ is run here, from the
+document.
 
-A fenced block is a snippet by its language: `python` is run as a script, `console` line by line in
-a shell, and what they print must be what stands there, but for versions and times. All of a
-document share a folder, a memcached, and a server of the API, in the order in which they stand.
-Where a snippet can't be run, a comment before it says why: `<!-- not run: ... -->`. Those of
-docs/lambda.md and docs/uploads.md need more than that, and are run by the tests of these.
-"""
+A fenced block is a snippet by its language: `python` is run as a script, `console` line
+by line in a shell, and what they print must be what stands there, but for versions and
+times. All of a document share a folder, a memcached, and a server of the API, in the
+order in which they stand. Where a snippet can't be run, a comment before it says why:
+`<!-- not run: ... -->`. Those of docs/lambda.md and docs/uploads.md need more than
+that, and are run by the tests of these."""
 
 from __future__ import annotations
 
@@ -21,9 +22,11 @@ import pytest
 from tests.support import FOLDER, HOSTS, MIB, Memcached, running
 
 DOCUMENTS = sorted([FOLDER / "README.md", *FOLDER.glob("docs/*.md")])
-ELSEWHERE = ("lambda.md", "uploads.md")  # tests/test_lambda.py, tests/test_tus_clients.py
+# Run by tests/test_lambda.py and tests/test_tus_clients.py.
+ELSEWHERE = ("lambda.md", "uploads.md")
 FENCE = re.compile(
-    r"(?P<before>[^\n]*)\n\s*```(?P<language>\w*)\n(?P<text>.*?)```(?:\n```\n(?P<output>.*?)```)?",
+    r"(?P<before>[^\n]*)\n\s*```(?P<language>\w*)\n(?P<text>.*?)```"
+    r"(?:\n```\n(?P<output>.*?)```)?",
     re.DOTALL,
 )
 CHANGING = (
@@ -43,7 +46,8 @@ def snippets(document: pathlib.Path) -> list[Snippet]:
     return [
         Snippet(each["language"], each["text"], each["output"] or "")
         for each in found
-        if each["language"] in ("python", "console") and "not run:" not in each["before"]
+        if each["language"] in ("python", "console")
+        and "not run:" not in each["before"]
     ]
 
 
@@ -54,12 +58,15 @@ def same(text: str) -> str:
 
 
 def run(command: list[str], folder: pathlib.Path) -> str:
-    path = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
+    path = os.pathsep.join(
+        [str(pathlib.Path(sys.executable).parent), os.environ["PATH"]]
+    )
     done = subprocess.run(
         command,
         cwd=folder,
         env={**os.environ, "PATH": path, "PYTHONPATH": str(FOLDER)},
-        capture_output=True,  # a terminal would not show the progress that curl tells elsewhere
+        # a terminal would not show the progress that curl tells elsewhere
+        capture_output=True,
         text=True,
         check=False,
     )

@@ -1,4 +1,5 @@
-"""The HTTP API behind the WSGI adapters of AWS Lambda, with events as AWS documents them."""
+"""The HTTP API behind the WSGI adapters of AWS Lambda, with events as AWS documents
+them."""
 
 from __future__ import annotations
 
@@ -16,14 +17,17 @@ import memchunk
 import wsgi
 from tests.support import Memcached, snippet
 
-LIMIT = 4_500_000  # bytes that fit, as base64 and with the rest of the event, in Lambda's 6 MB
+# bytes that fit, as base64 and with the rest of the event, in Lambda's 6 MB
+LIMIT = 4_500_000
 
 Handler = Callable[[Any, Any], Any]
 
 
 def documented(adapter: str, application: wsgi.Application) -> Handler:
     """What docs/lambda.md shows for an adapter, with an application of ours."""
-    code = snippet("docs/lambda.md", adapter).replace("from wsgi import application\n", "")
+    code = snippet("docs/lambda.md", adapter).replace(
+        "from wsgi import application\n", ""
+    )
     names: dict[str, Any] = {"application": application}
     exec(code, names)
     handler: Handler = names["handler"]
@@ -37,8 +41,11 @@ def encoded(body: bytes) -> dict[str, Any]:
     }
 
 
-def rest_event(method: str, path: str, query: str, headers: dict[str, str], body: bytes) -> Any:
-    """API Gateway, REST API: payload format 1.0. There is no Content-Length in these."""
+def rest_event(
+    method: str, path: str, query: str, headers: dict[str, str], body: bytes
+) -> Any:
+    """API Gateway, REST API: payload format 1.0. There is no Content-Length in
+    these."""
     values = dict(parse_qsl(query))
     return {
         "resource": "/{proxy+}",
@@ -47,7 +54,10 @@ def rest_event(method: str, path: str, query: str, headers: dict[str, str], body
         "headers": headers,
         "multiValueHeaders": {key: [value] for key, value in headers.items()},
         "queryStringParameters": values or None,
-        "multiValueQueryStringParameters": {key: [value] for key, value in values.items()} or None,
+        "multiValueQueryStringParameters": {
+            key: [value] for key, value in values.items()
+        }
+        or None,
         "pathParameters": {"proxy": path.lstrip("/")},
         "stageVariables": None,
         "requestContext": {
@@ -61,7 +71,9 @@ def rest_event(method: str, path: str, query: str, headers: dict[str, str], body
     }
 
 
-def http_event(method: str, path: str, query: str, headers: dict[str, str], body: bytes) -> Any:
+def http_event(
+    method: str, path: str, query: str, headers: dict[str, str], body: bytes
+) -> Any:
     """API Gateway, HTTP API, and function URL: payload format 2.0."""
     headers = {key.lower(): value for key, value in headers.items()}
     headers["content-length"] = str(len(body))
@@ -114,7 +126,8 @@ def balancer_event(
 
 
 class Client:
-    """Calls a handler as Lambda does, and reads its answer as the gateway in front does."""
+    """Calls a handler as Lambda does, and reads its answer as the gateway in front
+    does."""
 
     def __init__(self, handler: Handler, event: Callable[..., Any]) -> None:
         self._handler, self.event = handler, event
@@ -123,9 +136,16 @@ class Client:
         self, method: str, path: str, body: bytes = b"", query: str = "", **headers: str
     ) -> tuple[int, dict[str, str], bytes]:
         names = {key.replace("_", "-"): value for key, value in headers.items()}
-        sent = {"Host": "example.com", "Accept": "*/*", "X-Forwarded-Proto": "https", **names}
+        sent = {
+            "Host": "example.com",
+            "Accept": "*/*",
+            "X-Forwarded-Proto": "https",
+            **names,
+        }
         answer = self._handler(self.event(method, path, query, sent, body), None)
-        received = {key.lower(): value for key, value in (answer.get("headers") or {}).items()}
+        received = {
+            key.lower(): value for key, value in (answer.get("headers") or {}).items()
+        }
         for key, values in (answer.get("multiValueHeaders") or {}).items():
             received[key.lower()] = ",".join(values)
         data = answer.get("body") or ""
@@ -162,7 +182,9 @@ def test_binary_up_and_down(client: Client) -> None:
         "image/svg+xml",
     ):
         for body in (b"", b"x", bytes(range(256)) * 4, data):
-            status, headers, _ = client("PUT", "/files/a", body, content_type=content_type)
+            status, headers, _ = client(
+                "PUT", "/files/a", body, content_type=content_type
+            )
             assert status in (200, 201)
             read, got, received = client("GET", "/files/a")
             assert (read, received == body) == (200, True)
@@ -178,12 +200,16 @@ def test_a_form(client: Client) -> None:
         b"Content-Type: image/png\r\n\r\n" + data + b"\r\n--b--\r\n"
     )
     status, headers, answer = client(
-        "POST", "/files", body, "expire=60", content_type="multipart/form-data; boundary=b"
+        "POST",
+        "/files",
+        body,
+        "expire=60",
+        content_type="multipart/form-data; boundary=b",
     )
     assert status == 201, answer
     url = urljoin("https://example.com/prod/files", headers["location"])
     assert url.startswith("https://example.com/prod/files/")  # API Gateway's stage
-    assert client("GET", url[len("https://example.com/prod") :])[2] == data
+    assert client("GET", url.replace("https://example.com/prod", ""))[2] == data
 
 
 def test_the_other_methods(client: Client) -> None:
@@ -198,10 +224,14 @@ def test_the_other_methods(client: Client) -> None:
     assert (status, headers["content-type"]) == (404, "application/problem+json")
     assert b"No such file" in data
     assert client("GET", "/")[0] == client("GET", "/readyz")[0] == 200
-    assert client("GET", "/files/b", accept="text/html")[1]["content-type"].startswith("text/html")
+    assert client("GET", "/files/b", accept="text/html")[1]["content-type"].startswith(
+        "text/html"
+    )
 
 
-def test_more_than_one_answer_carries(client: Client, application: wsgi.Application) -> None:
+def test_more_than_one_answer_carries(
+    client: Client, application: wsgi.Application
+) -> None:
     data = os.urandom(3 * LIMIT - 1)
     application.cache.set("big", data)
     status, headers, answer = client("GET", "/files/big")
@@ -209,7 +239,9 @@ def test_more_than_one_answer_carries(client: Client, application: wsgi.Applicat
     assert b"Range: bytes=0-" in answer
     received = b""
     while len(received) < len(data):
-        status, headers, part = client("GET", "/files/big", range=f"bytes={len(received)}-")
+        status, headers, part = client(
+            "GET", "/files/big", range=f"bytes={len(received)}-"
+        )
         assert status == 206
         assert 0 < len(part) <= LIMIT
         assert headers["content-range"].startswith(f"bytes {len(received)}-")
