@@ -1,5 +1,6 @@
-"""Two ways to make the n-th memcached command fail: in a client that a user brings (`Faulty`), and
-on the wire, behind the sockets of `memchunk.connect` (`Proxy`)."""
+"""Ways to make memcached commands fail. `Wrapped` calls hooks around the commands of a
+client. The n-th command fails in a client that a user brings (`Faulty`), or on the wire
+(`Proxy`)."""
 
 from __future__ import annotations
 
@@ -13,12 +14,55 @@ import threading
 import time
 from typing import IO, Any, Callable, NamedTuple, Optional
 
-from pymemcache.client.base import Client
+from pymemcache.client.base import Client, PooledClient
 from pymemcache.exceptions import MemcacheServerError, MemcacheUnknownError
 
-import memchunk
 from memchunk import FileCache
 from tests.support import Memcached
+
+Hook = Callable[[str], object]  # is told the command
+
+
+class Wrapped:
+    """A pymemcache client that calls `before` and `after` around each command."""
+
+    def __init__(self, client: Any, before: Hook = bool, after: Hook = bool) -> None:
+        self.client, self.before, self.after = client, before, after
+
+    def __getattr__(self, command: str) -> Any:
+        method = getattr(self.client, command)
+        if not callable(method) or command == "close":
+            return method
+
+        def call(*args: Any, **options: Any) -> Any:
+            self.before(command)
+            result = method(*args, **options)
+            self.after(command)
+            return result
+
+        return call
+
+
+class Once:
+    """A hook that acts once, at the first of these commands."""
+
+    def __init__(self, commands: str, action: Callable[[], object]) -> None:
+        self.commands, self.action, self.acted = commands.split(), action, False
+
+    def __call__(self, command: str) -> None:
+        if command in self.commands and not self.acted:
+            self.acted = True
+            self.action()
+
+
+def raising(error: BaseException) -> Callable[[], object]:
+    """An action that raises."""
+
+    def action() -> None:
+        raise error
+
+    return action
+
 
 FAULTS = [
     "gone",  # connection refused, from this command on
@@ -29,13 +73,20 @@ FAULTS = [
     "out of memory",
     "server error",
     "garbage",  # SERVER_ERROR, or no reply of memcached at all
-    "no",  # NOT_STORED, EXISTS, NOT_FOUND, a miss: falsely, but that what is to be deleted is gone
+    "no",  # NOT_STORED, EXISTS, NOT_FOUND, a miss: false, but a delete is done
     "evicted",  # done, and the items evicted at once
 ]
 ON_THE_WIRE = [*FAULTS, "cut"]  # half a reply
 # The command was done all the same.
 DONE = {"", "act", "reset after", "timeout after", "evicted", "cut"}
-HANGS_UP = {"gone", "reset before", "reset after", "timeout before", "timeout after", "cut"}
+HANGS_UP = {
+    "gone",
+    "reset before",
+    "reset after",
+    "timeout before",
+    "timeout after",
+    "cut",
+}
 NO = {  # how memcached says no
     "set": b"NOT_STORED",
     "add": b"NOT_STORED",
@@ -53,7 +104,8 @@ OUT_OF_MEMORY = {
 
 
 class Trigger:
-    """Tells the command that is to fail from the others. `struck`: the verbs of those that did."""
+    """Tells the command that is to fail from the others. `struck`: the verbs of those
+    that did."""
 
     def __init__(self, upstream: Memcached) -> None:
         self.upstream, self._lock = upstream, threading.Lock()
@@ -64,9 +116,12 @@ class Trigger:
         for key in keys:
             self.upstream.command(f"delete {key}")
 
-    def arm(self, *faults: tuple[int, str], action: Callable[[], object] = bool) -> None:
-        """Each fault strikes at the command of that number, 0 the next; and then `action`. The
-        fault "act" is the action alone, before the command. `verbs`: what was seen."""
+    def arm(
+        self, *faults: tuple[int, str], action: Callable[[], object] = bool
+    ) -> None:
+        """Each fault strikes at the command of that number, 0 the next; and then
+        `action`. The fault "act" is the action alone, before the command. `verbs`: what
+        was seen."""
         with self._lock:
             self._faults, self._action = dict(faults), action
             self.struck: list[str] = []
@@ -96,9 +151,15 @@ class Command(NamedTuple):
     verb: str
     keys: list[str]
 
+    @property
+    def is_quiet(self) -> bool:
+        return self.raw.endswith(b" noreply\r\n")
+
 
 # What proxies such as twemproxy pass on. They close the connection on all else.
-CLASSIC = re.compile(rb"((get|gets|set|add|cas|touch|delete|stats)( [^- \r\n][^ \r\n]*)+\r\n)?")
+CLASSIC = re.compile(
+    rb"((get|gets|set|add|cas|touch|delete|stats)( [^- \r\n][^ \r\n]*)+\r\n)?"
+)
 
 
 def read_command(stream: IO[bytes]) -> Optional[Command]:
@@ -113,7 +174,10 @@ def read_command(stream: IO[bytes]) -> Optional[Command]:
     return Command(line, verb, keys) if line else None
 
 
-def read_reply(stream: IO[bytes], verb: str) -> bytes:
+def read_reply(stream: IO[bytes], command: Command) -> bytes:
+    verb = command.verb
+    if command.is_quiet:
+        return b""
     reply = line = stream.readline()
     while verb in ("get", "gets", "stats") and line.startswith((b"VALUE", b"STAT")):
         if line.startswith(b"VALUE"):
@@ -124,7 +188,7 @@ def read_reply(stream: IO[bytes], verb: str) -> bytes:
 
 
 class Proxy(Trigger):
-    """Between `memchunk.connect` and a memcached: takes commands one by one, makes them fail."""
+    """Between a cache and a memcached: takes commands one by one, makes them fail."""
 
     def __init__(self, upstream: Memcached) -> None:
         super().__init__(upstream)
@@ -135,18 +199,26 @@ class Proxy(Trigger):
 
     def _listen(self, port: int) -> None:
         self._listener = socket.create_server(("127.0.0.1", port))
-        threading.Thread(target=self._accept, args=[self._listener], daemon=True).start()
+        threading.Thread(
+            target=self._accept, args=[self._listener], daemon=True
+        ).start()
 
     def _accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError), listener:
             while True:
                 client, _ = listener.accept()
-                session = threading.Thread(target=self._serve, args=[client], daemon=True)
+                session = threading.Thread(
+                    target=self._serve, args=[client], daemon=True
+                )
                 self._sessions.append(session)
                 session.start()
 
     def cache(self, timeout: float = 10, **options: Any) -> FileCache:
-        return memchunk.connect(self.server, timeout=timeout, **options)
+        waits = {"connect_timeout": timeout, "timeout": timeout}
+        client = PooledClient(
+            self.server, no_delay=True, default_noreply=False, **waits
+        )
+        return FileCache(client, **options)
 
     def drain(self) -> None:
         """Wait until all commands were carried out, after their senders have gone."""
@@ -164,7 +236,10 @@ class Proxy(Trigger):
             self._listen(int(self.server.rpartition(":")[2]))
 
     def _serve(self, client: socket.socket) -> None:
-        with contextlib.suppress(OSError, ValueError, IndexError), contextlib.ExitStack() as stack:
+        with (
+            contextlib.suppress(OSError, ValueError, IndexError),
+            contextlib.ExitStack() as stack,
+        ):
             stack.enter_context(client)
             server = stack.enter_context(self.upstream.connection())
             requests = stack.enter_context(client.makefile("rb"))
@@ -189,7 +264,7 @@ class Proxy(Trigger):
             self._action()
         if fault in DONE or (command.verb == "delete" and fault == "no"):
             server.sendall(command.raw)
-            reply = read_reply(replies, command.verb)
+            reply = read_reply(replies, command)
         if fault and fault != "act":
             self._action()
         if fault == "gone":
@@ -201,11 +276,13 @@ class Proxy(Trigger):
             while requests.read1(1 << 16):  # until the client gives up
                 pass
         if fault in HANGS_UP:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )
             raise ConnectionAbortedError
         if fault == "evicted":
             self._evict(command.keys)
-        return reply if fault in DONE else false_answer(fault, command.verb) + b"\r\n"
+        return reply if fault in DONE else false_reply(fault, command)
 
 
 class Late(Proxy):
@@ -226,18 +303,21 @@ class Late(Proxy):
                 pass
             time.sleep(0.2)
         server.sendall(command.raw)
-        reply = read_reply(replies, command.verb)
+        reply = read_reply(replies, command)
         if late:
             raise ConnectionAbortedError
         return reply
 
 
-def false_answer(fault: str, verb: str) -> bytes:
+def false_reply(fault: str, command: Command) -> bytes:
+    if command.is_quiet:
+        return b""
     if fault == "no":
-        return NO[verb]
+        return NO[command.verb] + b"\r\n"
     if fault == "garbage":
-        return b"\0what?"
-    return b"SERVER_ERROR " + OUT_OF_MEMORY.get(verb, b"busy") * (fault == "out of memory")
+        return b"\0what?\r\n"
+    words = OUT_OF_MEMORY.get(command.verb, b"busy") * (fault == "out of memory")
+    return b"SERVER_ERROR " + words + b"\r\n"
 
 
 ERRORS: dict[str, Callable[[bytes], Exception]] = {
