@@ -5,14 +5,10 @@
     pool = mcpool.connect("10.0.0.1,10.0.0.2:11212,unix:/run/memcached.sock")
     pool = mcpool.connect("tls://user:password@cache.example.com")
 
-`connect` returns a `ServerPool` for one server and a `Cluster` for several. Both have
-pymemcache's methods, may be shared by threads, survive a fork, and can be pickled.
-
-* A call has one time limit for all that it waits for: a free connection, the connect,
-  the reply. The time that the caller's own generator or hook takes is not counted.
-* A server has at most `max_connections` connections. A thread waits for a free one.
-* After a time-out, calls to that server fail at once for two seconds. Then one call
-  tries again.
+* Threads may share a pool. It survives a fork, and it can be pickled.
+* A call has one time limit for all its waits: for a free connection, for the connect,
+  for the reply. The time that the caller's own generator or hook takes is not counted.
+* After a time-out, calls to that server fail at once for two seconds. Then one tries.
 * A key belongs to one server. There is no fail-over, which would bring old values back.
 * Errors are OSErrors or pymemcache's. None of them shows a password.
 """
@@ -31,54 +27,45 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Callable, Optional, Union
+from collections.abc import Iterable, Mapping
+from typing import Any, Callable, Union
 from urllib.parse import unquote_to_bytes
 
+from pymemcache import exceptions
 from pymemcache.client.base import Client
-from pymemcache.exceptions import (
-    MemcacheClientError,
-    MemcacheError,
-    MemcacheServerError,
-    MemcacheUnexpectedCloseError,
-    MemcacheUnknownError,
-)
 
-__all__ = ["Cluster", "NoAnswer", "NoFreeConnection", "ServerPool", "connect"]
+__all__ = ["Cluster", "NoAnswer", "ServerPool", "connect"]
 __version__ = "1.0.0"
 
 _IDLE = 60  # seconds; firewalls forget connections that idle longer
-_DOWN = 2  # seconds without calls to a server that did not answer in time
+_DOWN = 2  # seconds in which a server that did not answer in time is left alone
 _REFUSED = 10  # seconds until a server that refused connections is asked for more
-_PAUSE = 0.02  # seconds between two tries to get the first connection
+_PAUSE = 0.02  # seconds after a refused connection
+# The part of its time that a call spends on a first try to open a connection. A server
+# without a descriptor for it does not say no, and another connection may come free.
+_SHARE = 0.25
 _LINE = 8192  # bytes; no line of memcached is longer
 _LARGEST_VALUE = 2**30  # bytes; memcached's -I ends there
-_OUTSTANDING = 256  # replies that are not yet read; so many fit in any socket buffer
-_RECEIVE = 4096  # bytes to ask for if a line is expected, as pymemcache does
-_GATHER = 65536  # bytes of commands that are sent together if all of them are there
-_PARTS = 64  # that the system takes at once; Linux takes 1024, POSIX promises 16
+_OUTSTANDING = 256  # replies that are not read yet; so many fit in any socket's buffer
+_PARTS = 64  # that one sendmsg takes; Linux allows 1024, and POSIX promises 16
 
 _ADDRESS = re.compile(
     r"(?P<tls>tls://)?((?P<user>[^:@]+):(?P<password>[^@]+)@)?"
-    r"(?P<place>(\[(?P<ipv6>[\w:.%]+)\]|(?P<host>[^][\s:/@,]+))(:(?P<port>\d{1,5}))?)"
+    r"(?P<place>(\[(?P<ipv6>[\w:.%]+)\]|(?P<host>(?!\d+(:|$))[^][\s:/@,]+))"
+    r"(:(?P<port>\d{1,5}))?)"
 )
-_FORMS = "host, host:port, [ipv6]:port or unix:/path"
 _VALUE = re.compile(rb"VALUE (\S+) \d+ (\d{1,10})(?: (\d+))?")
-_REPLIES = {  # to the commands that pymemcache takes any line for
-    b"delete": re.compile(rb"DELETED|NOT_FOUND"),
-    b"touch": re.compile(rb"TOUCHED|NOT_FOUND"),
-    b"incr": re.compile(rb"\d+ *|NOT_FOUND"),
-    b"decr": re.compile(rb"\d+ *|NOT_FOUND"),
-    b"flush_all": re.compile(rb"OK"),
-}
-
-_NOREPLY = b" noreply\r\n"
+_REPLY = re.compile(rb"DELETED|TOUCHED|NOT_FOUND|OK|VERSION .*|\d+ *")
+_GREETING = re.compile(rb"(VALUE .*\r\n)?END\r\n|(?!VALUE)[^\r\n]*\r\n", re.DOTALL)
 
 Key = Union[str, bytes]
-Command = Iterable[Any]  # bytes-like parts, which are not joined
-Fill = Callable[[Any], Any]  # fills a writable buffer with the value's next bytes
-Receive = Callable[[Key, int, Fill], Any]
-_Ticket = concurrent.futures.Future[Optional["_Connection"]]
+Receive = Callable[[Key, int, Callable[[Any], Any]], Any]
+
+_fork_lock = threading.Lock()
+
+
+class NoAnswer(TimeoutError):
+    """The server did not answer in time: now, or in a call of the last two seconds."""
 
 
 def connect(
@@ -90,732 +77,519 @@ def connect(
 ) -> ServerPool | Cluster:
     """Make a pool for one server or several. It connects when it is first used.
 
-    servers: text with commas between the addresses, or an iterable of addresses. An
-    address is "host", "host:port", "[ipv6]:port" or "unix:/path". "tls://" and
-    "user:password@" may stand before a host. Percent-encode special characters of these.
+    servers: text with commas between the addresses, or an iterable of addresses. These
+    are "host", "host:port", "[ipv6]:port" or "unix:/path". "tls://" and "user:password@",
+    with special characters percent-encoded, may stand before a host.
     timeout: seconds that a call may wait in all.
-    tls: used for every host. By default hosts with "tls://" get
-    `ssl.create_default_context()`, and others don't use TLS.
+    tls: for every host. By default, hosts with "tls://" get Python's default context.
     max_connections: how many connections each server may have at a time.
 
     Raises ValueError if an address or a number is not valid.
     """
-    if not 0 < timeout <= threading.TIMEOUT_MAX:
-        raise ValueError("timeout must be a number of seconds above 0")
-    if max_connections < 1:
-        raise ValueError("max_connections must be 1 or more")
-    pools: dict[str, ServerPool] = {}
-    places = set()
-    for address in _addresses(servers):
-        if address.place in places:
-            raise ValueError(f"the server {address.name!r} is given twice")
-        places.add(address.place)
-        pools[address.name] = ServerPool(address, timeout, tls, max_connections)
-    return Cluster(pools) if len(pools) > 1 else next(iter(pools.values()))
+    if not 0 < timeout <= threading.TIMEOUT_MAX or max_connections < 1:
+        raise ValueError("timeout must be above 0, and max_connections 1 or more")
+    given = servers.split(",") if isinstance(servers, str) else list(servers)
+    if given in ([], [""]):
+        raise ValueError("no memcached server is given")
+    # If a password has a comma in it, its second half looks like an address.
+    secret = any("@" in str(each) for each in given)
+    parsed = [_parse(each, number, secret) for number, each in enumerate(given, 1)]
+    if len({server.place for server in parsed}) < len(parsed):
+        raise ValueError("a memcached server is given twice")
+    pools = [ServerPool(each, timeout, tls, max_connections) for each in parsed]
+    return Cluster(pools) if len(pools) > 1 else pools[0]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Address:
-    """Where a server is. `name` is the address as it was given, without credentials."""
-
-    name: str
-    place: str | tuple[str, int]  # the path of a Unix socket, or host and port
+class _Server:
+    name: str  # the address as it was given, without credentials
+    place: Any  # the path of a Unix socket, or host and port
     tls: bool = False
-    login: bytes = dataclasses.field(default=b"", repr=False)
+    login: bytes = dataclasses.field(default=b"", repr=False)  # user, space, password
 
 
-def _addresses(servers: str | Iterable[str]) -> list[_Address]:
-    texts = servers.split(",") if isinstance(servers, str) else list(servers)
-    if texts in ([], [""]):
-        raise ValueError("no memcached server is given")
-    # A password may hold a comma by mistake. Then a piece of it looks like an address.
-    secret = any("@" in str(text) for text in texts)
-    return [_address(text, number, secret) for number, text in enumerate(texts, 1)]
-
-
-def _address(text: object, number: int, secret: bool) -> _Address:
-    """Parse one address. The error does not show it if there are passwords."""
-    text = text.strip() if isinstance(text, str) else text
-    if isinstance(text, str) and text.startswith("unix:") and text != "unix:":
-        return _Address(text, text[len("unix:") :])
-    match = _ADDRESS.fullmatch(text) if isinstance(text, str) else None
+def _parse(address: object, number: int, secret: bool) -> _Server:
+    """Parse an address. Errors don't show it if there are passwords."""
+    text = str(address).strip()
+    if text.startswith("unix:/"):
+        return _Server(text, text[len("unix:") :])
+    match = _ADDRESS.fullmatch(text)
     port = int(match["port"] or 11211) if match else 0
-    if match is None or not 1 <= port <= 65535:
-        shown = "it is not shown, for it may hold a password" if secret else repr(text)
-        raise ValueError(f"server {number} is not valid ({shown}); write {_FORMS}")
+    if not match or not 1 <= port <= 65535:
+        shown = "which is hidden for its password" if secret else repr(text)
+        forms = "host, host:port, [ipv6]:port or unix:/path"
+        raise ValueError(f"address {number}, {shown}, is not valid; write {forms}")
     login = b""
     if match["user"]:
-        login = b" ".join(map(unquote_to_bytes, (match["user"], match["password"])))
-    host = match["ipv6"] or match["host"]
-    tls = match["tls"] or ""
-    return _Address(tls + match["place"], (host.lower(), port), bool(tls), login)
+        login = b" ".join(map(unquote_to_bytes, match.group("user", "password")))
+    place = (match["ipv6"] or match["host"]).lower(), port
+    return _Server(
+        (match["tls"] or "") + match["place"], place, bool(match["tls"]), login
+    )
 
 
 def _forward(name: str) -> Callable[..., Any]:
-    """A method of `ServerPool` that does what pymemcache's does, on a connection."""
+    """pymemcache's method of that name, done at the key's server."""
 
     @functools.wraps(getattr(Client, name))
-    def method(self: ServerPool, *args: Any, **options: Any) -> Any:
-        return self._call(name, *args, **options)
+    def method(self: _Commands, *args: Any, **options: Any) -> Any:
+        key = args[0] if args else options.get("key", b"")
+        return self.for_key(key)._call(name, *args, **options)
 
     return method
 
 
-class ServerPool:
-    """Connections to one server, with pymemcache's methods. Use `connect` to make it.
-
-    Unlike pymemcache, `noreply` is False unless it is given.
-    """
+class _Commands:
+    """pymemcache's methods. Unlike there, `noreply` is False unless it is given."""
 
     key_prefix = b""
+    get, gets = _forward("get"), _forward("gets")
+    set, add, replace = _forward("set"), _forward("add"), _forward("replace")
+    append, prepend, cas = _forward("append"), _forward("prepend"), _forward("cas")
+    touch, delete = _forward("touch"), _forward("delete")
+    incr, decr = _forward("incr"), _forward("decr")
 
-    def __init__(
-        self,
-        address: _Address,
-        timeout: float,
-        tls: ssl.SSLContext | None,
-        max_connections: int,
-    ) -> None:
-        self.server = address.name
-        self._address, self._timeout, self._tls = address, timeout, tls
-        self._max_connections = max_connections
-        self._context: ssl.SSLContext | None = None
-        if not isinstance(address.place, str) and (tls or address.tls):
-            self._context = tls or ssl.create_default_context()
-        self._shelves: dict[int, _Shelf] = {}  # by process, because processes fork
+    def for_key(self, key: Key) -> ServerPool:
+        """The pool of the server that has this key."""
+        raise NotImplementedError
 
-    get = _forward("get")
-    gets = _forward("gets")
-    gets_many = _forward("gets_many")
-    set = _forward("set")
-    set_many = _forward("set_many")
-    add = _forward("add")
-    replace = _forward("replace")
-    append = _forward("append")
-    prepend = _forward("prepend")
-    cas = _forward("cas")
-    touch = _forward("touch")
-    delete = _forward("delete")
-    delete_many = _forward("delete_many")
-    incr = _forward("incr")
-    decr = _forward("decr")
-    stats = _forward("stats")
-    version = _forward("version")
+    def _each(self, name: str, items: Mapping[Key, Any], *args: Any) -> Iterable[Any]:
+        groups: dict[ServerPool, dict[Key, Any]] = {}
+        for key, value in items.items():
+            groups.setdefault(self.for_key(key), {})[key] = value
+        return [pool._call(name, group, *args) for pool, group in groups.items()]
+
+    def get_many(
+        self, keys: Iterable[Key], receive: Receive | None = None
+    ) -> dict[Key, Any]:
+        """Like pymemcache's. With `receive`, each value is what that returns.
+
+        It is called as `receive(key, size, fill)` while the value arrives. `fill(buffer)`
+        fills a writable buffer with the next bytes of the value, and returns it. `size`
+        bytes must be filled in all. What `receive` raises passes through.
+        """
+        results = self._each("get_many", dict.fromkeys(keys), receive)
+        return dict(collections.ChainMap(*results))
+
+    def gets_many(self, keys: Iterable[Key]) -> dict[Key, Any]:
+        return dict(collections.ChainMap(*self._each("gets_many", dict.fromkeys(keys))))
+
+    def set_many(self, values: Mapping[Key, Any], *args: Any) -> list[Key]:
+        return [
+            key for failed in self._each("set_many", values, *args) for key in failed
+        ]
+
+    def delete_many(self, keys: Iterable[Key], noreply: bool = False) -> bool:
+        return all(self._each("delete_many", dict.fromkeys(keys), noreply))
+
+
+class Cluster(_Commands):
+    """Several servers. `servers` has their pools by name, for commands without a key.
+
+    A key's server is chosen by rendezvous hashing of what stands before "|#|" in it.
+    """
+
+    def __init__(self, pools: Iterable[ServerPool]) -> None:
+        self.servers = {pool.server: pool for pool in pools}
+
+    def for_key(self, key: Key) -> ServerPool:
+        prefix = (key.encode() if isinstance(key, str) else key).partition(b"|#|")[0]
+
+        def rank(name: str) -> str:
+            return hashlib.sha256(b"%b-%b" % (name.encode(), prefix)).hexdigest()
+
+        return self.servers[max(self.servers, key=rank)]
+
+    def close(self) -> None:
+        for pool in self.servers.values():
+            pool.close()
+
+
+class ServerPool(_Commands):
+    """Connections to one server, whose name is `server`. `connect` makes it."""
+
+    stats, version = _forward("stats"), _forward("version")
     flush_all = _forward("flush_all")
 
-    def __repr__(self) -> str:
-        return f"<mcpool.ServerPool {self.server}>"
+    def __init__(
+        self, server: _Server, timeout: float, tls: ssl.SSLContext | None, maximum: int
+    ) -> None:
+        self.server, self._given = server.name, (server, timeout, tls, maximum)
+        self._server, self._timeout, self._maximum = server, timeout, maximum
+        self._tls = tls or (ssl.create_default_context() if server.tls else None)
+        self._start()
+
+    def _start(self) -> None:
+        self._pid, self._lock = os.getpid(), threading.RLock()
+        self._idle: collections.deque[tuple[float, _Connection]] = collections.deque()
+        self._waiters: collections.deque[concurrent.futures.Future[Any]] = (
+            collections.deque()
+        )
+        self._places = 0  # connections that are idle, in use or being opened
+        self._bound, self._bound_until, self._refusal = self._maximum, 0.0, ""
+        self._down_until = 0.0  # 0: the server answers
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._tls:
-            raise TypeError("a pool can't be pickled if it was given an SSLContext")
-        return ServerPool, (self._address, self._timeout, None, self._max_connections)
+        return ServerPool, self._given
 
     @property
     def servers(self) -> dict[str, ServerPool]:
         return {self.server: self}
 
     def for_key(self, key: Key) -> ServerPool:
-        """The pool of the server that has this key: this one."""
         return self
 
-    def get_many(
-        self, keys: Iterable[Key], receive: Receive | None = None
-    ) -> dict[Key, Any]:
-        """Like pymemcache's. With `receive`, each value is what it returns.
-
-        It is called as `receive(key, size, fill)` while the value arrives. `fill(buffer)`
-        fills a writable buffer with the next bytes of the value, and returns it. In all,
-        `size` bytes must be filled. If it raises, the error passes through.
-        """
-        values: dict[Key, Any] = self._call("get_many", keys, receive)
-        return values
-
-    def pipeline(self, commands: Iterable[Command]) -> list[bytes]:
+    def pipeline(self, commands: Iterable[Iterable[Any]]) -> list[bytes]:
         """Send several commands in one go, and return their replies in order.
 
         A command is an iterable of bytes-like parts, which are not joined. A reply is one
-        line without its end. Error lines are replies too. A command whose first part ends
-        with b" noreply\\r\\n" gets none. Over TCP, each command of a generator is made
-        while the one before it travels.
+        line without its end, and may be an error. Commands whose first part ends with
+        b" noreply\\r\\n" get none. On TCP, a generator makes each command while the one
+        before it travels.
         """
-        if isinstance(self._address.place, str):
-            # Nothing travels on a Unix socket. Taking turns with the server costs 13 %.
+        if isinstance(self._server.place, str):
+            # On a Unix socket, turns between us and the server cost 13 % of the time.
             commands = [list(command) for command in commands]
         replies: list[bytes] = self._call("pipeline", commands)
         return replies
 
     def close(self) -> None:
         """Close the connections that are not in use. The pool can still be used."""
-        self._shelf().close()
+        self._check_process()
+        self._close_idle(0)
+
+    def _check_process(self) -> None:
+        """A child process must not talk on its parent's connections."""
+        if self._pid != os.getpid():
+            with _fork_lock:
+                if self._pid != os.getpid():
+                    for _, connection in self._idle:
+                        connection.close()
+                    self._start()
 
     def _call(self, command: str, *args: Any, **options: Any) -> Any:
         """Have a connection do a command, within the time limit."""
-        shelf = self._shelf()
-        shelf.refuse_if_down()
+        self._check_process()
+        began = time.monotonic()
+        self._fail_if_down(began)
+        connection = None
         try:
-            connection = self._take(shelf, time.monotonic() + self._timeout)
-            try:
-                result = getattr(connection, command)(*args, **options)
-            except BaseException:  # perhaps in mid-reply
+            connection = self._take(began + self._timeout)
+            began = time.monotonic()
+            result = getattr(connection, command)(*args, **options)
+        except BaseException as error:  # perhaps in mid-reply
+            if connection:
                 connection.close()
-                shelf.give(None)
-                raise
-            shelf.give(connection)
-        except BaseException as error:
-            shelf.note_failure(error)
+                self._give(None)
+            self._note(error, began)
             raise
-        shelf.down_until = 0
+        self._give(connection)
+        if self._down_until:
+            self._down_until = self._bound_until = 0
         return result
 
-    def _shelf(self) -> _Shelf:
-        """The connections of this process. A child never uses those of its parent."""
-        pid = os.getpid()
-        shelf = self._shelves.get(pid)
-        if shelf is None:
-            # Each step is atomic. A lock might have been held when the process forked.
-            new = _Shelf(self.server, self._timeout, self._max_connections)
-            shelf = self._shelves.setdefault(pid, new)
-            for parent in set(self._shelves) - {pid}:
-                for _, connection in self._shelves.pop(parent, new).idle:
-                    connection.close()
-        return shelf
+    def _fail_if_down(self, now: float) -> None:
+        with self._lock:
+            if now < self._down_until:
+                raise NoAnswer(f"{self.server} did not answer in time a moment ago")
+            if self._down_until:
+                self._down_until = now + self._timeout  # this call tries, others fail
 
-    def _take(self, shelf: _Shelf, deadline: float) -> _Connection:
+    def _note(self, error: BaseException, began: float) -> None:
+        now = time.monotonic()
+        # A call that waited long for a free connection left the server little time.
+        if isinstance(error, NoAnswer) and now - began >= self._timeout / 2:
+            self._down_until = now + _DOWN
+        elif not isinstance(error, TimeoutError):
+            self._down_until = min(self._down_until, now)  # the next call tries
+
+    def _take(self, deadline: float) -> _Connection:
         """A connection that works: one that idled, or a new one."""
+        share = _SHARE
         while True:
-            connection = shelf.take(deadline)
+            connection = self._wait(deadline)
             try:
                 if connection is None:
-                    connection = _Connection(self._address, self._context, deadline)
-                    connection._connect()
-                if connection.allow(deadline):
+                    connection = _Connection(self._server, self._tls)
+                    connection.open(deadline, share)
+                if connection.begin(deadline):
                     return connection
                 connection.close()
-            except _TooManyConnections as refusal:
-                if shelf.shrink(refusal):
-                    continue
-                time.sleep(min(_PAUSE, max(0, deadline - time.monotonic())))
+            except NoAnswer as refusal:
+                self._shrink(refusal, deadline)
+                share = 1
+                continue
             except BaseException:
-                shelf.give(None)
+                self._give(None)
                 raise
-            shelf.give(None)
+            self._give(None)
 
-
-class NoAnswer(TimeoutError):
-    """The server did not answer in time. `since`: when this call began to ask it."""
-
-    since: float = 0
-
-
-class NoFreeConnection(TimeoutError):
-    """All connections that the pool may have were in use until the time limit."""
-
-
-class _TooManyConnections(MemcacheServerError):
-    """The server has as many connections as its option -c allows."""
-
-
-class _Shelf:
-    """The connections of one process to one server, and whether that server answers."""
-
-    def __init__(self, server: str, timeout: float, maximum: int) -> None:
-        self.server, self.timeout, self.maximum = server, timeout, maximum
-        self.lock = threading.Lock()
-        self.idle: collections.deque[tuple[float, _Connection]] = collections.deque()
-        self.waiting: collections.deque[_Ticket] = collections.deque()
-        self.places = 0  # connections that are idle, in use or being opened
-        self.bound, self.bound_until, self.refusal = maximum, 0.0, ""
-        self.down_until = 0.0  # 0: the server answers
-
-    def take(self, deadline: float) -> _Connection | None:
-        """An idle connection, or None and with it a place for a new one."""
-        with self.lock:
+    def _wait(self, deadline: float) -> _Connection | None:
+        """Wait for an idle connection, or for a place for a new one (None)."""
+        with self._lock:
             now = time.monotonic()
-            self._close_old(now)
-            if now >= self.bound_until:
-                self.bound = self.maximum
-            if self.idle:
-                return self.idle.pop()[1]
-            if self.places < self.bound and now < deadline:
-                self.places += 1
+            self._close_idle(_IDLE)
+            if self._idle:
+                return self._idle.pop()[1]
+            if now >= self._bound_until:
+                self._bound, self._refusal = self._maximum, ""
+            if self._places < self._bound and now < deadline:
+                self._places += 1
                 return None
-            ticket: _Ticket = concurrent.futures.Future()
-            self.waiting.append(ticket)
-        return self._wait(ticket, deadline - now)
-
-    def _wait(self, ticket: _Ticket, seconds: float) -> _Connection | None:
-        """Wait for what another thread gives back. Who waits longest gets it first."""
+            waiter: concurrent.futures.Future[Any] = concurrent.futures.Future()
+            self._waiters.append(waiter)  # who comes first is served first
         try:
-            return ticket.result(seconds)
+            return waiter.result(deadline - now)  # type: ignore[no-any-return]
         except BaseException as error:
-            if not ticket.cancel():  # it came at the last moment
-                self.give(ticket.result())
+            if not waiter.cancel():  # it came at the last moment
+                self._give(waiter.result())
             if not isinstance(error, concurrent.futures.TimeoutError):
                 raise
-        text = f"{self.server}: no connection became free within {self.timeout:g} s"
-        if self.bound < self.maximum:
-            raise NoFreeConnection(f"{text}; the server says: {self.refusal}")
-        raise NoFreeConnection(f"{text}; max_connections is {self.maximum}")
+        limit = self._refusal or f"max_connections is {self._maximum}"
+        raise TimeoutError(f"{self.server}: no connection came free; {limit}")
 
-    def give(self, connection: _Connection | None) -> None:
+    def _shrink(self, refusal: NoAnswer, deadline: float) -> None:
+        """Have no more connections than the server accepts, and share these."""
+        with self._lock:
+            now = time.monotonic()
+            self._places -= 1
+            self._bound, self._bound_until = max(self._places, 1), now + _REFUSED
+            self._refusal = f"the server accepts no more than {self._bound}: {refusal}"
+        if now >= deadline:
+            raise refusal
+        time.sleep(_PAUSE)
+
+    def _give(self, connection: _Connection | None) -> None:
         """Give back a connection, or the place of one that was closed (None)."""
-        with self.lock:
-            while self.waiting:
-                ticket = self.waiting.popleft()
-                if ticket.set_running_or_notify_cancel():
-                    ticket.set_result(connection)
+        with self._lock:
+            while self._waiters:
+                waiter = self._waiters.popleft()
+                if waiter.set_running_or_notify_cancel():
+                    waiter.set_result(connection)
                     return
-            now = time.monotonic()
-            if connection is None:
-                self.places -= 1
+            if connection:
+                self._idle.append((time.monotonic(), connection))
             else:
-                self.idle.append((now, connection))
-            self._close_old(now)
+                self._places -= 1
+            self._close_idle(_IDLE)
 
-    def _close_old(self, now: float) -> None:
-        while self.idle and now - self.idle[0][0] > _IDLE:
-            self.places -= 1
-            self.idle.popleft()[1].close()
-
-    def shrink(self, refusal: _TooManyConnections) -> bool:
-        """The server accepts no more: give up a place, unless it is the only one."""
-        with self.lock:
-            kept = self.places - 1
-            self.bound = max(kept, 1)
-            self.bound_until = time.monotonic() + max(_REFUSED, self.timeout)
-            self.refusal = str(refusal)
-            self.places = self.bound
-            return kept > 0
-
-    def close(self) -> None:
-        with self.lock:
-            while self.idle:
-                self.places -= 1
-                self.idle.pop()[1].close()
-
-    def refuse_if_down(self) -> None:
-        """Raise if the server did not answer lately. Let one call through to try again."""
-        if not self.down_until:
-            return
-        with self.lock:
-            now = time.monotonic()
-            if now < self.down_until:
-                raise NoAnswer(
-                    f"{self.server} did not answer within {self.timeout:g} s lately; "
-                    f"calls fail at once until it is asked again"
-                )
-            if self.down_until:
-                self.down_until = now + self.timeout
-
-    def note_failure(self, error: BaseException) -> None:
-        now = time.monotonic()
-        if isinstance(error, NoAnswer):
-            # A call that waited long for a free connection says little about the server.
-            if now - error.since >= self.timeout / 2:
-                self.down_until = now + _DOWN
-        elif isinstance(error, (ConnectionError, MemcacheServerError)):
-            self.down_until = 0
-        elif self.down_until and not isinstance(error, NoFreeConnection):
-            self.down_until = now  # nothing is known: let the next call try
+    def _close_idle(self, seconds: float) -> None:
+        """Close those that idled for so long. The newest are used first."""
+        with self._lock:
+            while self._idle and time.monotonic() - self._idle[0][0] >= seconds:
+                self._places -= 1
+                self._idle.popleft()[1].close()
 
 
 class _Socket:
-    """A connected socket that waits for `left` seconds in all, until `allow` sets that anew.
+    """A socket whose waits take `left` seconds in all."""
 
-    It also ends a reply that goes on and on without the end of a line.
-    """
-
-    def __init__(self, sock: socket.socket, server: str) -> None:
-        self._sock, self._server = sock, server
+    def __init__(self, family: int, name: str, left: float) -> None:
+        self.sock, self.name, self.left = socket.socket(family), name, left
         # eventlet's sockets pass sendmsg through to a socket that does not wait.
-        self._gathers = hasattr(type(sock), "sendmsg")
-        self.left = self.since = 0.0
-        self.unended = 0  # bytes since the last end of a line
+        self.gathers = hasattr(type(self.sock), "sendmsg")
         self.ahead = b""  # what `line` received behind its line
+        self.unended = 0  # bytes since the last end of a line
 
-    def allow(self, seconds: float, since: float) -> None:
-        self.left, self.since, self.unended = seconds, since, 0
+    def connect(self, place: Any, tls: ssl.SSLContext | None, host: str) -> None:
+        self.wait(self.sock.connect, place)
+        if not isinstance(place, str):
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if tls:
+                self.gathers = False
+                wrap = functools.partial(tls.wrap_socket, server_hostname=host)
+                self.sock = self.wait(wrap, self.sock)
 
-    def connect(self, place: Any) -> None:
-        self._wait(self._sock.connect, place)
-        if self._sock.family != getattr(socket, "AF_UNIX", None):
-            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def start_tls(self, context: ssl.SSLContext, host: str) -> None:
-        self._sock = context.wrap_socket(
-            self._sock, server_hostname=host, do_handshake_on_connect=False
-        )
-        self._gathers = False
-        self._wait(self._sock.do_handshake)
-
-    def _wait(self, operation: Callable[..., Any], *args: Any) -> Any:
+    def wait(self, operation: Callable[..., Any], *args: Any) -> Any:
         started = time.monotonic()
         try:
-            if self.left <= 0:
-                raise TimeoutError
-            self._sock.settimeout(self.left)
-            return operation(*args)
-        except (TimeoutError, socket.timeout) as timeout:
-            error = NoAnswer(f"{self._server} did not answer in time")
-            error.since = self.since
-            raise error from timeout
+            self.sock.settimeout(max(self.left, 1e-6))
+            result = operation(*args)
+        except (TimeoutError, socket.timeout) as error:
+            raise NoAnswer(f"{self.name} did not answer in time") from error
         finally:
             self.left -= time.monotonic() - started
+        if result in (0, b""):
+            text = f"{self.name} closed the connection"
+            raise exceptions.MemcacheUnexpectedCloseError(text)
+        return result
 
-    def send(self, parts: list[Any]) -> None:
+    def sendall(self, data: bytes) -> None:
+        self.send([memoryview(data)])
+
+    def send(self, parts: list[memoryview]) -> None:
         """Send parts as they lie in memory, or joined if the socket can't do that."""
-        if not self._gathers:
-            self.sendall(b"".join(parts))
-            return
+        if not self.gathers:
+            parts = [memoryview(b"".join(parts))]
         while parts:
-            sent = self._wait(self._sock.sendmsg, parts[:_PARTS])
+            if self.gathers:
+                sent = self.wait(self.sock.sendmsg, parts[:_PARTS])
+            else:
+                sent = self.wait(self.sock.send, parts[0])
             while parts and sent >= len(parts[0]):
                 sent -= len(parts.pop(0))
             if sent:
-                parts[0] = memoryview(parts[0])[sent:]
-
-    def sendall(self, data: bytes) -> None:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[self._wait(self._sock.send, rest) :]
+                parts[0] = parts[0][sent:]
 
     def recv(self, size: int) -> bytes:
-        data: bytes = self._wait(self._sock.recv, size)
-        if not data:
-            raise MemcacheUnexpectedCloseError(f"{self._server} closed the connection")
-        if b"\r\n" in data:
-            self.unended = 0
-        self.unended += len(data) - (data.rfind(b"\r\n") + 1)
-        if self.unended > _LINE + _RECEIVE:
-            raise MemcacheUnknownError(f"{self._server} sends a line without end")
+        data: bytes = self.wait(self.sock.recv, size)
+        self.unended = 0 if b"\r\n" in data else self.unended + len(data)
+        if self.unended > _LINE:
+            raise exceptions.MemcacheUnknownError(f"{self.name} sends an endless line")
         return data
-
-    def recv_into(self, buffer: memoryview) -> int:
-        count: int = self._wait(self._sock.recv_into, buffer)
-        if not count:
-            raise MemcacheUnexpectedCloseError(f"{self._server} closed the connection")
-        return count
 
     def line(self) -> bytes:
         """The next line, without its end."""
         while b"\r\n" not in self.ahead:
-            self.ahead += self.recv(_RECEIVE)
+            self.ahead += self.recv(_LINE)
         line, _, self.ahead = self.ahead.partition(b"\r\n")
         if len(line) > _LINE:
-            raise MemcacheUnknownError(
-                f"{self._server} sends a line of {len(line)} bytes"
-            )
+            raise exceptions.MemcacheUnknownError(f"{self.name} sends an endless line")
         return line
+
+    def fill(self, view: memoryview) -> None:
+        filled = min(len(view), len(self.ahead))
+        view[:filled], self.ahead = self.ahead[:filled], self.ahead[filled:]
+        while filled < len(view):
+            filled += self.wait(self.sock.recv_into, view[filled:])
 
     def is_quiet(self) -> bool:
         """Whether nothing came that nobody asked for: no reply, and no end."""
-        try:
-            self._sock.settimeout(0)
-            self._sock.recv(1)
-        except (BlockingIOError, ssl.SSLWantReadError):
-            return True
-        except OSError:
-            pass
+        self.sock.settimeout(0)
+        with contextlib.suppress(OSError):
+            try:
+                self.sock.recv(1)
+            except (BlockingIOError, ssl.SSLWantReadError):
+                return True
         return False
 
     def close(self) -> None:
-        self._sock.close()
-
-
-class _Value:
-    """The bytes of one value: first those that came with its line, then the socket's."""
-
-    def __init__(self, sock: _Socket, size: int, ahead: bytes) -> None:
-        self._sock, self._size, self._left, self._ahead = sock, size, size, ahead
-        sock.unended = 0
-
-    def fill(self, buffer: Any) -> Any:
-        """Fill a writable buffer with the next bytes, and return it."""
-        with memoryview(buffer).cast("B") as view:
-            size = len(view)
-            if size > self._left:
-                raise ValueError(f"a buffer of {size} bytes for {self._left}")
-            self._left -= size
-            filled = min(size, len(self._ahead))
-            view[:filled], self._ahead = self._ahead[:filled], self._ahead[filled:]
-            while filled < size:
-                filled += self._sock.recv_into(view[filled:])
-        return buffer
-
-    def end(self) -> bytes:
-        """Check that the value ends here, and return what came after it."""
-        if self._left:
-            raise ValueError(f"{self._left} of {self._size} bytes were not received")
-        while len(self._ahead) < len(b"\r\n"):
-            self._ahead += self._sock.recv(_RECEIVE)
-        if not self._ahead.startswith(b"\r\n"):
-            raise MemcacheUnknownError(self._ahead[:32])
-        self._sock.unended = 0
-        return self._ahead[len(b"\r\n") :]
-
-
-def _receive_bytes(key: Key, size: int, fill: Fill) -> bytes:
-    return bytes(fill(bytearray(size)))
+        self.sock.close()
 
 
 class _Connection(Client):
-    """pymemcache's client for one connection, with the slow steps replaced.
-
-    Values go out in parts as they lie in memory, and come in with one copy.
-    """
+    """pymemcache's client for one connection, with the slow steps replaced."""
 
     sock: Any  # a _Socket
 
-    def __init__(
-        self, address: _Address, context: ssl.SSLContext | None, deadline: float
-    ) -> None:
-        super().__init__(address.place, default_noreply=False)
-        self._address, self._context, self._deadline = address, context, deadline
-        self._receive: Receive = _receive_bytes
+    def __init__(self, server: _Server, tls: ssl.SSLContext | None) -> None:
+        super().__init__(server.place, default_noreply=False)
+        self._server, self._tls = server, tls
+        self._receive: Receive | None = None
 
-    def allow(self, deadline: float) -> bool:
-        """Begin a call. Returns whether this connection can be used for it."""
-        now = time.monotonic()
-        self.sock.allow(deadline - now, now)
-        return bool(self.sock.is_quiet())
-
-    def _connect(self) -> None:
+    def open(self, deadline: float, share: float) -> None:
         """Connect to one of the host's addresses. Each gets a fair share of the time."""
-        since, errors = time.monotonic(), []
-        places = self._places()
+        places, errors = [(socket.AF_UNIX, self._server.place)], []
+        if not isinstance(self._server.place, str):
+            host, port = self._server.place
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            places = [(family, place) for family, _, _, _, place in found]
         for index, (family, place) in enumerate(places):
-            seconds = (self._deadline - time.monotonic()) / (len(places) - index)
-            self.sock = _Socket(socket.socket(family), self._address.name)
-            self.sock.allow(seconds, since)
+            left = (deadline - time.monotonic()) * share / (len(places) - index)
+            self.sock = _Socket(family, self._server.name, left)
             try:
-                self._begin(place)
-                return
+                return self._greet(place)
             except BaseException as error:
                 self.close()
-                if not isinstance(error, (OSError, MemcacheError)):
+                if not isinstance(error, (OSError, exceptions.MemcacheError)):
                     raise
                 errors.append(error)
-        raise max(errors, key=_telling)
+        # An answer tells most, and a refused connection least.
+        kinds = exceptions.MemcacheError, NoAnswer, OSError
+        raise next(
+            error for kind in kinds for error in errors if isinstance(error, kind)
+        )
 
-    def _places(self) -> list[tuple[int, Any]]:
-        if isinstance(self._address.place, str):
-            return [(socket.AF_UNIX, self._address.place)]
-        try:
-            found = socket.getaddrinfo(*self._address.place, type=socket.SOCK_STREAM)
-        except UnicodeError as error:
-            raise OSError(f"{self._address.name} is no name of a host") from error
-        return [(family, place) for family, _, _, _, place in found]
-
-    def _begin(self, place: Any) -> None:
-        """Connect, and have one harmless command answered before others rely on it."""
-        self.sock.connect(place)
-        if self._context:
-            self.sock.start_tls(self._context, self._address.place[0])
-        login = self._address.login
-        ask, answer = b"get mcpool\r\n", b"END"
+    def _greet(self, place: Any) -> None:
+        """Connect, and have a harmless command answered before others rely on it."""
+        self.sock.connect(place, self._tls, self._server.place[0])
+        login, reply = self._server.login, b""
+        ask, answers = b"get mcpool\r\n", [b"END", b"VALUE", b"SERVER_ERROR"]
         if login:
-            ask = b"set auth x 0 %d\r\n%b\r\n" % (len(login), login)
-            answer = b"STORED"
+            ask, answers = (
+                b"set auth x 0 %d\r\n%b\r\n" % (len(login), login),
+                [b"STORED"],
+            )
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.sock.send([ask])  # the server may have said why it closed
-        self._check_answer(answer)
-
-    def _check_answer(self, answer: bytes) -> None:
-        name = self._address.name
+            self.sock.sendall(ask)  # a server that closed may have said why
         try:
-            line = self.sock.line()
-            if line.startswith(b"VALUE "):  # somebody stored an item under that key
-                keys: dict[bytes, Key] = {b"mcpool": b"mcpool"}
-                self.sock.ahead = self._extract_value(
-                    False, line, self.sock.ahead, keys, []
-                )[2]
-                line = self.sock.line()
-        except MemcacheUnexpectedCloseError:
-            raise MemcacheUnexpectedCloseError(
-                f"{name} closed the connection without an answer; does it speak TLS?"
-            ) from None
-        # Of a proxy whose server is down, other servers may be well.
-        if line == answer or (answer == b"END" and line.startswith(b"SERVER_ERROR")):
-            return
-        text = f"{name} says: {line[:64].decode(errors='replace')}"
-        if line.startswith(b"ERROR Too many open connections"):
-            raise _TooManyConnections(text)
-        if line.startswith(b"CLIENT_ERROR"):
-            raise MemcacheClientError(f"{text}; does it want user:password@?")
-        raise MemcacheUnknownError(f"{text}; is it a memcached?")
+            while not _GREETING.fullmatch(reply):
+                reply += self.sock.recv(_LINE)
+        except exceptions.MemcacheUnexpectedCloseError as error:
+            text = f"{error} without an answer; does it speak TLS?"
+            raise exceptions.MemcacheUnexpectedCloseError(text) from None
+        text = (
+            f"{self._server.name} says {reply[:64].decode(errors='replace').strip()!r}"
+        )
+        if b"Too many open connections" in reply:
+            raise NoAnswer(text)
+        if not reply.startswith(tuple(answers)):
+            raise exceptions.MemcacheUnknownError(
+                f"{text}; does it want user:password@?"
+            )
 
-    def get_many(
-        self, keys: Iterable[Key], receive: Receive | None = None
-    ) -> dict[Key, Any]:
-        self._receive = receive or _receive_bytes
+    def begin(self, deadline: float) -> bool:
+        """Begin a call; return whether the connection can still be used."""
+        self.sock.left = deadline - time.monotonic()
+        return bool(self.sock.is_quiet())
+
+    def get_many(self, keys: Any, receive: Receive | None = None) -> dict[Key, Any]:
+        self._receive = receive
         try:
-            return super().get_many(list(keys))
+            return super().get_many(keys)
         finally:
-            self._receive = _receive_bytes
+            self._receive = None
 
-    def gets_many(self, keys: Iterable[Key]) -> dict[Key, tuple[Any, Any]]:
-        return super().gets_many(list(keys))
-
-    def stats(self, *args: Any) -> Any:
-        try:
-            return super().stats(*args)  # type: ignore[no-untyped-call]
-        except IndexError:
-            raise MemcacheUnknownError("a STAT line without a name") from None
-
-    def pipeline(self, commands: Iterable[Command]) -> list[bytes]:
+    def pipeline(self, commands: Iterable[Iterable[Any]]) -> list[bytes]:
         replies: list[bytes] = []
         expected = 0
-        for parts, count in _batches(commands):
+        for command in commands:
+            parts = [memoryview(part).cast("B") for part in command]
+            expected += bytes(parts[0][-10:]) != b" noreply\r\n"
             self.sock.send(parts)
-            expected += count
-            while expected - len(replies) > _OUTSTANDING:
+            if expected - len(replies) > _OUTSTANDING:
                 replies.append(self.sock.line())
-        while len(replies) < expected:
-            replies.append(self.sock.line())
+        replies += [self.sock.line() for _ in range(expected - len(replies))]
         if self.sock.ahead:
-            raise MemcacheUnknownError(self.sock.ahead[:32])
+            raise exceptions.MemcacheUnknownError(self.sock.ahead[:32])
         return replies
 
     def _extract_value(
-        self,
-        expect_cas: bool,
-        line: bytes,
-        buf: bytes,
-        remapped_keys: dict[bytes, Key],
-        prefixed_keys: list[bytes],
+        self, expect_cas: bool, line: bytes, buf: bytes, remapped_keys: Any, _: Any
     ) -> tuple[Key, Any, bytes]:
         """Receive one value; pymemcache's docstring offers this for overriding."""
         match = _VALUE.fullmatch(line)
-        key = remapped_keys.get(match[1]) if match else None
-        if match is None or key is None or bool(match[3]) != expect_cas:
-            raise MemcacheUnknownError(line[:64])
-        size = int(match[2])
-        if size > _LARGEST_VALUE:
-            raise MemcacheUnknownError(line[:64])
-        value = _Value(self.sock, size, buf)
-        result = self._receive(key, size, value.fill)
-        return key, (result, match[3]) if expect_cas else result, value.end()
+        known = match and match[1] in remapped_keys and bool(match[3]) == expect_cas
+        if not match or not known or int(match[2]) > _LARGEST_VALUE:
+            raise exceptions.MemcacheUnknownError(line[:64])
+        key, sock, size = remapped_keys[match[1]], self.sock, int(match[2])
+        sock.ahead, sock.unended = buf, 0
+        value = self._receive_value(key, size)
+        if sock.line():
+            raise exceptions.MemcacheUnknownError("a value is longer than announced")
+        buf, sock.ahead, sock.unended = sock.ahead, b"", 0
+        return key, (value, match[3]) if expect_cas else value, buf
 
-    def _misc_cmd(
-        self, cmds: Any, cmd_name: bytes, noreply: Any, end_tokens: Any = None
-    ) -> list[bytes]:
-        replies = super()._misc_cmd(cmds, cmd_name, noreply, end_tokens)
+    def _receive_value(self, key: Key, left: int) -> Any:
+        def fill(buffer: Any) -> Any:
+            nonlocal left
+            with memoryview(buffer).cast("B") as view:
+                left -= len(view)
+                if left < 0:
+                    raise ValueError("a buffer is longer than the rest of the value")
+                self.sock.fill(view)
+            return buffer
+
+        if not self._receive:
+            return bytes(fill(bytearray(left)))
+        value = self._receive(key, left, fill)
+        if left:
+            raise ValueError(f"{left} bytes of the value were not received")
+        return value
+
+    def _misc_cmd(self, cmds: Any, *args: Any) -> list[bytes]:
+        replies = super()._misc_cmd(cmds, *args)
         for reply in replies:
-            if cmd_name in _REPLIES and not _REPLIES[cmd_name].fullmatch(reply):
-                raise MemcacheUnknownError(reply[:32])
+            if not _REPLY.fullmatch(reply):  # pymemcache takes any line for "no"
+                raise exceptions.MemcacheUnknownError(reply[:32])
         return replies
-
-
-def _telling(error: Exception) -> int:
-    """How much an error tells, of those that the addresses of one host gave."""
-    return 2 if isinstance(error, MemcacheError) else isinstance(error, NoAnswer)
-
-
-def _batches(commands: Iterable[Command]) -> Iterator[tuple[list[Any], int]]:
-    """Parts to send in one go, and how many replies there will be to them."""
-    made = isinstance(commands, (list, tuple))
-    parts: list[Any] = []
-    size = replies = 0
-    for command in commands:
-        views = [memoryview(part).cast("B") for part in command]
-        parts += views
-        size += sum(map(len, views))
-        replies += bytes(views[0][-len(_NOREPLY) :]) != _NOREPLY
-        if not made or size >= _GATHER or len(parts) >= _PARTS:
-            yield parts, replies
-            parts, size, replies = [], 0, 0
-    if parts:
-        yield parts, replies
-
-
-def _route(name: str) -> Callable[..., Any]:
-    """A method of `Cluster` that does what pymemcache's does, at the key's server."""
-
-    @functools.wraps(getattr(Client, name))
-    def method(self: Cluster, key: Key, *args: Any, **options: Any) -> Any:
-        return getattr(self.for_key(key), name)(key, *args, **options)
-
-    return method
-
-
-class Cluster:
-    """Several servers, each of which has the keys that are hashed to it.
-
-    `servers` holds their pools by name, for what has no key, such as `stats`. Of a key
-    only what stands before "|#|" is hashed. A server that is down keeps its keys.
-    """
-
-    key_prefix = b""
-
-    def __init__(self, servers: Mapping[str, ServerPool]) -> None:
-        self.servers = dict(servers)
-
-    get = _route("get")
-    gets = _route("gets")
-    set = _route("set")
-    add = _route("add")
-    replace = _route("replace")
-    append = _route("append")
-    prepend = _route("prepend")
-    cas = _route("cas")
-    touch = _route("touch")
-    delete = _route("delete")
-    incr = _route("incr")
-    decr = _route("decr")
-
-    def __repr__(self) -> str:
-        return f"<mcpool.Cluster {', '.join(self.servers)}>"
-
-    def for_key(self, key: Key) -> ServerPool:
-        """The pool of the server that has this key."""
-        whole = key.encode() if isinstance(key, str) else bytes(key)
-        prefix = whole.partition(b"|#|")[0]
-
-        def rank(pool: ServerPool) -> str:
-            return hashlib.sha256(b"%b-%b" % (pool.server.encode(), prefix)).hexdigest()
-
-        return max(self.servers.values(), key=rank)
-
-    def _grouped(self, keys: Iterable[Key]) -> Iterator[tuple[ServerPool, list[Key]]]:
-        groups: dict[ServerPool, list[Key]] = {}
-        for key in keys:
-            groups.setdefault(self.for_key(key), []).append(key)
-        yield from groups.items()
-
-    def get_many(
-        self, keys: Iterable[Key], receive: Receive | None = None
-    ) -> dict[Key, Any]:
-        """Like `ServerPool.get_many`, one server after the other."""
-        values: dict[Key, Any] = {}
-        for pool, group in self._grouped(keys):
-            values.update(pool.get_many(group, receive))
-        return values
-
-    def gets_many(self, keys: Iterable[Key]) -> dict[Key, tuple[Any, Any]]:
-        values: dict[Key, tuple[Any, Any]] = {}
-        for pool, group in self._grouped(keys):
-            values.update(pool.gets_many(group))
-        return values
-
-    def set_many(
-        self, values: Mapping[Key, Any], *args: Any, **options: Any
-    ) -> list[Key]:
-        failed: list[Key] = []
-        for pool, group in self._grouped(values):
-            part = {key: values[key] for key in group}
-            failed += pool.set_many(part, *args, **options)
-        return failed
-
-    def delete_many(self, keys: Iterable[Key], noreply: bool = False) -> bool:
-        for pool, group in self._grouped(keys):
-            pool.delete_many(group, noreply)
-        return True
-
-    def flush_all(self, delay: int = 0, noreply: bool = False) -> bool:
-        done = [each.flush_all(delay, noreply) for each in self.servers.values()]
-        return all(done)
-
-    def close(self) -> None:
-        for pool in self.servers.values():
-            pool.close()

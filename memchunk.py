@@ -24,9 +24,8 @@ keep it:
 * The CRC of a chunk covers its bytes, its key, its index and the number of chunks. The
   CRC of a manifest covers all of it.
 
-memcached is a cache and evicts. An evicted file is FileNotFound or FileEvicted, and
-never a wrong one. Read `FileCache` first, then `_Write` (the five steps of a write),
-`CachedFile` (a read), and `_Entry` (the commands that both use).
+Read `FileCache` first, then `_Write` (the five steps of a write), `CachedFile` (a
+read), and `_Entry` (the commands that both use).
 """
 
 from __future__ import annotations
@@ -94,8 +93,7 @@ _SLACK = 60
 # is 512 KiB by default, two in a page of 1 MB. It stitches larger items together from
 # several pieces, which wastes memory and fails under pressure. An item takes 59 bytes
 # beside its key and value, or 63 if a client sets flags.
-_LARGEST_ITEM = 512 * 1024
-_ITEM_OVERHEAD = 64
+_LARGEST_ITEM, _ITEM_OVERHEAD = 512 * 1024, 64
 _PAGE = 1024 * 1024  # bytes: memcached gives memory to a slab class in pages
 _MAX_KEY = 250  # bytes, memcached's limit
 _LEAST_LIMIT = 1024  # bytes: memcached takes no smaller -I; less is no true answer
@@ -104,8 +102,7 @@ _SMALL = 16  # a file of up to this part of a chunk lies in its manifest
 # Bytes that travel together, which bounds the memory of a transfer. Batches of 8 chunks
 # survive best in a cache that hardly holds the file. A batch of a read stays in the
 # caches of a CPU.
-_WRITE_BATCH = 4 * 1024 * 1024
-_READ_BATCH = 2 * 1024 * 1024
+_WRITE_BATCH, _READ_BATCH = 4 * 1024 * 1024, 2 * 1024 * 1024
 _PIECE = 64 * 1024  # bytes to read at a time from a source of unknown size
 _MAX_CHUNK = 2**30  # bytes: memcached's -I ends there
 _MAX_CHUNKS = 2**20  # a manifest that names more is damaged
@@ -114,8 +111,7 @@ _FEW = 8  # chunks; their deletion does not wait for replies
 # Chunks that were read or touched twice are active in memcached's LRU. If they fill the
 # cache, memcached refuses others until its LRU thread has made room. That thread sleeps
 # for up to a second.
-_PATIENCE = 2.0  # seconds to wait for it
-_PAUSE = 0.02  # seconds between two tries
+_PATIENCE, _PAUSE = 2.0, 0.02  # seconds to wait for it, and between two tries
 
 _ATTEMPTS = 100  # at a manifest that others change: each failure means one got through
 _FRESH = 1.0  # seconds that a look at the manifest may serve for its publication
@@ -139,8 +135,7 @@ _EXISTS, _NOT_FOUND = b"EXISTS", b"NOT_FOUND"
 _TOUCHED, _DELETED = b"TOUCHED", b"DELETED"
 _REFUSAL = re.compile(rb"out of memory (storing|during read)|object too large")
 
-_RESET = ConnectionResetError, BrokenPipeError, ssl.SSLEOFError
-_DROPPED = (*_RESET, MemcacheClosed)
+_DROPPED = ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, MemcacheClosed
 
 _SEGMENT = re.compile("[0-9a-f]{16}")
 _PART = re.compile("([0-9a-f]{16}):([0-9]{1,7}):([0-9]{1,10})")
@@ -191,10 +186,8 @@ class FileNotFound(CacheMiss, KeyError, FileNotFoundError):
 
 
 class FileEvicted(CacheMiss):
-    """memcached evicted chunks of the file.
-
-    info: FileInfo. missing: the indices of the missing chunks, of those looked for.
-    """
+    """memcached evicted chunks of the file. info: FileInfo. missing: the indices of the
+    missing chunks, of those looked for."""
 
     def __init__(self, name: str, info: FileInfo, missing: list[int]) -> None:
         self.info, self.missing = info, missing
@@ -212,10 +205,7 @@ class FileExists(MemchunkError, FileExistsError):
 
 
 class FileChanged(MemchunkError):
-    """The file is not the `version` any more that was asked for or opened.
-
-    current: the version that is there, None if there is no file.
-    """
+    """The file is not `version` any more, but `current`, None if there is no file."""
 
     def __init__(self, name: str, version: str, current: str | None) -> None:
         self.version, self.current = version, current
@@ -238,8 +228,7 @@ class SizeMismatch(MemchunkError, ValueError):
 
     def __init__(self, name: str, size: int, received: int) -> None:
         self.size, self.received = size, received
-        text = f"was announced with {size} bytes, and its source gave {received}"
-        super().__init__(f"{name!r} {text}", name)
+        super().__init__(f"{name!r} has {received} bytes instead of {size}", name)
 
 
 class FileCorrupt(MemchunkError):
@@ -304,8 +293,7 @@ class FileCache:
 
     client: the address of a server, "host", "host:port", "[ipv6]:port" or "unix:/path",
         or any pymemcache `Client` or `PooledClient`, or a pool of `mcpool.connect`. A
-        cache is as safe for threads as its client. Those of an address and of mcpool
-        are safe for threads and for processes that fork.
+        cache is as safe for threads and forks as its client; an address and mcpool are.
     namespace: prefix of every key, 1 to 100 printable ASCII characters, no spaces.
     max_size: bytes, the largest file; 50 MiB by default.
     chunk_size: bytes of payload in a chunk; by default the most that the server keeps
@@ -436,13 +424,12 @@ class FileCache:
 
         Returns the new part, a short text for the `parts` of later calls, and the
         number of bytes that it took, a multiple of the chunk size. The caller keeps the
-        others. Each call stores under keys of its own, so two callers never mix.
+        others. Each call has keys of its own, so two callers never mix.
 
         Raises FileEvicted if chunks of the parts are gone, FileTooLarge, CacheFull, and
         ValueError for parts of different chunk sizes.
         """
-        segment = _Segment(self, name, parts, _lease(lease))
-        return segment.stage(_view(data))
+        return _Segment(self, name, parts, _lease(lease)).stage(_view(data))
 
     def unstage(self, name: str, parts: Sequence[str]) -> None:
         """Delete parts, except those of the published file. Don't call it while another
@@ -457,16 +444,16 @@ class FileCache:
         Starts over if a writer replaces the file meanwhile, up to 100 times; then it
         raises FileChanged.
         """
-        for _ in range(_ATTEMPTS - 1):
-            with contextlib.suppress(FileChanged):
-                return self._get(name)
-        return self._get(name)
-
-    def _get(self, name: str) -> bytes:
-        with self.open(name) as file:
-            if file.info.size > self.max_size:
-                raise FileTooLarge(name, file.info.size, self.max_size)
-            return file.readall()
+        for tries_left in reversed(range(_ATTEMPTS)):
+            with self.open(name) as file:
+                if file.info.size > self.max_size:
+                    raise FileTooLarge(name, file.info.size, self.max_size)
+                try:
+                    return file.readall()
+                except FileChanged:
+                    if not tries_left:
+                        raise
+        raise AssertionError("unreachable")
 
     def get_or_set(
         self,
@@ -512,8 +499,7 @@ class FileCache:
 
     def __contains__(self, name: str) -> bool:
         """Whether the whole file is there. Reads no payload, and changes nothing."""
-        entry = self._entry(name)
-        return entry.is_whole(entry.lookup())
+        return self._entry(name).is_whole(self._entry(name).lookup())
 
     def touch(self, name: str, expire: _Expire) -> FileInfo:
         """Give the file a new time to live: seconds from now, a timedelta, or 0 for no
@@ -705,9 +691,6 @@ class _Segment:
         self.batch_size = self.chunk_size * max(1, _WRITE_BATCH // self.chunk_size)
         self.is_tight = 2 * size > self.memory
 
-    def chunks_of(self, size: int) -> int:
-        return -(-size // self.chunk_size)
-
     def stage(self, data: memoryview) -> tuple[str, int]:
         """`FileCache.stage`."""
         name, size = self.entry.name, self.length + len(data)
@@ -719,7 +702,7 @@ class _Segment:
             draft = _Manifest(name, self.length, 1, 0, None, b"", self.parts)
             raise FileEvicted(name, draft.info, missing)
         taken = len(data) - len(data) % self.chunk_size
-        self.total = self.chunks_of(taken)
+        self.total = taken // self.chunk_size
         with self.deleted_on_error():
             for batch in _batches([data[:taken]], self.batch_size):
                 self.send(batch)
@@ -728,15 +711,19 @@ class _Segment:
     def _missing_parts(self) -> list[int]:
         """The indices of the parts' chunks that are gone. On a tight server, keeps the
         others active."""
-        parts, keys = {key for key, _ in self.parts}, self.entry.keys(self.parts)
-        if not self.is_tight or parts & dict(self.entry.lookup().segments).keys():
+        keys = self.entry.keys(self.parts)
+        if not self.is_tight or self._are_published():
             return self.entry.missing(keys)
-        missing = self._touch_twice(keys)
+        self.entry.touch(keys, self.lease)
+        missing = self.entry.touch(keys, self.lease)
         # Another may have published them meanwhile, and this lease came after their
         # final expiry. Then they get no end, which is never too early.
-        if parts & dict(self.entry.lookup().segments).keys():
+        if self._are_published():
             self.entry.touch(keys, 0)
         return missing
+
+    def _are_published(self) -> bool:
+        return bool(dict(self.parts).keys() & dict(self.entry.lookup().segments).keys())
 
     def all_keys(self) -> list[str]:
         """The keys of the file's chunks so far, in order."""
@@ -773,18 +760,14 @@ class _Segment:
             self.count += 1
             yield _Command("set", key, self.lease, make)
 
-    def _touch_twice(self, keys: Sequence[str]) -> list[int]:
-        """Make chunks active in memcached's LRU; return the positions of missing ones.
-        Done always, this would cost a large cache an eighth of its files."""
-        self.entry.touch(keys, self.lease)
-        return self.entry.touch(keys, self.lease)
-
     def _insist(self, chunks: dict[str, _Command], refused: dict[str, bytes]) -> None:
-        """Store chunks again until the server keeps them: a full cache evicts new ones
-        first, unless they are active. Raises CacheFull."""
+        """Store chunks again until the server keeps them. A full cache evicts new ones
+        first, unless two touches make them active in its LRU. Done always, this would
+        cost a large cache an eighth of its files. Raises CacheFull."""
         deadline, keys = time.monotonic() + _PATIENCE, list(chunks)
         while True:
-            gone = {keys[position] for position in self._touch_twice(keys)}
+            self.entry.touch(keys, self.lease)
+            gone = {keys[position] for position in self.entry.touch(keys, self.lease)}
             keys = [key for key in keys if key in gone or key in refused]
             if not keys:
                 return
@@ -851,7 +834,7 @@ class _Write(_Segment):
             is_settled = self._send(pieces(self.batch_size), found)
         is_fresh = self.verb != "cas" and time.monotonic() - found.time < _FRESH
         manifest = self._manifest()
-        for _ in range(_ATTEMPTS):
+        for tries_left in reversed(range(_ATTEMPTS)):
             with self.deleted_on_error():
                 # A server that restarted counts its tokens anew: an old one might fit.
                 found = found if is_fresh else self._look_up()
@@ -862,16 +845,12 @@ class _Write(_Segment):
             with self.deleted_on_error(CacheFull):
                 if self.entry.replace(found, manifest.pack(), end):
                     break
-            is_fresh = is_settled = False
-        else:
-            self._give_up()
+                is_fresh = is_settled = False
+                if tries_left == 0:
+                    raise self.entry.cache_full(self.length, cause="contention")
         # 5. Delete the chunks of the replaced file.
         self._tidy(found, chunks_end)
         return manifest.info
-
-    def _give_up(self) -> NoReturn:
-        with self.deleted_on_error():
-            raise self.entry.cache_full(self.length, cause="contention")
 
     def _begin(self, known: int | None) -> _Found:
         """Step 1, for a source of `known` bytes, None if its length is unknown."""
@@ -884,7 +863,7 @@ class _Write(_Segment):
             raise FileTooLarge(name, self.size, limit)
         found = self._look_up()
         self.plan(limit if self.size is None else self.size)
-        self.total = self.chunks_of(max((self.size or 0) - self.length, 0))
+        self.total = -(-max((self.size or 0) - self.length, 0) // self.chunk_size)
         self._check_memory(self.size or 0)
         manifest = len(self._manifest().pack()) + self.small + len(self.entry.key)
         if manifest + _ITEM_OVERHEAD > self.largest:
@@ -903,7 +882,8 @@ class _Write(_Segment):
         return found
 
     def _check_memory(self, size: int) -> None:
-        needed = self.chunks_of(size) * self.chunk_size
+        """Raise CacheFull if the server's memory is too small for the file."""
+        needed = -(-size // self.chunk_size) * self.chunk_size
         if needed > self.memory:
             raise self.entry.cache_full(needed)
 
@@ -913,13 +893,16 @@ class _Write(_Segment):
         for batch in _batches(pieces, self.batch_size):
             self.length += len(batch)
             self._check_length()
-            self._make_room(found)
+            # If memory can't hold both files, the old one goes: memcached would evict
+            # some of its chunks anyway, and keep the others in place of new ones.
+            if found.manifest and found.manifest.size + self.length > self.memory:
+                self.entry.delete_segments(found.segments, self.parts)
             is_last = self.length == self.size or len(batch) < self.batch_size
             if is_last and len(batch) == self.length <= self.small:
                 self.data = bytes(batch)
                 continue
             if is_last and not self.count:
-                self.total = self.chunks_of(len(batch))
+                self.total = -(-len(batch) // self.chunk_size)
             end = self.entry.exptimes(self.expire)[1] if is_last else None
             is_settled = self.send(batch, end)
         if self.size not in (None, self.length):
@@ -935,13 +918,6 @@ class _Write(_Segment):
         if self.size is not None and length > self.size:
             raise SizeMismatch(name, self.size, length)
         self._check_memory(length)
-
-    def _make_room(self, found: _Found) -> None:
-        """Delete the old file's chunks if memory can't hold both files. memcached would
-        evict some of them anyway, and keep the others in place of new chunks."""
-        old = found.manifest
-        if old and old.size + self.length > self.memory:
-            self.entry.delete_segments(old.segments, self.parts)
 
     def _manifest(self) -> _Manifest:
         now, expire = int(time.time()), self.expire
@@ -1030,59 +1006,53 @@ class CachedFile(io.RawIOBase):
             return {0: memoryview(self._manifest.data)}
         held, payload = self._held  # at once: other threads may read, too
         keys = {self._chunks[each][0]: each for each in numbers if each != held}
-        placed = self._placed(keys.values(), start, target)
+        payloads = {held: payload} if held in numbers else {}
 
-        def receive(key: str, length: int, fill: _Fill) -> memoryview:
-            return self._receive(keys[key], length, fill, placed.get(keys[key]))
+        def receive(key: str, length: int, fill: _Fill) -> None:
+            number, offset = keys[key], keys[key] * self._size - start
+            end = offset + min(self._size, self.info.size - number * self._size)
+            # A chunk that lies whole in `target` is received there, without a copy.
+            if target is not None and 0 <= offset <= end <= len(target):
+                with target[offset:end] as place:
+                    self._receive(number, length, fill, place)
+            else:
+                payload = memoryview(bytearray(end - offset))
+                self._receive(number, length, fill, payload)
+                payloads[number] = payload.toreadonly()
 
         found = self._entry.server.read(self.info.name, list(keys), receive)
         if len(found) < len(keys):
             missing = [number for key, number in keys.items() if key not in found]
             self._entry.explain(self._manifest, missing)
-        payloads = {n: found[key] for key, n in keys.items() if n not in placed}
-        return {held: payload, **payloads} if held in numbers else payloads
-
-    def _placed(
-        self, numbers: Iterable[int], start: int, target: memoryview | None
-    ) -> dict[int, memoryview]:
-        """The places in `target` of the chunks that lie in it whole."""
-        offsets = {number: number * self._size - start for number in numbers}
-        return {
-            number: target[offset : offset + self._length(number)]
-            for number, offset in offsets.items()
-            if target and 0 <= offset <= len(target) - self._length(number)
-        }
-
-    def _length(self, number: int) -> int:
-        return min(self._size, self.info.size - number * self._size)
+        return dict(sorted(payloads.items()))
 
     def _receive(
-        self, number: int, length: int, fill: _Fill, place: memoryview | None
-    ) -> memoryview:
-        """The verified payload of a chunk, whose value has `length` bytes. `fill` fills
-        a buffer with the next bytes of it. Raises FileCorrupt."""
-        size = self._length(number)
-        padding = 0 if len(self._chunks) == 1 else self._size - size
-        if length == _HEADER.size + size + padding:
+        self, number: int, length: int, fill: _Fill, payload: memoryview
+    ) -> None:
+        """Receive and verify a chunk, whose value has `length` bytes. `fill` fills a
+        buffer with the next bytes of it. Raises FileCorrupt."""
+        padding = 0 if len(self._chunks) == 1 else self._size - len(payload)
+        if length == _HEADER.size + len(payload) + padding:
             header = fill(bytearray(_HEADER.size))
-            payload = fill(bytearray(size) if place is None else place)
+            fill(payload)
             rest = fill(bytearray(padding))
             key, *expected = self._chunks[number]
             index, total, _ = _HEADER.unpack(header)
             is_sound = header == _chunk(key, index, total, payload, rest)[0]
             if is_sound and [index, total] in (expected, [expected[0], 0]):
-                return memoryview(payload).toreadonly()
+                return
         raise FileCorrupt(self.info.name, number)
 
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer`; fewer bytes than it holds only at the end of the file."""
         self._checkClosed()
         start = min(self._position, self.info.size)
-        # Released also after an error, whose traceback would keep the caller's buffer.
+        # Views are released also after an error, whose traceback would keep the buffer.
         with memoryview(buffer).cast("B") as whole:
             stop = min(start + len(whole), self.info.size)
-            for offset, piece in self._pieces(start, stop, whole[: stop - start]):
-                whole[offset : offset + len(piece)] = piece
+            with whole[: stop - start] as target:
+                for offset, piece in self._pieces(start, stop, target):
+                    target[offset : offset + len(piece)] = piece
         self._position = stop
         return stop - start
 
@@ -1221,6 +1191,7 @@ class _Entry:
         return self._absent(self._run(commands), _EXISTS)
 
     def is_whole(self, found: _Found) -> bool:
+        """Whether all chunks of the file are there."""
         return bool(found.manifest) and not self.missing(self.keys(found.segments))
 
     def delete(self, keys: Sequence[str], quick: bool = False) -> None:
@@ -1364,16 +1335,17 @@ class _Server:
         return list(self.ask(name, lambda each: each.pipeline(wires()), again))
 
     def read(
-        self, name: str, keys: list[str], receive: Callable[..., memoryview]
-    ) -> dict[str, memoryview]:
-        """The values that are there, as `receive` takes them: from mcpool, each while
-        the next arrives."""
-        if not keys:
-            return {}
-        if hasattr(self.client, "receive_many"):
-            return dict(self.ask(name, lambda each: each.receive_many(keys, receive)))
-        values = self.ask(name, lambda each: each.get_many(keys))
-        return {key: receive(key, *_opened(value)) for key, value in values.items()}
+        self, name: str, keys: list[str], receive: Callable[..., None]
+    ) -> dict[str, Any]:
+        """Have `receive` take the values that are there: from mcpool, each while the
+        next arrives. Returns a dictionary with their keys."""
+        if not keys or hasattr(self.client, "receive_many"):
+            ask = functools.partial(self.ask, name)
+            return ask(lambda each: each.receive_many(keys, receive)) if keys else {}
+        values: dict[str, Any] = self.ask(name, lambda each: each.get_many(keys))
+        for key, value in values.items():
+            receive(key, *_opened(value))
+        return values
 
     def ask(self, name: str, command: Callable[[Any], Any], again: bool = True) -> Any:
         """Have the client do a command for a file. Its errors become CacheUnavailable.
