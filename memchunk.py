@@ -444,16 +444,17 @@ class FileCache:
         Starts over if a writer replaces the file meanwhile, up to 100 times; then it
         raises FileChanged.
         """
-        for tries_left in reversed(range(_ATTEMPTS)):
+        tries_left = _ATTEMPTS
+        while True:
             with self.open(name) as file:
                 if file.info.size > self.max_size:
                     raise FileTooLarge(name, file.info.size, self.max_size)
                 try:
                     return file.readall()
                 except FileChanged:
+                    tries_left -= 1
                     if not tries_left:
                         raise
-        raise AssertionError("unreachable")
 
     def get_or_set(
         self,
