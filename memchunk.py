@@ -624,7 +624,7 @@ class _Manifest:
     def unpack(cls, name: str, value: Any) -> _Manifest:
         """Raises FileCorrupt unless `value` is a manifest of the file `name`."""
         try:
-            seal, body = bytes(value[: _CRC.size]), bytes(value[_CRC.size :])
+            seal, body = bytes(value[:4]), bytes(value[4:])  # a CRC has 4 bytes
             if seal != _CRC.pack(zlib.crc32(body)):
                 raise ValueError("the CRC is another")
             line, _, rest = body.partition(b"\n")
@@ -753,7 +753,8 @@ class _Segment:
         # All chunks of a file have one length, unless there is only one.
         is_alone = self.total == 1 and not self.parts
         for start in range(0, len(batch), self.chunk_size):
-            payload = batch[start : start + self.chunk_size]
+            end = start + self.chunk_size
+            payload = batch[start:end]
             padding = bytes(0 if is_alone else self.chunk_size - len(payload))
             key = _chunk_key(self.entry.key, self.key, self.count)
             body = self.total, payload, padding
@@ -991,8 +992,8 @@ class CachedFile(io.RawIOBase):
             payloads = self._fetch(numbers[:batch], start, target)
             for number, payload in payloads.items():
                 self._held, offset = (number, payload), number * self._size
-                first = max(start - offset, 0)
-                yield offset + first - start, payload[first : stop - offset]
+                first, last = max(start - offset, 0), stop - offset
+                yield offset + first - start, payload[first:last]
             numbers, payload = numbers[batch:], memoryview(b"")
             # Freed now, so that the next batch is received into the same memory. Fresh
             # pages from the system take as long as the CRC.
@@ -1053,7 +1054,8 @@ class CachedFile(io.RawIOBase):
             stop = min(start + len(whole), self.info.size)
             with whole[: stop - start] as target:
                 for offset, piece in self._pieces(start, stop, target):
-                    target[offset : offset + len(piece)] = piece
+                    end = offset + len(piece)
+                    target[offset:end] = piece
         self._position = stop
         return stop - start
 
@@ -1169,8 +1171,8 @@ class _Entry:
         """Store chunks, then touch keys with their final expiry. Returns the refusals,
         by key, and the positions of touched keys that are gone."""
         touches = [_Command("touch", key, end) for key in touched]
-        replies = self._run([*chunks, *touches])
-        stored, rest = replies[: len(chunks)], replies[len(chunks) :]
+        replies, count = self._run([*chunks, *touches]), len(chunks)
+        stored, rest = replies[:count], replies[count:]
         refused = {
             chunk.key: reply
             for chunk, reply in zip(chunks, stored)
@@ -1539,7 +1541,8 @@ def _batches(pieces: Iterable[Any], size: int) -> Iterator[memoryview]:
     for piece in pieces:
         view = _view(piece)
         while view:
-            taken, view = view[: size - len(rest)], view[size - len(rest) :]
+            room = size - len(rest)
+            taken, view = view[:room], view[room:]
             if len(taken) == size:
                 yield taken
                 continue
