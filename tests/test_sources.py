@@ -345,6 +345,6 @@ def test_memory_does_not_grow_with_the_file(
     start_memcached: Start, tmp_path: Folder, kind: str
 ) -> None:
     path = saved(os.urandom(50 * MIB), tmp_path)
-    order = [sys.executable, "-c", MEASURE, path, start_memcached().server, kind]
+    order = [sys.executable, "-c", MEASURE, str(path), start_memcached().server, kind]
     done = subprocess.run(order, cwd=FOLDER, capture_output=True, check=True)
     assert int(done.stdout) < 12 * 1024  # KiB
