@@ -34,6 +34,7 @@ from werkzeug.http import http_date, parse_options_header
 from werkzeug.test import Client, TestResponse, create_environ, run_wsgi_app
 from werkzeug.wrappers import Request
 
+import mcpool
 import memchunk
 import wsgi
 from tests.support import CLOCK, WAIT, Memcached, opened, wait_for
@@ -46,11 +47,10 @@ BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;
 def make(memcached: Memcached, chunk_size: int | None = CHUNK, **values: Any) -> Any:
     """A client of an API with the given settings."""
     settings = wsgi.Settings(servers=memcached.server, **values)
-    cache = memchunk.connect(
-        memcached.server,
+    cache = memchunk.FileCache(
+        mcpool.connect(memcached.server, timeout=settings.timeout),
         chunk_size=chunk_size,
         max_size=settings.max_size,
-        timeout=settings.timeout,
     )
     opened.append(cache)
     return Client(wsgi.Application(cache, settings))
@@ -89,7 +89,7 @@ def version(response: TestResponse) -> str:
 
 def chunk_key(memcached: Memcached, response: TestResponse, index: int) -> str:
     """The key of one chunk of the file whose ETag is in `response`."""
-    (key,) = filter(lambda key: key.endswith(f":{version(response)}:{index}"), memcached.keys())
+    (key,) = filter(lambda key: key.endswith(f"#|{version(response)}:{index}"), memcached.keys())
     return key
 
 
@@ -398,7 +398,7 @@ def test_content_types_that_are_none(client: Any, sent: str) -> None:
 
 
 def test_files_that_others_stored(client: Any, memcached: Memcached) -> None:
-    cache = memchunk.connect(memcached.server)
+    cache = memchunk.FileCache(memcached.server)
     opened.append(cache)
     for metadata in (
         b"",
@@ -1632,7 +1632,7 @@ def test_without_tus_the_page_sends_files_whole(
     memcached: Memcached, tmp_path: pathlib.Path, names: tuple[str, ...]
 ) -> None:
     folder = pathlib.Path(wsgi.__file__).parent
-    for name in ("memchunk.py", "wsgi.py", "upload.html", *names):
+    for name in ("memchunk.py", "mcpool.py", "wsgi.py", "upload.html", *names):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "tus.py").write_text("")  # PyPI has a module of this name
@@ -1945,7 +1945,7 @@ def test_python_wsgi_py_brings_its_own_memcached(run: Any, tmp_path: Any, stop: 
     (folder,) = tmp_path.iterdir()
     assert folder.stat().st_mode & 0o77 == 0
     [path] = folder.iterdir()
-    cache = memchunk.connect(f"unix:{path}")
+    cache = memchunk.FileCache(f"unix:{path}")
     cache.ping()
     process.send_signal(stop)
     assert process.wait(WAIT) == 0
@@ -1990,7 +1990,7 @@ def test_python_wsgi_py_with_servers(run: Any, memcached: Memcached) -> None:
     process = run("--port", "0", MEMCHUNK_SERVERS=memcached.server)
     url = process.stdout.readline().split()[1]
     assert call("PUT", url + "files/a", b"x")[0] == 201
-    with contextlib.closing(memchunk.connect(memcached.server)) as cache:
+    with memchunk.FileCache(memcached.server) as cache:
         assert cache.get("a") == b"x"
 
 

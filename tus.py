@@ -1,25 +1,43 @@
+# memchunk 1.0.0, MIT licence; README.md and docs/uploads.md belong to it.
 """Resumable uploads: tus 1.0.0 (https://tus.io) at /uploads, which `wsgi.py` mounts.
 
-An upload is the file from its first byte on: its chunks lie where the file will have them, and its
-end publishes them. All else is in its record, a small file in the cache: as content the state of
-the library's writer, as metadata the rest. So any worker can go on, and one that dies takes with
-it what came since the record was last written: BLOCK bytes. Records are changed by `cas`: of two
-requests that go on at one place, one wins.
+Each upload has a record, a small file in the cache. The record tells all that a worker
+needs to go on, so any worker can. It has three states:
+
+* Open: bytes are missing. A PATCH stores the whole chunks of what it brings ahead of
+  the file (`FileCache.stage`), 4 MiB at a time, and names them in the record, as parts.
+  The record itself holds the tail, which is less than a chunk. Only then bytes count.
+* Finishing: all bytes are there. The request that brought the last of them publishes
+  the parts and the tail as the file. Nothing is copied but the tail.
+* Done: the file is there, and the record knows its version.
+
+A record goes from one state to the next by memcached's `cas`, and DELETE removes just
+the version of it that was read. So of two requests that go on at one place, of two
+that bring the end, and of these and a DELETE, exactly one wins. The others answer 409
+or 404, and delete what they have stored. Nobody else knows of that.
+
+A worker may die while it finishes. Then the next HEAD or PATCH does its work, for which
+the record has all that it takes. Several may do so at once: the file's metadata names
+the upload, so those who come second see that the file is theirs. Who has published the
+file notes its version in the record. If the record is gone, or has another version,
+the file is taken back.
+
+A record ends a day after its start, whatever comes. Its parts end an hour later.
 """
 
 from __future__ import annotations
 
 import base64
-import collections
 import contextlib
-import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import re
 import secrets
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from werkzeug.http import http_date
 from werkzeug.routing import MapAdapter, Rule
@@ -27,13 +45,14 @@ from werkzeug.wrappers import Request, Response
 
 import memchunk
 
-EXPIRE = 24 * 3600  # seconds that an upload lives after its last piece
-BLOCK = 3_500_000  # bytes of a request after which they count: 4 MB with what is under way
-MAX_HEADERS = 8 * 1024  # bytes that a record keeps of its upload's start
-# Bytes that the record of a larger file has at least, and thus about the size of the file's own
-# chunks: memcached gives items of each other size a page of its own, which the file may need.
+EXPIRE = 24 * 3600  # seconds that an upload lives
+SLACK = 3600  # seconds that its parts live longer, so that the last piece can finish
+BLOCK = 4 * 1024 * 1024  # bytes of a request after which they count
+MAX_HEADERS = 8 * 1024  # bytes of Upload-Metadata that a record keeps
+# A tail above SMALL is padded to RECORD bytes, about the size of the file's own chunks:
+# memcached keeps items of each other size in pages of their own, which the file needs.
+SMALL = 32 * 1024
 RECORD = 480_000
-KEPT = ("name", "length", "version", "metadata", "digest", "offset")  # of an upload, in its record
 RESERVED = "\ufffd"  # begins the names of records: no address can spell it, see `wsgi`
 TYPE = "application/offset+octet-stream"
 BEYOND = "The upload was announced with fewer bytes."
@@ -41,53 +60,79 @@ BEYOND = "The upload was announced with fewer bytes."
 
 @dataclasses.dataclass(frozen=True)
 class Upload:
-    """An upload. name, length, version: of the file. metadata, digest: the Upload-Metadata and the
-    Repr-Digest of its start. offset: bytes that count. state: of the writer; empty once the file
-    is published, or where the cache dropped it. done: the file is there, published."""
+    """An upload, as its record tells.
+
+    name, length, expire: of the file, bytes and seconds. metadata: the Upload-Metadata.
+    end: of the upload, a Unix time. offset: bytes that count, those of the parts and
+    the tail. tail: None if the cache dropped it. version: of the file, "" until it is
+    published. record: the version of the record, "" until there is one.
+    """
 
     id: str
     name: str
     length: int
-    version: str = ""
-    metadata: str = ""
-    digest: str = ""
+    expire: int
+    metadata: str
+    end: int
     offset: int = 0
-    state: bytes = b""
-    record: memchunk.FileInfo | None = None
-    done: bool = False
+    parts: Sequence[str] = ()
+    version: str = ""
+    tail: bytes | None = b""
+    record: str = ""
+
+    @property
+    def is_finishing(self) -> bool:
+        return self.offset == self.length and not self.version
+
+    @property
+    def seconds(self) -> int:
+        """How long it has to live."""
+        return max(self.end - int(time.time()), 1)
+
+    @property
+    def label(self) -> bytes:
+        """The metadata of its file, which no other file has."""
+        about = _type_and_filename(self.metadata)
+        return wsgi.pack_metadata(*about, upload=self.id)
 
 
 class Uploads:
     """What is at /uploads of an application. headers: of its every answer."""
 
     def __init__(self, application: wsgi.Application) -> None:
-        self.application = application
-        self.cache = copy.copy(application.cache)  # on the same connections
-        # An upload's chunks live as long as its record; an hour more, as they are sent before it.
-        self.cache.lease = EXPIRE + 3600
+        self.application, self.cache = application, application.cache
+        extensions = "creation,creation-with-upload,checksum,expiration,termination"
         self.headers = {
             "Tus-Resumable": "1.0.0",
             "Tus-Version": "1.0.0",
-            "Tus-Extension": "creation,creation-with-upload,checksum,expiration,termination",
+            "Tus-Extension": extensions,
             "Tus-Checksum-Algorithm": "sha1,sha256,sha512",
             "Tus-Max-Size": str(self.cache.max_size),
         }
 
     def rules(self) -> list[Rule]:
-        one = Rule("/uploads/<upload_id>", endpoint="upload", methods=["DELETE", "HEAD", "PATCH"])
+        methods = ["DELETE", "HEAD", "PATCH"]
+        one = Rule("/uploads/<upload_id>", endpoint="upload", methods=methods)
         return [Rule("/uploads", endpoint="uploads", methods=["POST"]), one]
 
-    def dispatch(self, request: Request, adapter: MapAdapter, body: wsgi.Body) -> Response:
-        request.method = request.headers.get("X-HTTP-Method-Override", request.method).upper()
+    # Requests
+
+    def dispatch(
+        self, request: Request, adapter: MapAdapter, body: wsgi.Body
+    ) -> Response:
+        override = request.headers.get("X-HTTP-Method-Override")
+        request.method = (override or request.method).upper()
         if request.method == "OPTIONS":
             return self.application.on_options(request, adapter)
         _, arguments = adapter.match(method=request.method)
         version = request.headers.get("Tus-Resumable")
-        _check(version == "1.0.0", 412, "Send 'Tus-Resumable: 1.0.0': that is spoken here.")
+        detail = "Send 'Tus-Resumable: 1.0.0': that is spoken here."
+        _check(version == "1.0.0", 412, detail)
         if request.method != "HEAD":
             self.application.refuse_foreign_site(request)
             wsgi.refuse_coding(request)
-        handler: Callable[..., Response] = getattr(self, f"on_{request.method.lower()}")
+        name = f"on_{request.method.lower()}"
+        handler: Callable[..., Response] = getattr(self, name)
         try:
             return handler(request, body, **arguments)
         except memchunk.FileChanged as error:
@@ -95,155 +140,238 @@ class Uploads:
             raise wsgi.Problem(409, detail) from error
 
     def on_post(self, request: Request, body: wsgi.Body) -> Response:
-        length = request.headers.get("Upload-Length", "")
-        is_length = re.fullmatch("[0-9]{1,18}", length) and "Upload-Concat" not in request.headers
-        _check(is_length, 400, "Send an Upload-Length: it can't come later, nor in other uploads.")
-        if int(length) > self.cache.max_size:
+        text = request.headers.get("Upload-Length", "")
+        is_sound = "Upload-Concat" not in request.headers and _is_number(text)
+        detail = "Send an Upload-Length: it can't come later, nor in other uploads."
+        _check(is_sound, 400, detail)
+        length = int(text)
+        if length > self.cache.max_size:
             raise wsgi.too_large(self.cache.max_size)
-        content = self.content(request, body, int(length)) if request.mimetype == TYPE else ()
-        upload = self.start(request, int(length))
+        has_bytes = request.mimetype == TYPE
+        content = self.content(request, body, length) if has_bytes else ()
+        upload = self.start(request, length)
         try:
             upload = self.append(upload, content)
-        except (wsgi.Problem, memchunk.CacheFull):  # its sender is not told where it is
+        except (wsgi.Problem, memchunk.CacheFull, memchunk.FileEvicted):
+            # Its sender is not told where it is.
             with contextlib.suppress(memchunk.FileNotFound):
-                self.remove(upload)
+                self.remove(upload.id)
             raise
         location = self.application.url(request, "upload", upload_id=upload.id)
         return self.progress(request, upload, 201, Location=location)
 
     def on_head(self, request: Request, body: wsgi.Body, upload_id: str) -> Response:
-        upload = self.append(self.find(upload_id), ())  # of no bytes: 410 where chunks are gone
+        upload = self.current(upload_id)
+        if not upload.version:
+            self.stage(upload, b"")
         return self.progress(request, upload, 200)
 
     def on_patch(self, request: Request, body: wsgi.Body, upload_id: str) -> Response:
         _check(request.mimetype == TYPE, 415, f"Send it as 'Content-Type: {TYPE}'.")
         text = request.headers.get("Upload-Offset", "")
-        _check(re.fullmatch("[0-9]{1,18}", text), 400, "The Upload-Offset is not a number.")
-        upload, offset = self.find(upload_id), int(text)
-        _check(offset == upload.offset, 409, f"The upload has {upload.offset} bytes: go on there.")
+        _check(_is_number(text), 400, "The Upload-Offset is not a number.")
+        upload, offset = self.current(upload_id), int(text)
+        detail = f"The upload has {upload.offset} bytes: go on there."
+        _check(offset == upload.offset, 409, detail)
         content = self.content(request, body, upload.length - offset)
         return self.progress(request, self.append(upload, content), 204)
 
     def on_delete(self, request: Request, body: wsgi.Body, upload_id: str) -> Response:
-        self.remove(self.find(upload_id))
+        self.remove(upload_id)
         return wsgi.empty({})
 
-    def progress(self, request: Request, upload: Upload, status: int, **more: str) -> Response:
-        about = {"Offset": upload.offset, "Length": upload.length, "Metadata": upload.metadata}
-        headers = {f"Upload-{key}": str(value) for key, value in about.items() if value != ""}
-        if upload.done:
-            headers["Content-Location"] = self.application.path(request, "read", name=upload.name)
-        elif upload.record:
-            headers["Upload-Expires"] = http_date(upload.record.expires)
-        return wsgi.empty({**headers, **more, "Cache-Control": "no-store"}, status)
+    def progress(
+        self, request: Request, upload: Upload, status: int, **more: str
+    ) -> Response:
+        headers = {
+            "Upload-Offset": str(upload.offset),
+            "Upload-Length": str(upload.length),
+            "Cache-Control": "no-store",
+        }
+        if upload.metadata:
+            headers["Upload-Metadata"] = upload.metadata
+        if upload.version:
+            path = self.application.path(request, "read", name=upload.name)
+            headers["Content-Location"] = path
+        else:
+            headers["Upload-Expires"] = http_date(upload.end)
+        return wsgi.empty({**headers, **more}, status)
 
     def content(self, request: Request, body: wsgi.Body, room: int) -> Iterator[bytes]:
-        """What comes of the body, to where it ends or breaks off, of up to `room` bytes. Raises
-        Problem; at once, where the headers say enough."""
+        """What comes of the body until it ends or breaks off, up to `room` bytes.
+        Raises Problem; at once, if the headers say enough."""
         _check((body.size or 0) <= room, 413, BEYOND)
         header = request.headers.get("Upload-Checksum")
         if header is None:
             return _limited(body.arrived(), room)
         is_known = re.fullmatch("(sha1|sha256|sha512) [A-Za-z0-9+/]+=*", header)
-        _check(is_known, 400, "Send an Upload-Checksum of sha1, sha256 or sha512: 'sha1 BASE64'.")
+        detail = "Send an Upload-Checksum of sha1, sha256 or sha512: 'sha1 BASE64'."
+        _check(is_known, 400, detail)
         return _checked(_limited(body.arrived(), room), *header.split())
 
-    def find(self, upload_id: str) -> Upload:
-        """The upload as it is. Raises FileNotFound."""
-        record = self.cache.open(RESERVED + upload_id)
-        kept = json.loads(record.info.metadata)
-        try:
-            state = record.read(kept.pop("state"))
-        except memchunk.FileChanged:  # since it was opened
-            return self.find(upload_id)
-        except (memchunk.FileEvicted, memchunk.FileCorrupt):
-            state = b""
-        upload = Upload(upload_id, **kept, state=state, record=record.info)
-        # Whether it is published the file tells: its record may not have been written since.
-        with contextlib.suppress(memchunk.FileNotFound, memchunk.FileCorrupt):
-            if self.cache.stat(upload.name).version == upload.version:
-                return dataclasses.replace(upload, offset=upload.length, done=True)
-        return upload
+    # The life of an upload
 
     def start(self, request: Request, length: int) -> Upload:
         """A new upload, of no bytes yet. Raises Problem."""
         metadata = request.headers.get("Upload-Metadata", "")
-        digest = request.headers.get("Repr-Digest", "")
-        _check(len(metadata + digest) <= MAX_HEADERS, 431, "The upload's headers are too long.")
-        wsgi.expected_digests(digest)
-        label = wsgi.pack_metadata(*_type_and_filename(metadata))
+        detail = "The Upload-Metadata is too long."
+        _check(len(metadata) <= MAX_HEADERS, 431, detail)
+        _type_and_filename(metadata)
         expire = self.application.expire(wsgi.query_value(request, "expire"))
-        # 128 random bits each: who has the file's address can't delete it by the upload's.
+        # 128 random bits each: who has the file's address can't delete it by the
+        # upload's.
         name = wsgi.query_value(request, "name") or secrets.token_hex(16)
         _check(RESERVED not in name, 400, "The name is not UTF-8.")
-        writer = self.cache.create(name, length, expire, label)
-        upload = Upload(secrets.token_hex(16), name, length, writer.version, metadata, digest)
-        return self.save(upload, writer)
+        _check(name not in self.cache, *wsgi.ERRORS[memchunk.FileExists])
+        about = length, expire, metadata, int(time.time()) + EXPIRE
+        return self.save(Upload(secrets.token_hex(16), name, *about))
 
-    def save(self, upload: Upload, writer: memchunk.FileWriter | None) -> Upload:
-        """Write the record: what the writer has, or, without one, that the file is published.
-        Raises FileChanged where another request has written it, FileNotFound where it is gone."""
-        offset, state = (writer.tell(), writer.suspend()) if writer else (upload.length, b"")
-        changed = dataclasses.replace(upload, offset=offset, state=state, done=not writer)
-        kept = {key: getattr(changed, key) for key in KEPT}
-        metadata = json.dumps({**kept, "state": len(state)}).encode()
-        name, version = RESERVED + upload.id, upload.record.version if upload.record else None
+    def find(self, upload_id: str) -> Upload:
+        """The upload, as its record is now. Raises FileNotFound."""
+        record = self.cache.open(RESERVED + upload_id)
+        kept = json.loads(record.info.metadata)
+        size, tail = kept.pop("tail"), None
         try:
-            with self.cache.create(name, None, EXPIRE, metadata, version=version) as record:
-                record.write(state and state.ljust(min(RECORD, upload.length)))
-        except memchunk.FileNotFound:  # the upload was deleted while this came
-            if state:
-                self.cache.abandon(state)
-            raise
-        return dataclasses.replace(changed, record=record.info)
+            tail = record.read(size)
+        except memchunk.FileChanged:  # since it was opened
+            return self.find(upload_id)
+        except (memchunk.FileEvicted, memchunk.FileCorrupt):
+            pass
+        return Upload(upload_id, **kept, tail=tail, record=record.info.version)
+
+    def current(self, upload_id: str) -> Upload:
+        """The upload to go on with, finished if all of it is there. Raises
+        FileNotFound; Problem if its tail, or the file that it became, is gone."""
+        upload = self.find(upload_id)
+        gone = wsgi.ERRORS[memchunk.FileEvicted]
+        _check(upload.tail is not None, *gone)
+        if upload.is_finishing:
+            return self.finish(upload)
+        if upload.version:
+            info = self.published(upload)
+            _check(info and info.version == upload.version, *gone)
+        return upload
+
+    def save(self, upload: Upload) -> Upload:
+        """Write the record in place of the one that was read. Raises FileChanged if
+        another request has written it, FileNotFound if it is gone."""
+        kept, tail = dict(vars(upload)), upload.tail or b""
+        del kept["id"], kept["record"]
+        metadata = json.dumps({**kept, "tail": len(tail)}).encode()
+        detail = "The upload came in too many small pieces."
+        _check(len(metadata) <= memchunk.MAX_METADATA, 507, detail)
+        if len(tail) > SMALL:
+            tail = tail.ljust(min(RECORD, upload.length))
+        write: Callable[..., memchunk.FileInfo] = self.cache.add
+        if upload.record:
+            write = functools.partial(self.cache.cas, version=upload.record)
+        name, expire = RESERVED + upload.id, upload.seconds
+        info = write(name, tail, expire=expire, metadata=metadata)
+        return dataclasses.replace(upload, record=info.version)
 
     def append(self, upload: Upload, content: Iterable[bytes]) -> Upload:
-        """Write the content behind what is there; it counts block by block."""
-        if upload.done:
-            collections.deque(content, 0)  # which has no room, and refuses any bytes
-            return upload
-        _check(upload.state, *wsgi.ERRORS[memchunk.FileEvicted])
-        writer = self.cache.resume(upload.state)
+        """Store the content behind what is there; it counts block by block."""
+        tail = upload.tail or b""
+        data = bytearray(tail)
         for piece in content:
-            writer.write(piece)
-            if writer.tell() - upload.offset >= BLOCK and writer.tell() < upload.length:
-                upload = self.save(upload, writer)
-                writer = self.cache.resume(upload.state)
-        if writer.tell() == upload.length:
-            return self.finish(upload, writer)
-        return self.save(upload, writer) if writer.tell() > upload.offset else upload
+            data += piece
+            if len(data) - len(tail) >= BLOCK:
+                upload = self.store(upload, data)
+                tail = upload.tail or b""
+                data = bytearray(tail)
+        if len(data) > len(tail):
+            upload = self.store(upload, data)
+        return self.finish(upload) if upload.is_finishing else upload
 
-    def finish(self, upload: Upload, writer: memchunk.FileWriter) -> Upload:
-        """Publish the file. Where that can't be, nothing is left of the upload."""
-        try:
-            for _ in wsgi.verified(writer.chunks(), upload.digest) if upload.digest else ():
-                pass
-            writer.close()
-        except (wsgi.Problem, memchunk.FileExists, memchunk.FileCorrupt, memchunk.CacheFull):
-            self.remove(upload)
-            raise
-        try:
-            return self.save(upload, None)
-        except memchunk.FileNotFound:  # the upload was deleted meanwhile
-            self.cache.delete(upload.name, upload.version)
-            raise
-        except memchunk.MemchunkError:  # the file is there all the same, as `find` will see
-            return dataclasses.replace(upload, offset=upload.length, done=True)
+    def stage(self, upload: Upload, data: bytes | bytearray) -> tuple[str, int]:
+        """Store whole chunks. Raises FileEvicted if some of its parts are gone."""
+        lease = upload.seconds + SLACK
+        return self.cache.stage(upload.name, data, parts=upload.parts, lease=lease)
 
-    def remove(self, upload: Upload) -> None:
-        """Delete the upload, and what it has stored or become. Raises FileNotFound."""
+    def store(self, upload: Upload, data: bytearray) -> Upload:
+        """Store data in place of the tail, with which it begins."""
+        part, taken = self.stage(upload, data)
+        parts = [*upload.parts, part] if taken else upload.parts
+        offset = upload.offset + len(data) - len(upload.tail or b"")
+        tail = bytes(memoryview(data)[taken:])
+        new = dataclasses.replace(upload, offset=offset, parts=parts, tail=tail)
         try:
-            self.cache.delete(RESERVED + upload.id)  # first: no request goes on with it then
-        finally:  # another request may have been quicker with that, and not have seen the file
-            with contextlib.suppress(memchunk.FileNotFound, memchunk.FileChanged):
-                self.cache.delete(upload.name, upload.version)
-            if upload.state:
-                self.cache.abandon(upload.state)
+            return self.save(new)
+        except memchunk.CacheUnavailable:
+            raise  # the record may name the part
+        except (wsgi.Problem, memchunk.MemchunkError):
+            self.cache.unstage(upload.name, [part])
+            raise
+
+    def finish(self, upload: Upload) -> Upload:
+        """Publish the file, and note its version in the record. If the file can't be
+        published, nothing is left of the upload. Others may do the same at once."""
+        try:
+            version = self.publish(upload)
+        except (memchunk.FileExists, memchunk.FileCorrupt, memchunk.CacheFull):
+            self.discard(upload)
+            raise
+        done = dataclasses.replace(upload, parts=(), tail=b"", version=version)
+        try:
+            return self.save(done)
+        except (memchunk.CacheFull, memchunk.CacheUnavailable):
+            return done  # the file is there all the same, as `publish` would see
+        except (memchunk.FileChanged, memchunk.FileNotFound):
+            with contextlib.suppress(memchunk.FileNotFound):
+                found = self.find(upload.id)
+                if found.version == version:
+                    return found
+            self.unpublish(upload, version)
+            raise
+
+    def publish(self, upload: Upload) -> str:
+        """The version of the file, which is there afterwards."""
+        about = {"expire": upload.expire, "metadata": upload.label}
+        parts, tail = upload.parts, upload.tail or b""
+        try:
+            return self.cache.add(upload.name, tail, parts=parts, **about).version
+        except memchunk.FileExists as error:
+            if error.info.metadata != upload.label:
+                raise
+            return error.info.version
+
+    def published(self, upload: Upload) -> memchunk.FileInfo | None:
+        """The file of that name, if there is one."""
+        with contextlib.suppress(memchunk.FileNotFound, memchunk.FileCorrupt):
+            return self.cache.stat(upload.name)
+        return None
+
+    def unpublish(self, upload: Upload, version: str) -> None:
+        with contextlib.suppress(memchunk.FileNotFound, memchunk.FileChanged):
+            self.cache.delete(upload.name, version)
+
+    def discard(self, upload: Upload) -> None:
+        """Delete the upload as it was read, and what it has stored or become. Raises
+        FileChanged if another request has written its record, FileNotFound."""
+        self.cache.delete(RESERVED + upload.id, upload.record)
+        # From here on nobody goes on with it. Who is about to publish its file will
+        # miss the record, and take the file back.
+        info = self.published(upload)
+        if info and info.metadata == upload.label:
+            self.unpublish(upload, info.version)
+        self.cache.unstage(upload.name, upload.parts)
+
+    def remove(self, upload_id: str) -> None:
+        """Delete the upload as it is now. Raises FileNotFound."""
+        is_there = True
+        while is_there:
+            with contextlib.suppress(memchunk.FileChanged):
+                self.discard(self.find(upload_id))
+                is_there = False
 
 
 def _check(condition: object, status: int, detail: str) -> None:
     if not condition:
         raise wsgi.Problem(status, detail)
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch("[0-9]{1,18}", text) is not None
 
 
 def _limited(pieces: Iterable[bytes], room: int) -> Iterator[bytes]:
@@ -254,7 +382,7 @@ def _limited(pieces: Iterable[bytes], room: int) -> Iterator[bytes]:
 
 
 def _checked(pieces: Iterable[bytes], algorithm: str, expected: str) -> Iterator[bytes]:
-    """The pieces, once all are there and right: what is stored can't be taken back."""
+    """The pieces, if all are there and right: what counts can't be taken back."""
     digest = hashlib.new(algorithm, usedforsecurity=False)
     with tempfile.SpooledTemporaryFile(BLOCK) as held:  # in memory, more on disk
         for piece in pieces:
@@ -272,11 +400,13 @@ def _type_and_filename(header: str) -> tuple[str, str]:
     given: dict[str, str] = {}
     with contextlib.suppress(ValueError):
         for key, _, value in pairs:
-            given[key] = base64.b64decode(value, validate=True).decode("utf-8", "replace")
-    is_sound = len(given) == len(pairs) and all(re.fullmatch("[!-~]+", key) for key in given)
-    _check(is_sound, 400, "Upload-Metadata has not the form KEY BASE64,KEY BASE64,....")
+            data = base64.b64decode(value, validate=True)
+            given[key] = data.decode("utf-8", "replace")
+    is_sound = all(re.fullmatch("[!-~]+", key) for key in given)
+    detail = "Upload-Metadata has not the form KEY BASE64,KEY BASE64,...."
+    _check(is_sound and len(given) == len(pairs), 400, detail)
     filename = given.get("filename") or given.get("name", "")
     return given.get("filetype") or given.get("type", ""), filename
 
 
-import wsgi  # noqa: E402 - at the end, for where this module is first, `wsgi` mounts it now
+import wsgi  # noqa: E402 - at the end: if this module is first, `wsgi` mounts it now

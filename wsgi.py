@@ -55,6 +55,7 @@ from werkzeug.routing import BaseConverter, Map, MapAdapter, Rule
 from werkzeug.serving import make_server
 from werkzeug.wrappers import Request, Response
 
+import mcpool
 import memchunk
 
 if TYPE_CHECKING:
@@ -140,7 +141,6 @@ ERRORS: dict[type[memchunk.MemchunkError], tuple[int, str]] = {
     memchunk.FileNotFound: (404, "No such file is stored. It may have expired or been evicted."),
     memchunk.FileExists: (409, "A file of this name exists. PUT replaces it; DELETE removes it."),
     memchunk.FileEvicted: (410, "The cache dropped parts of this file. Upload it again."),
-    memchunk.UploadConflict: (409, "Another request sent other bytes. Start the upload again."),
     memchunk.FileChanged: (412, "The file has changed. Get its new ETag and decide again."),
     memchunk.FileTooLarge: (413, "The file is larger than this server takes."),
     memchunk.FileCorrupt: (502, "The cache damaged this file. Upload it again."),
@@ -218,7 +218,7 @@ class Settings:
     """
 
     servers: str = "127.0.0.1:11211"
-    namespace: str = "memchunk"
+    namespace: str = "memchunk2"
     max_size: int = memchunk.MAX_SIZE
     expire: int = 0
     timeout: float = memchunk.TIMEOUT
@@ -278,9 +278,8 @@ class Settings:
     def connect(self) -> memchunk.FileCache:
         """The cache that the settings describe. Raises SettingError."""
         try:
-            return memchunk.connect(
-                self.servers,
-                timeout=self.timeout,
+            return memchunk.FileCache(
+                mcpool.connect(self.servers, timeout=self.timeout),
                 namespace=self.namespace,
                 max_size=self.max_size,
             )
@@ -1358,7 +1357,7 @@ def empty(headers: Mapping[str, str], status: int = 204) -> Response:
 @contextlib.contextmanager
 def own_memcached() -> Iterator[str]:
     """A memcached on a Unix socket that only this user sees, for as long as the `with` block runs;
-    yields its name for `memchunk.connect`. Raises SettingError."""
+    yields its name for `mcpool.connect`. Raises SettingError."""
     program = shutil.which("memcached")
     if program is None:
         raise SettingError(

@@ -41,7 +41,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 class Memcached:
     """A memcached process that a test owns, may damage, stop and kill.
 
-    `server` is its address in the form that `memchunk.connect` takes. `unix=True` listens on a
+    `server` is its address in the form that `mcpool.connect` takes. `unix=True` listens on a
     Unix socket instead of a free TCP port of the loopback interface.
     """
 

@@ -803,6 +803,6 @@ def test_whichever_is_imported_first(memcached: Memcached, first: str) -> None:
 
 
 def test_without_it_all_else_is_served(memcached: Memcached, tmp_path: pathlib.Path) -> None:
-    for name in ("memchunk.py", "wsgi.py", "upload.html"):
+    for name in ("memchunk.py", "mcpool.py", "wsgi.py", "upload.html"):
         shutil.copy(ROOT / name, tmp_path)
     assert run(tmp_path, memcached, "wsgi")[:3] == ["404", "201 x", "200 True"]
