@@ -713,7 +713,7 @@ class _Segment:
         """The indices of the parts' chunks that are gone. On a tight server, keeps the
         others active."""
         keys = self.entry.keys(self.parts)
-        if not self.is_tight or self._are_published():
+        if not (keys and self.is_tight) or self._are_published():
             return self.entry.missing(keys)
         self.entry.touch(keys, self.lease)
         missing = self.entry.touch(keys, self.lease)
@@ -1220,9 +1220,10 @@ class _Entry:
     def take_lock(self, seconds: int) -> bool:
         """Take the lock of `get_or_set`, or wait a moment if another has it."""
         add = _Command("add", self.lock, _lease(seconds), lambda: (b"1",))
-        is_mine = self._run([add], again=False) == [_STORED]
-        time.sleep(0 if is_mine else _POLL)
-        return is_mine
+        replies = self._run([add], again=False)
+        self._check(replies, _STORED, _NOT_STORED)
+        time.sleep(0 if _STORED in replies else _POLL)
+        return _STORED in replies
 
     def explain(self, manifest: _Manifest, missing: list[int]) -> NoReturn:
         """Raise the reason for missing chunks: FileChanged or FileEvicted."""
