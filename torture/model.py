@@ -1,15 +1,21 @@
-"""A model of memcached, and of a process at work with it, whose states can be kept and compared.
+"""A model of memcached, and of a process at work with it; their states can be kept and
+compared.
 
-A process is one operation of the library, the real code. What it does next depends on nothing but
-the replies to the commands that it sent so far. So its state is the list of these replies, and the
-next command is found by running the operation from its beginning, with those replies, up to the
-first command without one. Time, and the random version of an upload, are the same in every run.
+A process is one operation of the library, the real code. Its next command depends on
+nothing but the replies to the commands that it sent so far. So its state is the list of
+these replies. To find its next command, the operation runs from its beginning, with
+those replies, up to the first command without one. Each run has the same random segment
+and the same times.
 """
 
 from __future__ import annotations
 
+import types
 from typing import Any, Callable, Optional
 
+import pytest
+
+import memchunk
 from memchunk import FileCache
 from torture.tools import CHUNK, LEASE, result
 
@@ -19,9 +25,12 @@ Step = tuple[Any, ...]  # command, key, arguments
 
 
 class Store:
-    """memcached, as commands for one key at a time. `items` may be kept: it is never changed."""
+    """memcached, as commands for one key at a time. `items` is never changed, so it may
+    be kept."""
 
-    def __init__(self, items: Optional[dict[str, Item]] = None, publications: int = 0) -> None:
+    def __init__(
+        self, items: Optional[dict[str, Item]] = None, publications: int = 0
+    ) -> None:
         self.items, self.publications = items or {}, publications
 
     def run(self, command: str, *arguments: Any) -> Any:
@@ -60,25 +69,32 @@ class Store:
 
     def delete(self, key: str) -> bool:
         found = key in self.items
-        self.items = {other: item for other, item in self.items.items() if other != key}
+        self.items = {each: item for each, item in self.items.items() if each != key}
         return found
+
+    def forget(self, key: str) -> bool:
+        """A `delete` without a reply."""
+        self.delete(key)
+        return True
 
 
 def ends(expire: int) -> int:
-    return expire and NOW + expire if expire < 30 * 24 * 3600 else expire
+    return expire and NOW + expire if expire <= 30 * 24 * 3600 else expire
 
 
 class Client:
-    """What a user's pymemcache client offers, with `run` to carry out one command for one key."""
+    """What a user's pymemcache client offers. `run` does one command for one key.
+    memory: bytes that the server tells as its -m, None for a server that tells nothing.
+    """
 
-    def __init__(self, run: Callable[..., Any]) -> None:
-        self._run = run
+    def __init__(self, run: Callable[..., Any], memory: Optional[int] = None) -> None:
+        self._run, self._memory = run, memory
 
     def close(self) -> None:
         pass
 
     def stats(self, *what: str) -> dict[bytes, int]:
-        return {}
+        return {b"maxbytes": self._memory} if self._memory else {}
 
     def gets(self, key: str) -> Any:
         return self._run("gets", key)
@@ -92,8 +108,11 @@ class Client:
     def touch(self, key: str, expire: int, noreply: bool) -> Any:
         return self._run("touch", key, expire)
 
-    def set_many(self, values: dict[str, bytes], expire: int, noreply: bool) -> list[str]:
-        return [key for key, value in values.items() if not self._run("set", key, value, expire)]
+    def set_many(
+        self, values: dict[str, bytes], expire: int, noreply: bool
+    ) -> list[str]:
+        items = values.items()
+        return [key for key, value in items if not self._run("set", key, value, expire)]
 
     def get_many(self, keys: list[str]) -> dict[str, bytes]:
         values = {key: self._run("get", key) for key in keys}
@@ -101,12 +120,30 @@ class Client:
 
     def delete_many(self, keys: list[str], noreply: bool) -> bool:
         for key in keys:
-            self._run("delete", key)
+            self._run("forget" if noreply else "delete", key)
         return True
 
 
-def cache_on(run: Callable[..., Any]) -> FileCache:
-    return FileCache(Client(run), chunk_size=CHUNK, lease=LEASE)
+def cache_on(run: Callable[..., Any], memory: Optional[int] = None) -> FileCache:
+    return FileCache(Client(run, memory), chunk_size=CHUNK, lease=LEASE)
+
+
+class Clock:
+    """The clocks of the library. Time stands still; or, for a slow process, `step`
+    seconds pass between two looks at the clock that measures durations."""
+
+    def __init__(self) -> None:
+        self.step = self._elapsed = 0
+
+    def monotonic(self) -> float:
+        self._elapsed += self.step
+        return self._elapsed
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """For memchunk alone: pytest has its clocks from the same module."""
+        clocks = {"time": lambda: NOW, "monotonic": self.monotonic}
+        module = types.SimpleNamespace(**clocks, sleep=lambda seconds: None)
+        monkeypatch.setattr(memchunk, "time", module)
 
 
 class Asked(BaseException):
@@ -131,17 +168,21 @@ class Pending(BaseException):
 
 
 class Process:
-    """The state of an operation after some replies: the `step` that it wants to do next, or, where
-    it has ended, its `outcome`. A reply may be an exception, which the client raises. `sent` are
-    the commands before, each with its key."""
+    """An operation after some replies: the `step` that it wants to do next, or its
+    `outcome` if it has ended. A reply may be an exception, which the client raises.
+    `sent` are the commands before, each with its key, and `last` is the one before.
+    `found` are the manifests that it has looked at."""
 
     def __init__(
         self,
         operation: Any,
         replies: tuple[Any, ...] = (),
         sent: frozenset[Step] = frozenset(),
+        found: frozenset[bytes] = frozenset(),
+        last: Step = (),
     ) -> None:
-        self.operation, self._replies, self.sent = operation, replies, sent
+        self.operation, self._replies, self.last = operation, replies, last
+        self.sent, self.found = sent, found
         self._next: dict[Any, Process] = {}
         self.step: Optional[Step] = None
         self.outcome: object = None
@@ -157,7 +198,7 @@ class Process:
             return reply
 
         try:
-            self.outcome = result(lambda: operation(cache_on(run)))
+            self.outcome = result(lambda: operation(cache_on(run, operation.memory)))
         except Pending:
             pass
         except KeyboardInterrupt:
@@ -165,6 +206,10 @@ class Process:
 
     def after(self, reply: Any) -> Process:
         if reply not in self._next:
-            sent = self.sent | {(self.step or ())[:2]}
-            self._next[reply] = Process(self.operation, (*self._replies, reply), sent)
+            step = self.step or ()
+            sent, found = self.sent | {step[:2]}, self.found
+            if step[0] == "gets" and isinstance(reply, tuple) and reply[0]:
+                found |= {reply[0]}
+            replies = (*self._replies, reply)
+            self._next[reply] = Process(self.operation, replies, sent, found, step)
         return self._next[reply]
