@@ -1884,6 +1884,30 @@ def test_bad_settings_stop_the_start(variable: str, value: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "servers",
+    [
+        "user:s3cret@127.0.0.1:1",
+        "127.0.0.1:1,user:s3cret@localhost:1",
+        "tls://user:s3cret@127.0.0.1:1",
+        "user:s3cret@127.0.0.1:port",
+        "user:s3,cret@127.0.0.1:1",
+        "user:s3cret@127.0.0.1:1,user:s3cret@127.0.0.1:1",
+    ],
+)
+def test_passwords_of_servers_are_neither_logged_nor_answered(servers: str, caplog: Any) -> None:
+    settings = wsgi.Settings.from_environment({"MEMCHUNK_SERVERS": servers})
+    told = repr(settings)
+    try:
+        client = Client(wsgi.Application(settings.connect(), settings))
+        answers = [client.get(path) for path in ("/files/a", "/readyz")]
+        assert [answer.status_code for answer in answers] == [503, 503]
+        told += "".join(f"{answer.headers} {answer.text}" for answer in answers) + caplog.text
+    except wsgi.SettingError as error:
+        told += f"{error!r}"
+    assert "cret" not in told
+
+
+@pytest.mark.parametrize(
     ("variable", "nearest"),
     [
         ("MEMCHUNK_TOKENS", "MEMCHUNK_TOKEN"),

@@ -1,28 +1,27 @@
 # memchunk 1.0.0, MIT licence; README.md and docs/uploads.md belong to it.
 """Resumable uploads: tus 1.0.0 (https://tus.io) at /uploads, which `wsgi.py` mounts.
 
-Each upload has a record, a small file in the cache. The record tells all that a worker
-needs to go on, so any worker can. It has three states:
+Each upload has a record, a small file in the cache. A worker needs nothing else to go
+on with the upload, so any worker can. A record has three states:
 
 * Open: bytes are missing. A PATCH stores the whole chunks of what it brings ahead of
-  the file (`FileCache.stage`), 4 MiB at a time, and names them in the record, as parts.
-  The record itself holds the tail, which is less than a chunk. Only then bytes count.
-* Finishing: all bytes are there. The request that brought the last of them publishes
-  the parts and the tail as the file. Nothing is copied but the tail.
-* Done: the file is there, and the record knows its version.
+  the file (`FileCache.stage`), 4 MiB at a time, and adds them to the record as parts.
+  The bytes behind the last whole chunk, the tail, lie in the record itself. Bytes count
+  once the record has them.
+* Finishing: the record has all bytes. The request that brought the last of them
+  publishes parts and tail as the file.
+* Done: the file is published. The record has its version.
 
-A record goes from one state to the next by memcached's `cas`, and DELETE removes just
-the version of it that was read. So of two requests that go on at one place, of two
-that bring the end, and of these and a DELETE, exactly one wins. The others answer 409
-or 404, and delete what they have stored. Nobody else knows of that.
+A request changes the record by `cas`, and DELETE deletes the one version that it read.
+So if two requests go on at one place, or a DELETE comes as well, exactly one wins. The
+others answer 409 or 404 and delete what they stored, which nobody else knows.
 
-A worker may die while it finishes. Then the next HEAD or PATCH does its work, for which
-the record has all that it takes. Several may do so at once: the file's metadata names
-the upload, so those who come second see that the file is theirs. Who has published the
-file notes its version in the record. If the record is gone, or has another version,
-the file is taken back.
+If a worker dies in "finishing", the next HEAD or PATCH publishes the file in its place.
+Several may try: the file's metadata names the upload, so the later ones see that it is
+there. Each then writes "done". If the record is gone, a DELETE has won, and the
+publisher takes its file back.
 
-A record ends a day after its start, whatever comes. Its parts end an hour later.
+A record ends a day after its start, and its parts an hour later.
 """
 
 from __future__ import annotations
@@ -115,8 +114,6 @@ class Uploads:
         one = Rule("/uploads/<upload_id>", endpoint="upload", methods=methods)
         return [Rule("/uploads", endpoint="uploads", methods=["POST"]), one]
 
-    # Requests
-
     def dispatch(
         self, request: Request, adapter: MapAdapter, body: wsgi.Body
     ) -> Response:
@@ -131,8 +128,8 @@ class Uploads:
         if request.method != "HEAD":
             self.application.refuse_foreign_site(request)
             wsgi.refuse_coding(request)
-        name = f"on_{request.method.lower()}"
-        handler: Callable[..., Response] = getattr(self, name)
+        handler: Callable[..., Response]
+        handler = getattr(self, f"on_{request.method.lower()}")
         try:
             return handler(request, body, **arguments)
         except memchunk.FileChanged as error:
@@ -144,12 +141,11 @@ class Uploads:
         is_sound = "Upload-Concat" not in request.headers and _is_number(text)
         detail = "Send an Upload-Length: it can't come later, nor in other uploads."
         _check(is_sound, 400, detail)
-        length = int(text)
-        if length > self.cache.max_size:
+        if int(text) > self.cache.max_size:
             raise wsgi.too_large(self.cache.max_size)
         has_bytes = request.mimetype == TYPE
-        content = self.content(request, body, length) if has_bytes else ()
-        upload = self.start(request, length)
+        content = self.content(request, body, int(text)) if has_bytes else ()
+        upload = self.start(request, int(text))
         try:
             upload = self.append(upload, content)
         except (wsgi.Problem, memchunk.CacheFull, memchunk.FileEvicted):
@@ -183,19 +179,16 @@ class Uploads:
     def progress(
         self, request: Request, upload: Upload, status: int, **more: str
     ) -> Response:
-        headers = {
-            "Upload-Offset": str(upload.offset),
-            "Upload-Length": str(upload.length),
-            "Cache-Control": "no-store",
-        }
+        more["Upload-Offset"] = str(upload.offset)
+        more["Upload-Length"] = str(upload.length)
         if upload.metadata:
-            headers["Upload-Metadata"] = upload.metadata
+            more["Upload-Metadata"] = upload.metadata
         if upload.version:
             path = self.application.path(request, "read", name=upload.name)
-            headers["Content-Location"] = path
+            more["Content-Location"] = path
         else:
-            headers["Upload-Expires"] = http_date(upload.end)
-        return wsgi.empty({**headers, **more}, status)
+            more["Upload-Expires"] = http_date(upload.end)
+        return wsgi.empty({**more, "Cache-Control": "no-store"}, status)
 
     def content(self, request: Request, body: wsgi.Body, room: int) -> Iterator[bytes]:
         """What comes of the body until it ends or breaks off, up to `room` bytes.
@@ -209,17 +202,13 @@ class Uploads:
         _check(is_known, 400, detail)
         return _checked(_limited(body.arrived(), room), *header.split())
 
-    # The life of an upload
-
     def start(self, request: Request, length: int) -> Upload:
         """A new upload, of no bytes yet. Raises Problem."""
         metadata = request.headers.get("Upload-Metadata", "")
-        detail = "The Upload-Metadata is too long."
-        _check(len(metadata) <= MAX_HEADERS, 431, detail)
+        _check(len(metadata) <= MAX_HEADERS, 431, "The Upload-Metadata is too long.")
         _type_and_filename(metadata)
         expire = self.application.expire(wsgi.query_value(request, "expire"))
-        # 128 random bits each: who has the file's address can't delete it by the
-        # upload's.
+        # 128 random bits each: the file's address does not tell the upload's.
         name = wsgi.query_value(request, "name") or secrets.token_hex(16)
         _check(RESERVED not in name, 400, "The name is not UTF-8.")
         _check(name not in self.cache, *wsgi.ERRORS[memchunk.FileExists])
@@ -230,13 +219,12 @@ class Uploads:
         """The upload, as its record is now. Raises FileNotFound."""
         record = self.cache.open(RESERVED + upload_id)
         kept = json.loads(record.info.metadata)
-        size, tail = kept.pop("tail"), None
         try:
-            tail = record.read(size)
+            tail = record.read(kept.pop("tail"))
         except memchunk.FileChanged:  # since it was opened
             return self.find(upload_id)
         except (memchunk.FileEvicted, memchunk.FileCorrupt):
-            pass
+            tail = None
         return Upload(upload_id, **kept, tail=tail, record=record.info.version)
 
     def current(self, upload_id: str) -> Upload:
@@ -326,12 +314,12 @@ class Uploads:
 
     def publish(self, upload: Upload) -> str:
         """The version of the file, which is there afterwards."""
-        about = {"expire": upload.expire, "metadata": upload.label}
-        parts, tail = upload.parts, upload.tail or b""
+        name, tail, label = upload.name, upload.tail or b"", upload.label
+        add = functools.partial(self.cache.add, name, tail, parts=upload.parts)
         try:
-            return self.cache.add(upload.name, tail, parts=parts, **about).version
+            return add(expire=upload.expire, metadata=label).version
         except memchunk.FileExists as error:
-            if error.info.metadata != upload.label:
+            if error.info.metadata != label:
                 raise
             return error.info.version
 
@@ -358,11 +346,9 @@ class Uploads:
 
     def remove(self, upload_id: str) -> None:
         """Delete the upload as it is now. Raises FileNotFound."""
-        is_there = True
-        while is_there:
+        while True:
             with contextlib.suppress(memchunk.FileChanged):
-                self.discard(self.find(upload_id))
-                is_there = False
+                return self.discard(self.find(upload_id))
 
 
 def _check(condition: object, status: int, detail: str) -> None:

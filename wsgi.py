@@ -196,8 +196,9 @@ class CutOff(Problem):
 class Settings:
     """How the API behaves; each is `MEMCHUNK_` and its name in capitals in the environment.
 
-    servers: memcached servers, "host:port" or "unix:/path", separated by commas. By default
-        memcached's own default port on this machine.
+    servers: memcached servers, "host:port" or "unix:/path", separated by commas. "tls://" and
+        "user:password@" may stand before a host. By default memcached's own default port on this
+        machine.
     namespace: prefix of the keys, for several applications on one memcached.
     max_size: largest file in bytes, 50 MiB by default.
     expire: seconds that a file is kept unless its upload says otherwise, 0 (default) for no end.
@@ -217,12 +218,12 @@ class Settings:
         change while the server runs.
     """
 
-    servers: str = "127.0.0.1:11211"
+    servers: str = dataclasses.field(default="127.0.0.1:11211", repr=False)
     namespace: str = "memchunk2"
     max_size: int = memchunk.MAX_SIZE
     expire: int = 0
     timeout: float = memchunk.TIMEOUT
-    token: str = ""
+    token: str = dataclasses.field(default="", repr=False)
     max_response: int = 0
     max_expire: int = 0
     origins: str = ""

@@ -1,4 +1,4 @@
-"""Resumable uploads, tus 1.0.0, through Werkzeug's test client, on real memcached processes.
+"""Resumable uploads, tus 1.0.0, through Werkzeug's test client, on real memcacheds.
 
 Real tus clients, hosts and Lambda adapters are in test_tus_clients.py.
 """
@@ -6,7 +6,9 @@ Real tus clients, hosts and Lambda adapters are in test_tus_clients.py.
 from __future__ import annotations
 
 import base64
+import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import io
 import os
@@ -14,15 +16,19 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 from typing import Any, Callable
 from urllib.parse import urljoin
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies
+from pymemcache.client.base import PooledClient
 from werkzeug.test import Client, TestResponse
 
+import memchunk
 import tus
 import wsgi
 from test_wsgi import (
@@ -30,12 +36,12 @@ from test_wsgi import (
     MIB,
     chunk_key,
     content,
-    digest,
     is_problem,
     make,
     send,
     version,
 )
+from tests.faults import Hook, Wrapped
 from tests.support import CLOCK, Memcached, opened, wait_for
 
 TUS = {"Tus-Resumable": "1.0.0"}
@@ -62,7 +68,9 @@ def start(client: Any, length: int, path: str = "/uploads", **options: Any) -> s
     return urljoin(path, str(created.headers["Location"]))
 
 
-def patch(client: Any, path: str, offset: int, data: bytes, **headers: str) -> TestResponse:
+def patch(
+    client: Any, path: str, offset: int, data: bytes, **headers: str
+) -> TestResponse:
     sent = {**TUS, "Upload-Offset": str(offset), "Content-Type": TYPE}
     sent.update({key.replace("_", "-"): value for key, value in headers.items()})
     response: TestResponse = client.patch(path, data=data, headers=sent)
@@ -102,10 +110,14 @@ def leftovers(memcached: Memcached) -> list[str]:
 # From the start to the file
 
 
-@pytest.mark.parametrize("piece", [1, 7, CHUNK - 1, CHUNK, CHUNK + 1, 4 * CHUNK, 10 * CHUNK])
+@pytest.mark.parametrize(
+    "piece", [1, 7, CHUNK - 1, CHUNK, CHUNK + 1, 4 * CHUNK, 10 * CHUNK]
+)
 def test_pieces_become_a_file(client: Any, memcached: Memcached, piece: int) -> None:
     data = content(10 * CHUNK if piece > 10 else 20 * piece)
-    metadata = ",".join([pair("filename", "b \u4f60.txt"), pair("filetype", "text/plain")])
+    metadata = ",".join(
+        [pair("filename", "b \u4f60.txt"), pair("filetype", "text/plain")]
+    )
     address, headers = "/uploads?expire=60&name=a/b%20c", {"Upload-Metadata": metadata}
     path = start(client, len(data), address, headers=headers)
     last = complete(client, path, data, piece)
@@ -117,10 +129,13 @@ def test_pieces_become_a_file(client: Any, memcached: Memcached, piece: int) -> 
     assert "filename*=UTF-8''b%20%E4%BD%A0.txt" in read.headers["Content-Disposition"]
     assert leftovers(memcached) == []
     done = head(client, path)
-    assert done.headers["Upload-Offset"] == done.headers["Upload-Length"] == str(len(data))
+    assert (
+        done.headers["Upload-Offset"] == done.headers["Upload-Length"] == str(len(data))
+    )
     assert done.headers["Content-Location"] == last.headers["Content-Location"]
-    # The file, the upload's record, and nothing of the pieces.
-    assert len(memcached.keys()) == 1 + -(-len(data) // CHUNK) + 1
+    # The file, the record, and nothing of the pieces. A small file has no chunks.
+    chunks = -(-len(data) // CHUNK) if len(data) > CHUNK // 16 else 0
+    assert len(memcached.keys()) == 1 + chunks + 1
 
 
 def test_a_name_is_made_up(client: Any) -> None:
@@ -180,8 +195,8 @@ def test_more_than_announced(client: Any) -> None:
 
 
 def test_memory_stays_bounded(memcached: Memcached) -> None:
-    """A body is stored in blocks, each counted as it comes: 4 MB are the most that a worker that
-    dies takes with it."""
+    """A body is stored in blocks, each counted as it comes: 4 MiB are the most that a
+    worker that dies takes with it."""
     client, seen = make(memcached, chunk_size=None), []
     data = os.urandom(9 * MIB + 5)
     path = start(client, len(data) + 1)
@@ -193,24 +208,65 @@ def test_memory_stays_bounded(memcached: Memcached) -> None:
 
     headers = {**TUS, "Upload-Offset": "0"}
     answer = send(
-        client, "PATCH", path, Watched(data), len(data), headers=headers, content_type=TYPE
+        client,
+        "PATCH",
+        path,
+        Watched(data),
+        len(data),
+        headers=headers,
+        content_type=TYPE,
     )
     assert answer.headers["Upload-Offset"] == str(len(data))
-    assert all(0 <= arrived - counted < 4_000_000 for arrived, counted in seen)
+    assert all(0 <= arrived - counted <= 4 * MIB for arrived, counted in seen)
     assert len({counted for _, counted in seen}) == 3
     last = patch(client, path, len(data), b"x")
     assert client.get(last.headers["Content-Location"]).data == data + b"x"
 
 
+def test_an_upload_without_bytes_costs_at_most_1_kib(
+    client: Any, memcached: Memcached
+) -> None:
+    before = int(memcached.stats()["bytes"])
+    for _ in range(100):
+        start(client, 50 * MIB)
+    assert int(memcached.stats()["bytes"]) - before <= 100 * 1024
+
+
+def test_a_large_tail_fits_the_pages_of_chunks(memcached: Memcached) -> None:
+    """memcached keeps items of another size in pages of their own."""
+    client = make(memcached, chunk_size=None)
+    path = start(client, 5 * MIB)
+    patch(client, path, 0, content(4 * MIB + 300_000))
+    large = [size for size in memcached.sizes() if size > 100_000]
+    assert len(large) == 8 + 1
+    assert min(large) > 470_000
+
+
+def test_an_upload_in_too_many_pieces(
+    client: Any, memcached: Memcached, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(memchunk, "MAX_METADATA", 400)
+    path, here = start(client, 100 * CHUNK), 0
+    while patch(client, path, here, content(CHUNK)).status_code == 204:
+        here, keys = here + CHUNK, memcached.keys()
+    is_problem(patch(client, path, here, content(CHUNK)), 507)
+    assert memcached.keys() == keys
+    assert offset(client, path) == here > CHUNK
+
+
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
     cuts=strategies.lists(strategies.integers(0, 5 * CHUNK), max_size=12),
     size=strategies.integers(0, 5 * CHUNK),
     checksums=strategies.booleans(),
 )
-def test_pieces_of_any_sizes(client: Any, cuts: list[int], size: int, checksums: bool) -> None:
+def test_pieces_of_any_sizes(
+    client: Any, cuts: list[int], size: int, checksums: bool
+) -> None:
     data = content(size, seed=size)
     path = start(client, size)
     edges = sorted(min(cut, size) for cut in cuts)
@@ -227,8 +283,13 @@ def test_pieces_of_any_sizes(client: Any, cuts: list[int], size: int, checksums:
 def test_options(memcached: Memcached) -> None:
     client = make(memcached, max_size=12345)
     path = start(client, 1)
-    for address, allow in (("/uploads", "OPTIONS, POST"), (path, "DELETE, HEAD, OPTIONS, PATCH")):
-        answer = client.options(address, headers={"Tus-Resumable": "0.2.2"})  # to be ignored
+    for address, allow in (
+        ("/uploads", "OPTIONS, POST"),
+        (path, "DELETE, HEAD, OPTIONS, PATCH"),
+    ):
+        answer = client.options(
+            address, headers={"Tus-Resumable": "0.2.2"}
+        )  # to be ignored
         assert (answer.status_code, answer.data) == (204, b"")
         assert answer.headers["Allow"] == allow
         assert answer.headers["Tus-Version"] == "1.0.0"
@@ -245,7 +306,9 @@ def test_options(memcached: Memcached) -> None:
 
 
 @pytest.mark.parametrize("spoken", [None, "0.2.2", "2.0.0", ""])
-def test_another_version_of_tus(client: Any, memcached: Memcached, spoken: str | None) -> None:
+def test_another_version_of_tus(
+    client: Any, memcached: Memcached, spoken: str | None
+) -> None:
     path = start(client, 1)
     before = memcached.keys()
     headers = {} if spoken is None else {"Tus-Resumable": spoken}
@@ -254,9 +317,15 @@ def test_another_version_of_tus(client: Any, memcached: Memcached, spoken: str |
         ("PATCH", path, {"Upload-Offset": "0", "Content-Type": TYPE}),
         ("DELETE", path, {}),
     ):
-        refused = client.open(address, method=method, headers={**headers, **more}, data=b"x")
+        refused = client.open(
+            address, method=method, headers={**headers, **more}, data=b"x"
+        )
         is_problem(refused, 412)
-        assert refused.headers["Tus-Version"] == refused.headers["Tus-Resumable"] == "1.0.0"
+        assert (
+            refused.headers["Tus-Version"]
+            == refused.headers["Tus-Resumable"]
+            == "1.0.0"
+        )
     assert client.head(path, headers=headers).status_code == 412
     assert memcached.keys() == before
     assert offset(client, path) == 0
@@ -277,16 +346,32 @@ def test_head(client: Any) -> None:
     is_problem(client.get(path, headers=TUS), 405)
 
 
-def test_expiration(client: Any, memcached: Memcached) -> None:
+def test_the_end_of_an_upload_does_not_move(
+    client: Any, memcached: Memcached, monkeypatch: Any
+) -> None:
     headers = {**TUS, "Upload-Length": "9000"}
     created = client.post("/uploads", headers=headers)
-    path = urljoin("/uploads", created.headers["Location"])
-    answers = [created, patch(client, path, 0, content(5000)), head(client, path)]
-    for answer in answers:
-        end = parsedate_to_datetime(answer.headers["Upload-Expires"]).timestamp()
-        assert abs(end - time.time() - tus.EXPIRE) < CLOCK
-    for key, end in memcached.expiries().items():  # never before the upload does
-        assert 0 <= end - time.time() - tus.EXPIRE + CLOCK < 4000, key
+    path, real = urljoin("/uploads", created.headers["Location"]), time.time
+    expires = created.headers["Upload-Expires"]
+    end = int(parsedate_to_datetime(expires).timestamp())
+    assert abs(end - time.time() - 24 * 3600) < CLOCK
+    monkeypatch.setattr(time, "time", lambda: real() + 20_000)
+    for answer in (
+        patch(client, path, 0, content(5000)),
+        head(client, path),
+        patch(client, path, 5000, b"x"),
+    ):
+        assert answer.headers["Upload-Expires"] == expires
+        assert abs((record(path).expires or 0) - end) <= 1  # the clock may tick
+    for key, at in memcached.expiries().items():  # not before the upload does
+        assert abs(at + 20_000 - end) < 4000, key
+    patch(client, path, 5001, content(3999))
+    assert abs((record(path).expires or 0) - end) <= 1
+
+
+def record(path: str) -> memchunk.FileInfo:
+    """The record of an upload."""
+    return opened[-1].stat(tus.RESERVED + path.rsplit("/", 1)[1])
 
 
 def test_an_expired_upload(client: Any, monkeypatch: Any) -> None:
@@ -313,16 +398,18 @@ def test_an_expired_upload(client: Any, monkeypatch: Any) -> None:
         {"Upload-Length": "1", "Upload-Metadata": "filename YQ==,filename YQ=="},
         {"Upload-Length": "1", "Upload-Metadata": "f\xfclename YQ=="},
         {"Upload-Length": "1", "Upload-Metadata": "filename !"},
-        {"Upload-Length": "1", "Repr-Digest": "sha-256=:not-base64!:"},
-        {"Upload-Length": "1", "Repr-Digest": "sha-256"},
     ],
 )
-def test_starts_that_are_refused(client: Any, memcached: Memcached, headers: Any) -> None:
+def test_starts_that_are_refused(
+    client: Any, memcached: Memcached, headers: Any
+) -> None:
     is_problem(client.post("/uploads", headers={**TUS, **headers}), 400)
     assert memcached.keys() == []
 
 
-@pytest.mark.parametrize("query", ["expire=x", "name=%FF", "name=%EF%BF%BD", f"name={'x' * 1025}"])
+@pytest.mark.parametrize(
+    "query", ["expire=x", "name=%FF", "name=%EF%BF%BD", f"name={'x' * 1025}"]
+)
 def test_bad_queries(client: Any, memcached: Memcached, query: str) -> None:
     headers = {**TUS, "Upload-Length": "1"}
     is_problem(client.post(f"/uploads?{query}", headers=headers), 400)
@@ -348,11 +435,15 @@ def test_patches_that_are_refused(client: Any, memcached: Memcached) -> None:
         is_problem(patch(client, path, 3, b"d", Content_Type=other), 415)
     is_problem(patch(client, path, 3, b"d", Content_Encoding="gzip"), 415)
     assert memcached.keys() == before
-    assert patch(client, path, 3, b"", Upload_Offset="3").headers["Upload-Offset"] == "3"
+    assert (
+        patch(client, path, 3, b"", Upload_Offset="3").headers["Upload-Offset"] == "3"
+    )
     assert offset(client, path) == 3
 
 
-@pytest.mark.parametrize("path", ["/uploads/" + "0" * 32, "/uploads/x", "/uploads/a%2Fb"])
+@pytest.mark.parametrize(
+    "path", ["/uploads/" + "0" * 32, "/uploads/x", "/uploads/a%2Fb"]
+)
 def test_uploads_that_are_none(client: Any, path: str) -> None:
     for answer in (
         head(client, path),
@@ -364,7 +455,8 @@ def test_uploads_that_are_none(client: Any, path: str) -> None:
 
 
 def checksum(data: bytes, algorithm: str = "sha1") -> str:
-    return f"{algorithm} {base64.b64encode(hashlib.new(algorithm, data).digest()).decode()}"
+    digest = hashlib.new(algorithm, data).digest()
+    return f"{algorithm} {base64.b64encode(digest).decode()}"
 
 
 @pytest.mark.parametrize("algorithm", ["sha1", "sha256", "sha512"])
@@ -374,12 +466,21 @@ def test_checksums(client: Any, memcached: Memcached, algorithm: str) -> None:
     wrong = patch(client, path, 0, b"abc", Upload_Checksum=checksum(b"abd", algorithm))
     is_problem(wrong, 460)
     assert wrong.status == "460 Checksum Mismatch"
-    for bad in ("md4 AAAA", "sha1", "sha1 ", "sha1 !", "AAAA", algorithm.upper() + " AAAA"):
+    for bad in (
+        "md4 AAAA",
+        "sha1",
+        "sha1 ",
+        "sha1 !",
+        "AAAA",
+        algorithm.upper() + " AAAA",
+    ):
         is_problem(patch(client, path, 0, b"abc", Upload_Checksum=bad), 400)
     assert memcached.keys() == before
     assert offset(client, path) == 0
     for begin, part in ((0, b"abc"), (3, b"def")):
-        right = patch(client, path, begin, part, Upload_Checksum=checksum(part, algorithm))
+        right = patch(
+            client, path, begin, part, Upload_Checksum=checksum(part, algorithm)
+        )
         assert right.status_code == 204
     assert client.get(right.headers["Content-Location"]).data == b"abcdef"
 
@@ -390,14 +491,21 @@ def test_checksums(client: Any, memcached: Memcached, algorithm: str) -> None:
 )
 @pytest.mark.parametrize("is_chunked", [False, True])
 def test_a_refused_creation_with_bytes_stores_nothing(
-    client: Any, memcached: Memcached, sent: bytes, checksum_of: Any, status: int, is_chunked: bool
+    client: Any,
+    memcached: Memcached,
+    sent: bytes,
+    checksum_of: Any,
+    status: int,
+    is_chunked: bool,
 ) -> None:
     """Its sender would not be told the address at which to delete it."""
     wanted = "md4 AAAA" if checksum_of is None else checksum(checksum_of)
     headers = {**TUS, "Upload-Length": "6", "Upload-Checksum": wanted}
     length, environ = (None, CHUNKED) if is_chunked else (len(sent), {})
     options = {"headers": headers, "content_type": TYPE, "environ": environ}
-    is_problem(send(client, "POST", "/uploads", io.BytesIO(sent), length, **options), status)
+    is_problem(
+        send(client, "POST", "/uploads", io.BytesIO(sent), length, **options), status
+    )
     assert memcached.keys() == []
 
 
@@ -405,7 +513,9 @@ def test_more_than_was_announced_is_refused_before_its_checksum(client: Any) -> 
     path = start(client, 6)
     headers = {**TUS, "Upload-Offset": "0", "Upload-Checksum": checksum(b"")}
     options = {"headers": headers, "content_type": TYPE, "environ": CHUNKED}
-    is_problem(send(client, "PATCH", path, io.BytesIO(b"abcdefg"), None, **options), 413)
+    is_problem(
+        send(client, "PATCH", path, io.BytesIO(b"abcdefg"), None, **options), 413
+    )
 
 
 def test_a_whole_upload_takes_no_more(client: Any) -> None:
@@ -427,19 +537,6 @@ def test_a_checksum_of_several_blocks(memcached: Memcached) -> None:
     assert client.get(last.headers["Content-Location"]).data == data
 
 
-def test_a_digest_of_the_whole_file(client: Any, memcached: Memcached) -> None:
-    headers = {"Repr-Digest": f"sha-256=:{digest(b'abcdef')}:"}
-    path = start(client, 6, headers=headers)
-    patch(client, path, 0, b"abc")
-    assert patch(client, path, 3, b"def").status_code == 204
-    path = start(client, 6, headers=headers)
-    patch(client, path, 0, b"abc")
-    keys = memcached.keys()
-    is_problem(patch(client, path, 3, b"xxx"), 400)
-    assert len(keys) - len(memcached.keys()) >= 2  # all of the upload is gone
-    assert head(client, path).status_code == 404
-
-
 def test_termination(client: Any, memcached: Memcached) -> None:
     path = start(client, 10)
     patch(client, path, 0, b"abc")
@@ -452,7 +549,9 @@ def test_termination(client: Any, memcached: Memcached) -> None:
     is_problem(patch(client, path, 6, b"g"), 404)
 
 
-def test_termination_of_a_whole_upload_deletes_its_file(client: Any, memcached: Memcached) -> None:
+def test_termination_of_a_whole_upload_deletes_its_file(
+    client: Any, memcached: Memcached
+) -> None:
     path = start(client, 3)
     url = patch(client, path, 0, b"abc").headers["Content-Location"]
     assert client.delete(path, headers=TUS).status_code == 204
@@ -467,7 +566,9 @@ def test_termination_of_a_whole_upload_deletes_its_file(client: Any, memcached: 
 
 def test_method_override(client: Any) -> None:
     headers = {**TUS, "Upload-Length": "6", "X-HTTP-Method-Override": "POST"}
-    path = urljoin("/uploads", client.put("/uploads", headers=headers).headers["Location"])
+    path = urljoin(
+        "/uploads", client.put("/uploads", headers=headers).headers["Location"]
+    )
     headers = {**TUS, "Upload-Offset": "0", "X-HTTP-Method-Override": "PATCH"}
     answer = client.post(path, headers=headers, data=b"abc", content_type=TYPE)
     assert (answer.status_code, answer.headers["Upload-Offset"]) == (204, "3")
@@ -479,7 +580,10 @@ def test_method_override(client: Any) -> None:
     assert head(client, path).status_code == 404
     # Elsewhere it means nothing.
     client.put("/files/a", data=b"x")
-    assert client.get("/files/a", headers={"X-HTTP-Method-Override": "DELETE"}).data == b"x"
+    assert (
+        client.get("/files/a", headers={"X-HTTP-Method-Override": "DELETE"}).data
+        == b"x"
+    )
 
 
 def test_an_existing_name(client: Any, memcached: Memcached) -> None:
@@ -491,7 +595,7 @@ def test_an_existing_name(client: Any, memcached: Memcached) -> None:
     # A finish that can't succeed leaves nothing of the upload.
     is_problem(patch(client, path, 4000, content(1000)), 409)
     assert client.get("/files/a").data == b"first"
-    assert len(memcached.keys()) == 2
+    assert len(memcached.keys()) == 1  # the file, which is small
     assert head(client, path).status_code == 404
     # What is dead keeps no name.
     created = client.put("/files/a", data=content(5 * CHUNK))
@@ -537,11 +641,15 @@ def test_token(memcached: Memcached) -> None:
         ("PATCH", path),
         ("DELETE", path),
     ):
-        refused = client.open(address, method=method, headers={**TUS, "Upload-Length": "3"})
+        refused = client.open(
+            address, method=method, headers={**TUS, "Upload-Length": "3"}
+        )
         is_problem(refused, 401)
         assert refused.headers["Tus-Resumable"] == "1.0.0"
     assert head(client, path).status_code == 401
-    assert patch(client, path, 0, b"abc", Authorization="Bearer s3cret").status_code == 204
+    assert (
+        patch(client, path, 0, b"abc", Authorization="Bearer s3cret").status_code == 204
+    )
 
 
 def test_other_sites(client: Any) -> None:
@@ -585,7 +693,10 @@ def test_what_came_is_kept(client: Any, stream: Any, size: int) -> None:
 @pytest.mark.parametrize("stream", [io.BytesIO, Breaks])
 def test_what_came_with_the_start_is_kept(client: Any, stream: Any) -> None:
     data = content(100_000)
-    options = {"headers": {**TUS, "Upload-Length": str(len(data))}, "content_type": TYPE}
+    options = {
+        "headers": {**TUS, "Upload-Length": str(len(data))},
+        "content_type": TYPE,
+    }
     answer = send(client, "POST", "/uploads", stream(data[:700]), len(data), **options)
     assert (answer.status_code, answer.headers["Upload-Offset"]) == (201, "700")
     path = urljoin("/uploads", answer.headers["Location"])
@@ -597,7 +708,9 @@ def test_with_a_checksum_nothing_is_kept(client: Any, memcached: Memcached) -> N
     path = start(client, 10)
     before = memcached.keys()
     headers = {**TUS, "Upload-Offset": "0", "Upload-Checksum": checksum(b"0123456789")}
-    cut = send(client, "PATCH", path, Breaks(b"01234"), 10, headers=headers, content_type=TYPE)
+    cut = send(
+        client, "PATCH", path, Breaks(b"01234"), 10, headers=headers, content_type=TYPE
+    )
     is_problem(cut, 460)
     assert memcached.keys() == before
 
@@ -651,11 +764,17 @@ def files(memcached: Memcached, response: TestResponse) -> list[str]:
     """Keys of the one file that was read."""
     name = response.request.path.rsplit("/", 1)[1]
     parts = (version(response), hashlib.sha256(name.encode()).hexdigest())
-    return [key for key in sorted(memcached.keys()) if any(part in key for part in parts)]
+    return [
+        key for key in sorted(memcached.keys()) if any(part in key for part in parts)
+    ]
 
 
-@pytest.mark.parametrize(("length", "sent"), [(3, 3), (10, 3), (20 * CHUNK, 12 * CHUNK)])
-def test_deleted_during_a_patch(client: Any, memcached: Memcached, length: int, sent: int) -> None:
+@pytest.mark.parametrize(
+    ("length", "sent"), [(3, 3), (10, 3), (20 * CHUNK, 12 * CHUNK)]
+)
+def test_deleted_during_a_patch(
+    client: Any, memcached: Memcached, length: int, sent: int
+) -> None:
     path = start(client, length)
     body = Meanwhile(content(sent), lambda: client.delete(path, headers=TUS))
     headers = {**TUS, "Upload-Offset": "0"}
@@ -664,21 +783,266 @@ def test_deleted_during_a_patch(client: Any, memcached: Memcached, length: int, 
     assert memcached.keys() == []
 
 
+# Requests that race, at any command of one of them
+
+DATA = content(4500)  # several chunks, and a tail
+OTHER = content(4500, seed=1)
+
+
+class At:
+    """Acts before a client's command of this number, once."""
+
+    def __init__(self, number: int, action: Callable[[], object]) -> None:
+        self.left, self.action = number, action
+        self.result: Any = None
+
+    def __call__(self, command: str) -> None:
+        self.left -= 1
+        if self.left == -1:
+            self.result = self.action()
+
+    @property
+    def acted(self) -> bool:
+        return self.left < 0
+
+
+def worker(memcached: Memcached, before: Hook) -> Any:
+    """A client of an API with a memcached client of its own, in which a hook lies."""
+    client = Wrapped(PooledClient(memcached.address), before)
+    opened.append(memchunk.FileCache(client, chunk_size=CHUNK))
+    return Client(wsgi.Application(opened[-1]))
+
+
+def races(
+    memcached: Memcached, prepare: Callable[[], str], first: Act, second: Act
+) -> Iterator[tuple[str, Any, Any]]:
+    """For each command of `first`: what prepared for it, its answer, and that of
+    `second`, which another worker does before the command."""
+    other, number = make(memcached), 0
+    while True:
+        path = prepare()
+        at = At(number, functools.partial(second, other, path))
+        answer = first(worker(memcached, at), path)
+        if not at.acted:
+            break
+        yield path, answer, at.result
+        memcached.flush()
+        number += 1
+    assert number > 5
+
+
+Act = Callable[[Any, str], Any]
+
+
+def finish(client: Any, path: str) -> TestResponse:
+    """Send what the upload misses."""
+    return patch(client, path, 1500, DATA[1500:])
+
+
+def finish_otherwise(client: Any, path: str) -> TestResponse:
+    return patch(client, path, 1500, OTHER[1500:])
+
+
+def delete(client: Any, path: str) -> TestResponse:
+    response: TestResponse = client.delete(path, headers=TUS)
+    return response
+
+
+def delete_file(client: Any, path: str) -> TestResponse:
+    """Finish the upload, then delete its file, as its owner may."""
+    head(client, path)
+    response: TestResponse = client.delete("/files/a")
+    return response
+
+
+@pytest.mark.parametrize("length", [4500, 9000])
+def test_patches_at_one_offset_never_mix_and_one_counts(
+    client: Any, memcached: Memcached, length: int
+) -> None:
+    """At the end of the file as in its midst."""
+
+    def prepare() -> str:
+        path = start(client, length, "/uploads?name=a")
+        patch(client, path, 0, DATA[:1500])
+        return path
+
+    rest = content(length - 4500, seed=2)
+    for path, one, other in races(memcached, prepare, finish, finish_otherwise):
+        assert sorted([one.status_code, other.status_code]) == [204, 409]
+        sent = DATA if one.status_code == 204 else OTHER
+        whole = DATA[:1500] + sent[1500:] + rest
+        complete(client, path, whole, length)
+        assert client.get("/files/a").data == whole
+        # All that is left is the file and the record.
+        assert len(memcached.keys()) == 1 + length // CHUNK + 1 + 1 - (length == 9000)
+
+
+@pytest.fixture
+def open_upload(client: Any) -> Callable[[], str]:
+    """Makes an upload that misses its end."""
+
+    def prepare() -> str:
+        path = start(client, len(DATA), "/uploads?name=a&expire=9000")
+        patch(client, path, 0, DATA[:1500])
+        return path
+
+    return prepare
+
+
+class Died(BaseException):
+    """Ends a worker."""
+
+
+@pytest.fixture
+def finishing_upload(
+    memcached: Memcached, open_upload: Callable[[], str], client: Any
+) -> Callable[[], str]:
+    """Makes an upload whose worker died when it was about to publish the file."""
+
+    def prepare() -> str:
+        path = open_upload()
+        is_done = [False]
+
+        def die(command: str) -> None:
+            if command == "set_many" and is_done[0]:
+                raise Died
+            is_done[0] |= command == "cas"
+
+        with pytest.raises(Died):
+            finish(worker(memcached, die), path)
+        assert client.get("/files/a").status_code == 404
+        return path
+
+    return prepare
+
+
+def is_whole(client: Any, memcached: Memcached) -> bool:
+    """Whether the file is there, and nothing but it and the record."""
+    read = client.get("/files/a")
+    assert read.status_code in (200, 404)
+    assert read.status_code == 404 or read.data == DATA
+    assert len(memcached.keys()) == (1 + 5 + 1 if read.status_code == 200 else 0)
+    return bool(read.status_code == 200)
+
+
+def test_finish_against_head(
+    client: Any, memcached: Memcached, open_upload: Callable[[], str]
+) -> None:
+    """HEAD says that all is there only if the file is."""
+    for path, last, seen in races(memcached, open_upload, finish, head):
+        assert (last.status_code, seen.status_code) == (204, 200)
+        is_there = seen.headers["Upload-Offset"] == str(len(DATA))
+        assert is_there == ("Content-Location" in seen.headers)
+        assert offset(client, path) == len(DATA)
+        assert is_whole(client, memcached)
+
+
+@pytest.mark.parametrize("is_finish_first", [True, False])
+def test_finish_against_delete(
+    memcached: Memcached,
+    client: Any,
+    open_upload: Callable[[], str],
+    is_finish_first: bool,
+) -> None:
+    """After DELETE nothing is there. The finish is told so, or was done before it."""
+    acts = (finish, delete) if is_finish_first else (delete, finish)
+    finishes = []
+    for path, *answers in races(memcached, open_upload, *acts):
+        last, deleted = answers if is_finish_first else reversed(answers)
+        assert deleted.status_code == 204
+        finishes.append(last.status_code)
+        assert last.status_code in (204, 404, 410)
+        assert head(client, path).status_code == 404
+        assert not is_whole(client, memcached)
+    # A finish wins if it has written its record before the DELETE deletes that.
+    wins = finishes.count(204)
+    assert 0 < wins < len(finishes)
+    assert set(finishes[-wins:] if is_finish_first else finishes[:wins]) == {204}
+
+
+@pytest.mark.parametrize("again", [finish, finish_otherwise, head])
+def test_a_published_file_survives_a_second_finisher(
+    client: Any,
+    memcached: Memcached,
+    finishing_upload: Callable[[], str],
+    again: Act,
+) -> None:
+    """Both take over from a worker that died."""
+    for path, one, other in races(memcached, finishing_upload, head, again):
+        assert one.status_code == 200
+        assert other.status_code == (200 if again is head else 409)
+        assert offset(client, path) == len(DATA)
+        assert is_whole(client, memcached)
+
+
+@pytest.mark.parametrize(
+    ("second", "statuses"), [(delete, (200, 404)), (delete_file, (200, 404, 409, 410))]
+)
+def test_a_second_finisher_brings_no_file_back(
+    client: Any,
+    memcached: Memcached,
+    finishing_upload: Callable[[], str],
+    second: Act,
+    statuses: tuple[int, ...],
+) -> None:
+    """It was finished and deleted while the second finisher was at work."""
+    for path, late, deleted in races(memcached, finishing_upload, head, second):
+        assert deleted.status_code == 204
+        assert late.status_code in statuses
+        assert client.get("/files/a").status_code == 404
+        assert head(client, path).status_code in (404, 410)
+        assert len(memcached.keys()) <= 1  # the record
+
+
+def test_a_worker_that_dies_at_its_last_piece_leaves_an_upload_to_go_on_with(
+    client: Any, memcached: Memcached, open_upload: Callable[[], str]
+) -> None:
+    def die() -> None:
+        raise Died
+
+    for number in range(1000):
+        path, at = open_upload(), At(number, die)
+        with contextlib.suppress(Died):
+            finish(worker(memcached, at), path)
+        last = complete(client, path, DATA, len(DATA))
+        assert client.get(last.headers["Content-Location"]).data == DATA
+        assert delete(client, path).status_code == 204
+        assert leftovers(memcached) == []
+        memcached.flush()
+        if not at.acted:
+            break
+    assert number > 10
+
+
+def test_threads_at_one_offset(memcached: Memcached) -> None:
+    workers = [make(memcached) for _ in range(4)]
+    bodies = [content(4500, seed) for seed in range(len(workers))]
+    for _ in range(10):
+        path, gate = start(workers[0], 4500), threading.Barrier(len(workers))
+
+        def work(index: int, path: str = path, gate: Any = gate) -> int:
+            gate.wait()
+            return patch(workers[index], path, 0, bodies[index]).status_code
+
+        with concurrent.futures.ThreadPoolExecutor(len(workers)) as pool:
+            statuses = list(pool.map(work, range(len(workers))))
+        assert sorted(statuses) == [204, 409, 409, 409]
+        url = head(workers[0], path).headers["Content-Location"]
+        assert workers[0].get(url).data == bodies[statuses.index(204)]
+
+
 # Pieces that the cache dropped
 
 
-def version_of(path: str) -> str:
-    """The version of an upload's record, which stands in the keys of its chunks."""
-    return opened[-1].stat(tus.RESERVED + path.rsplit("/", 1)[1]).version
-
-
-def half(client: Any, memcached: Memcached, **headers: str) -> tuple[str, list[str]]:
+def half(client: Any, memcached: Memcached) -> tuple[str, list[str]]:
     """An upload that has come half-way, and the keys of the file's chunks."""
     before = set(memcached.keys())
-    path = start(client, 5000, headers=headers)
+    path = start(client, 5000)
     patch(client, path, 0, content(2500))
     new = sorted(set(memcached.keys()) - before)
-    return path, [key for key in new if key.count(":") == 2 and version_of(path) not in key]
+    return path, [
+        key for key in new if key.count(":") == 2 and record(path).version not in key
+    ]
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -696,9 +1060,11 @@ def test_evicted(client: Any, memcached: Memcached, index: int) -> None:
 
 
 @pytest.mark.parametrize("value", [None, b"x"])
-def test_an_evicted_state(client: Any, memcached: Memcached, value: bytes | None) -> None:
+def test_an_evicted_tail(
+    client: Any, memcached: Memcached, value: bytes | None
+) -> None:
     path, _ = half(client, memcached)
-    [key] = [key for key in set(memcached.keys()) if f"{version_of(path)}:0" in key]
+    [key] = [key for key in set(memcached.keys()) if f"{record(path).version}:0" in key]
     memcached.delete(key)
     if value:
         memcached.write(key, value)
@@ -707,13 +1073,10 @@ def test_an_evicted_state(client: Any, memcached: Memcached, value: bytes | None
     assert client.delete(path, headers=TUS).status_code == 204
 
 
-def test_damage_is_an_error(client: Any, memcached: Memcached) -> None:
-    """At the end where a digest was announced; else, as of any file, when it is read."""
-    path, chunks = half(client, memcached, **{"Repr-Digest": f"sha-256=:{digest(content(5000))}:"})
-    memcached.write(chunks[0], b"x")
-    is_problem(patch(client, path, 2500, content(5000)[2500:]), 502)
-    assert head(client, path).status_code == 404  # to go on would only meet it again
-    assert memcached.keys() == []
+def test_damage_of_a_part_is_an_error_of_the_file(
+    client: Any, memcached: Memcached
+) -> None:
+    """As of any file, when it is read."""
     path, chunks = half(client, memcached)
     memcached.write(chunks[0], b"x")
     last = patch(client, path, 2500, content(5000)[2500:])
@@ -759,7 +1122,7 @@ def test_a_gateway_that_repeats_requests(client: Any) -> None:
 
 
 def test_nothing_on_disk(client: Any, monkeypatch: Any, tmp_path: pathlib.Path) -> None:
-    """The state is in memcached alone: a worker may take over that has never seen the upload."""
+    """A worker that has never seen the upload goes on with what is in memcached."""
     monkeypatch.chdir(tmp_path)
     with contextlib.ExitStack() as stack:
         path = start(client, 6)
@@ -802,7 +1165,9 @@ def test_whichever_is_imported_first(memcached: Memcached, first: str) -> None:
     assert run(ROOT, memcached, first)[:3] == ["201", "201 x", "200 False"]
 
 
-def test_without_it_all_else_is_served(memcached: Memcached, tmp_path: pathlib.Path) -> None:
+def test_without_it_all_else_is_served(
+    memcached: Memcached, tmp_path: pathlib.Path
+) -> None:
     for name in ("memchunk.py", "mcpool.py", "wsgi.py", "upload.html"):
         shutil.copy(ROOT / name, tmp_path)
     assert run(tmp_path, memcached, "wsgi")[:3] == ["404", "201 x", "200 True"]
