@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import itertools
 import re
 import socket
 import struct
@@ -44,13 +45,14 @@ class Wrapped:
 
 
 class Once:
-    """A hook that acts once, at the first of these commands."""
+    """A hook that acts once: at the command of this number, or the first of a name."""
 
-    def __init__(self, commands: str, action: Callable[[], object]) -> None:
-        self.commands, self.action, self.acted = commands.split(), action, False
+    def __init__(self, when: int | str, action: Callable[[], object]) -> None:
+        self.when, self.action = when, action
+        self.count, self.acted = itertools.count(), False
 
     def __call__(self, command: str) -> None:
-        if command in self.commands and not self.acted:
+        if not self.acted and self.when in (next(self.count), command):
             self.acted = True
             self.action()
 
