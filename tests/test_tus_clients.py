@@ -1,4 +1,5 @@
-"""Resumable uploads by the tus clients that people use, through WSGI hosts and Lambda adapters."""
+"""Resumable uploads by the tus clients that people use, through WSGI hosts and Lambda
+adapters."""
 
 from __future__ import annotations
 
@@ -21,10 +22,19 @@ import requests
 from tusclient.client import TusClient
 from tusclient.exceptions import TusCommunicationError, TusUploadFailed
 
-import memchunk
 import tus
 import wsgi
-from tests.support import HOSTS, MIB, SECONDS, Memcached, Proxy, Server, running, snippet, wait_for
+from tests.support import (
+    HOSTS,
+    MIB,
+    SECONDS,
+    Memcached,
+    Proxy,
+    Server,
+    running,
+    snippet,
+    wait_for,
+)
 from tests.test_lambda import LIMIT, Client, documented, http_event, rest_event
 
 PIECE = 4 * MIB
@@ -76,24 +86,36 @@ def stream(file: pathlib.Path) -> Iterator[Any]:
         yield stream
 
 
-@pytest.fixture(scope="module", params=["gunicorn", "gunicorn-threads", "waitress", "cheroot"])
+@pytest.fixture(
+    scope="module", params=["gunicorn", "gunicorn-threads", "waitress", "cheroot"]
+)
 def server(
     request: Any, cache: Memcached, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    with running(HOSTS[request.param], cache, tmp_path_factory.mktemp("host")) as server:
+    with running(
+        HOSTS[request.param], cache, tmp_path_factory.mktemp("host")
+    ) as server:
         yield server
 
 
-def node(endpoint: str, file: pathlib.Path, folder: pathlib.Path, **options: Any) -> Any:
-    """Run tus-js-client; return the URLs of upload and file, and the last request's offset."""
+def node(
+    endpoint: str, file: pathlib.Path, folder: pathlib.Path, **options: Any
+) -> Any:
+    """Run tus-js-client; return the URLs of upload and file, and the last offset."""
     if shutil.which("node") is None:
-        pytest.fail("these tests need Node.js; install it: 'apt-get install nodejs npm'")
+        pytest.fail(
+            "these tests need Node.js; install it: 'apt-get install nodejs npm'"
+        )
     script = folder / "upload.js"
     script.write_text(NODE)
     command = ["node", str(script), endpoint, str(file), json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=SECONDS, check=False
+    )
     if "Cannot find module 'tus-js-client'" in done.stderr:
-        pytest.fail("install it: 'npm install tus-js-client', and set NODE_PATH to node_modules")
+        pytest.fail(
+            "install it: 'npm install tus-js-client', and set NODE_PATH to node_modules"
+        )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -106,7 +128,9 @@ def same(url: str, data: bytes) -> bool:
 
 def stored(uploader: Any) -> str:
     """Where the file is, as a HEAD tells whoever lost the last answer."""
-    answer = requests.head(uploader.url, headers=uploader.get_headers(), timeout=SECONDS)
+    answer = requests.head(
+        uploader.url, headers=uploader.get_headers(), timeout=SECONDS
+    )
     assert answer.headers["Upload-Offset"] == answer.headers["Upload-Length"]
     return urljoin(str(uploader.url), answer.headers["Content-Location"])
 
@@ -117,11 +141,18 @@ def stored(uploader: Any) -> str:
 def test_tuspy(server: Server, stream: Any, big: bytes) -> None:
     for options in ({}, {"upload_checksum": True}):
         name = quote(f"tuspy {len(options)} {server.port}")
-        client, metadata = TusClient(server.url(f"/uploads?name={name}")), {"filename": "a.dat"}
-        first = client.uploader(file_stream=stream, chunk_size=PIECE, metadata=metadata, **options)
+        client, metadata = (
+            TusClient(server.url(f"/uploads?name={name}")),
+            {"filename": "a.dat"},
+        )
+        first = client.uploader(
+            file_stream=stream, chunk_size=PIECE, metadata=metadata, **options
+        )
         first.upload(stop_at=3 * PIECE)
         # The process ends here; another one goes on.
-        second = client.uploader(file_stream=stream, chunk_size=PIECE, url=first.url, **options)
+        second = client.uploader(
+            file_stream=stream, chunk_size=PIECE, url=first.url, **options
+        )
         assert second.offset == 3 * PIECE
         second.upload()
         assert same(server.url(f"/files/{name}"), big)
@@ -132,13 +163,17 @@ def test_tuspy_over_a_broken_line(server: Server, stream: Any, big: bytes) -> No
     proxy = Proxy(server.port, 1_000_000, 13_000_000, 30_000_000, 30_100_000)
     with contextlib.closing(proxy):
         client = TusClient(proxy.url("/uploads"))
-        uploader = client.uploader(file_stream=stream, chunk_size=PIECE, retries=20, retry_delay=0)
+        uploader = client.uploader(
+            file_stream=stream, chunk_size=PIECE, retries=20, retry_delay=0
+        )
         uploader.upload()
         assert not proxy.cuts
         assert same(stored(uploader).replace(str(proxy.port), str(server.port)), big)
 
 
-def test_tus_js_client(server: Server, file: pathlib.Path, tmp_path: Any, big: bytes) -> None:
+def test_tus_js_client(
+    server: Server, file: pathlib.Path, tmp_path: Any, big: bytes
+) -> None:
     endpoint = server.url("/uploads")
     first = node(endpoint, file, tmp_path, chunkSize=PIECE, stopAfter=3)
     assert "stored" not in first
@@ -158,7 +193,7 @@ def test_tus_js_client(server: Server, file: pathlib.Path, tmp_path: Any, big: b
 def test_tus_js_client_over_a_broken_line(
     server: Server, file: pathlib.Path, tmp_path: Any, big: bytes, piece: int | None
 ) -> None:
-    """Without pieces, as is its default, what came before the break is kept all the same."""
+    """Without pieces, as is its default, it keeps what came before the break, too."""
     options = {"chunkSize": piece} if piece else {}
     resumes = piece or server.host.streams
     headers = {"Tus-Resumable": "1.0.0"}
@@ -180,23 +215,33 @@ def test_tus_js_client_over_a_broken_line(
         assert same(done["stored"].replace(str(proxy.port), str(server.port)), big)
 
 
-def test_tus_js_client_terminates(server: Server, file: pathlib.Path, tmp_path: Any) -> None:
-    path = node(server.url("/uploads"), file, tmp_path, chunkSize=PIECE, stopAfter=1)["url"]
+def test_tus_js_client_terminates(
+    server: Server, file: pathlib.Path, tmp_path: Any
+) -> None:
+    path = node(server.url("/uploads"), file, tmp_path, chunkSize=PIECE, stopAfter=1)[
+        "url"
+    ]
     headers = {"Tus-Resumable": "1.0.0"}
     assert requests.delete(path, headers=headers, timeout=SECONDS).status_code == 204
     assert requests.head(path, headers=headers, timeout=SECONDS).status_code == 404
 
 
-def test_a_host_is_killed(cache: Memcached, stream: Any, tmp_path: Any, big: bytes) -> None:
+def test_a_host_is_killed(
+    cache: Memcached, stream: Any, tmp_path: Any, big: bytes
+) -> None:
     """In the middle of a piece, with all of its workers; another one goes on."""
     servers = [
-        Server(HOSTS["gunicorn"], tmp_path / f"log{number}", MEMCHUNK_SERVERS=cache.server)
+        Server(
+            HOSTS["gunicorn"], tmp_path / f"log{number}", MEMCHUNK_SERVERS=cache.server
+        )
         for number in range(2)
     ]
     try:
         first, second = (server.wait() for server in servers)
         headers = {"Tus-Resumable": "1.0.0", "Upload-Length": str(len(big))}
-        location = first.request("POST", "/uploads", headers=headers).headers["Location"]
+        location = first.request("POST", "/uploads", headers=headers).headers[
+            "Location"
+        ]
         path = urljoin("/uploads", location)
         del headers["Upload-Length"]
 
@@ -209,7 +254,8 @@ def test_a_host_is_killed(cache: Memcached, stream: Any, tmp_path: Any, big: byt
             sent = {**headers, "Upload-Offset": "0"}
             head = "".join(f"{key}: {value}\r\n" for key, value in sent.items())
             connection.sendall(
-                f"PATCH {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(big)}\r\n{head}"
+                f"PATCH {path} HTTP/1.1\r\nHost: x\r\n{head}"
+                f"Content-Length: {len(big)}\r\n"
                 "Content-Type: application/offset+octet-stream\r\n\r\n".encode()
             )
             connection.sendall(big[:12_000_000])
@@ -217,7 +263,9 @@ def test_a_host_is_killed(cache: Memcached, stream: Any, tmp_path: Any, big: byt
             os.killpg(first.process.pid, 9)
         assert 8_000_000 < offset() <= 12_000_000
         client = TusClient(second.url("/uploads"))
-        uploader = client.uploader(file_stream=stream, chunk_size=PIECE, url=second.url(path))
+        uploader = client.uploader(
+            file_stream=stream, chunk_size=PIECE, url=second.url(path)
+        )
         uploader.upload()
         assert same(stored(uploader), big)
     finally:
@@ -232,7 +280,9 @@ def test_what_the_docs_show(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "report.pdf").write_bytes(big[: 6 * MIB])
     requests.delete(server.url("/files/report.pdf"), timeout=SECONDS)
-    code = snippet("docs/uploads.md", language).replace("http://localhost:8000", server.url(""))
+    code = snippet("docs/uploads.md", language).replace(
+        "http://localhost:8000", server.url("")
+    )
     if language == "curl":
         subprocess.run(["sh", "-e", "-c", code], check=True)
     else:
@@ -244,10 +294,11 @@ def test_what_the_docs_show(
 
 
 class Gateway(http.server.HTTPServer):
-    """What stands in front of Lambda functions: turns requests into events, within their limits.
+    """What stands in front of Lambda functions: turns requests into events, within
+    their limits.
 
-    `handlers` take the calls in turn, as instances of a function do. Of every seventh PATCH the
-    answer gets lost.
+    `handlers` take the calls in turn, as instances of a function do. Of every seventh
+    PATCH the answer gets lost.
     """
 
     def __init__(self, handlers: list[Any], event: Callable[..., Any]) -> None:
@@ -259,7 +310,9 @@ class Gateway(http.server.HTTPServer):
 
     def serve(self) -> None:
         with contextlib.closing(asyncio.new_event_loop()) as loop:
-            asyncio.set_event_loop(loop)  # Mangum wants the one that Lambda's main thread has
+            asyncio.set_event_loop(
+                loop
+            )  # Mangum wants the one that Lambda's main thread has
             self.serve_forever(0.01)
 
     def url(self, path: str) -> str:
@@ -286,7 +339,9 @@ class Request(http.server.BaseHTTPRequestHandler):
             return
         instance = gateway.instances[gateway.calls % len(gateway.instances)]
         gateway.calls += 1
-        headers = {key: value for key, value in self.headers.items() if key != "Content-Length"}
+        headers = {
+            key: value for key, value in self.headers.items() if key != "Content-Length"
+        }
         headers["X-Forwarded-Proto"] = "http"
         status, received, data = instance(self.command, path, body, query, **headers)
         assert len(data) * 4 / 3 + len(json.dumps(received)) + 1000 < LAMBDA
@@ -312,9 +367,11 @@ class Request(http.server.BaseHTTPRequestHandler):
 @pytest.fixture(params=["apig-wsgi", "serverless-wsgi", "mangum"])
 def handlers(request: Any, cache: Memcached) -> Iterator[list[Any]]:
     """Two instances of one function, with nothing in common but memcached."""
-    settings = wsgi.Settings(max_response=LIMIT)
-    caches = [memchunk.connect(cache.server) for _ in range(2)]
-    yield [documented(request.param, wsgi.Application(each, settings)) for each in caches]
+    settings = wsgi.Settings(servers=cache.server, max_response=LIMIT)
+    caches = [settings.connect() for _ in range(2)]
+    yield [
+        documented(request.param, wsgi.Application(each, settings)) for each in caches
+    ]
     for each in caches:
         each.close()
 
@@ -344,7 +401,9 @@ def test_tuspy_through_lambda(gateway: Gateway, stream: Any, big: bytes) -> None
     too_large = client.uploader(file_stream=stream, chunk_size=5 * MIB)
     with pytest.raises((TusUploadFailed, TusCommunicationError)):
         too_large.upload()
-    uploader = client.uploader(file_stream=stream, chunk_size=PIECE, retries=20, retry_delay=0)
+    uploader = client.uploader(
+        file_stream=stream, chunk_size=PIECE, retries=20, retry_delay=0
+    )
     uploader.upload()
     assert gateway.lost
     url = stored(uploader)
@@ -352,7 +411,9 @@ def test_tuspy_through_lambda(gateway: Gateway, stream: Any, big: bytes) -> None
 
 
 @pytest.mark.parametrize("gateway", [rest_event, http_event], indirect=True)
-def test_tus_js_client_through_lambda(gateway: Gateway, tmp_path: Any, big: bytes) -> None:
+def test_tus_js_client_through_lambda(
+    gateway: Gateway, tmp_path: Any, big: bytes
+) -> None:
     file, data = tmp_path / "file.dat", big[: 5 * PIECE]
     file.write_bytes(data)
     for options in ({}, {"uploadDataDuringCreation": True}):
