@@ -201,9 +201,7 @@ def successors(state: State) -> Iterator[tuple[Event, State]]:
         if process.step and number != state.crashed
     ]
     alone = [
-        each
-        for each in active
-        if not state.late and unpublished(each[1], each[2][1])
+        each for each in active if not state.late and unpublished(each[1], each[2][1])
     ]
     for each in alone[:1] or active:
         yield from steps(state, *each)
@@ -234,10 +232,10 @@ def without(state: State, key: str, value: bytes) -> State:
 
 def is_verified_later(process: Process, key: str) -> bool:
     operation = process.operation
-    segment, untouched = segment_of(key), ("touch", key) not in process.sent
-    is_part = operation.uses == segment != "" and operation.verb != "stage"
-    is_own = unpublished(process, key)
-    return untouched and (is_own or (is_part and not published(process)))
+    is_waiting = ("touch", key) not in process.sent and not published(process)
+    is_write = operation.verb in ("add", "set", "cas")
+    mine = (operation.version, operation.uses or operation.version)
+    return is_write and is_waiting and segment_of(key) in mine
 
 
 def published(process: Process) -> bool:
@@ -359,7 +357,12 @@ def explained(
     """Whether some order of the operations gives these outcomes and this file."""
     processes = state.processes
     outcomes = [process.outcome for process in processes]
-    events = [*zip(operations, outcomes, state.before)]
+    events: list[tuple[Operation, object, Before]] = [
+        (operation, outcome, before)
+        if outcome == "done"
+        else (operation, outcome, before and before - {len(operations)})
+        for operation, outcome, before in zip(operations, outcomes, state.before)
+    ]
     if state.evicted:
         event = Operation("evict", segment_of(state.evicted))
         events.append((event, "done", state.evicted_after))
@@ -420,7 +423,8 @@ def misplaced(state: State) -> dict[str, int]:
     # Parts that nobody has published are their uploader's, who unstages them.
     kept = {*current, *abandoned(state), UPLOAD}
     lease = 0 if state.fault in ("none", "eviction") else NOW + LATEST
-    staged = {each.version for each in operations_of(state) if each.verb == "stage"}
+    operations = [process.operation for process in state.processes]
+    staged = {each.version for each in operations if each.verb == "stage"}
     orphans = {
         key: end
         for key, end in chunks.items()
@@ -430,24 +434,34 @@ def misplaced(state: State) -> dict[str, int]:
     return {**wrong, **orphans}
 
 
-def operations_of(state: State) -> list[Operation]:
-    return [process.operation for process in state.processes]
-
-
 def earliest(state: State, end: int) -> int:
     """When the chunks of a file may end at the earliest whose manifest ends at `end`.
-    Of two touches at a time, the later one may die between its `cas` and its touches of
-    the chunks. Then some of them have the end of the other touch."""
-    touches = [each.verb for each in operations_of(state)].count("touch")
-    number = state.struck[0] if state.struck else 0
-    fails = touches > 1 and uncertain(state.processes[number])
-    return 0 if fails and ("cas", manifest_key) in state.processes[number].sent else end
+
+    They outlive it, unless one who gives them an end dies, or fails, in between:
+
+    * Of two touches at a time the later one, after its `cas`, before it touched all of
+      the chunks. Then some of them have the end of the other touch.
+    * A `stage` that keeps parts active on a tight server by a lease, or a publication
+      of them at the same time. Each gives them their end again if it comes later.
+    """
+    if state.struck is None:
+        return end
+    number, step, _ = state.struck
+    process = state.processes[number]
+    operations = [each.operation for each in state.processes]
+    touches = [each.verb for each in operations].count("touch")
+    if touches > 1 and uncertain(process) and published(process):
+        return 0
+    fails = uncertain(process) or step[0] == "touch"
+    is_tight = any(each.memory for each in operations)
+    return NOW + LEASE if is_tight and fails and process.operation.uses else end
 
 
 def latest(state: State, end: int) -> int:
     """When they may end at the latest. After an error, or if two give the same chunks
     an end, they may have none."""
-    changes = [each.verb == "touch" or each.uses != "" for each in operations_of(state)]
+    operations = [process.operation for process in state.processes]
+    changes = [each.verb == "touch" or each.uses != "" for each in operations]
     if any(map(uncertain, state.processes)) or state.evicted or sum(changes) > 1:
         return sys.maxsize
     return min(end + LATEST - LEASE, sys.maxsize)
@@ -472,13 +486,13 @@ def abandoned(state: State) -> set[str]:
         return set(state.orphaned)
     number, step, last = state.struck
     process = state.processes[number]
-    if step[0] == "forget" and process.outcome != "KeyboardInterrupt":
-        return {segment_of(step[1])}
     known = {segment for value in process.found for segment in segments(value)}
     known.add(process.operation.version)
     died = number == state.crashed or process.outcome == "KeyboardInterrupt"
     if died and step[0] != "set":
         return known
+    if step[0] == "forget":
+        return {segment_of(step[1])}
     lost = published_by(step) or (step[0] == "gets" and published_by(last))
     return known if lost and process.outcome == "CacheUnavailable" else set()
 
@@ -493,10 +507,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "set slowly": {"verb": "set", "step": 2},
     "set small": {"verb": "set", "data": b"small"},  # which lies in its manifest
 }
+FINISH = {"uses": UPLOAD, "data": b"f" * 50, "expire": 400}  # all ends of it agree
 UPLOADS: dict[str, dict[str, Any]] = {
-    "finish": {"verb": "add", "uses": UPLOAD, "data": b"f" * 50},
-    "finish empty": {"verb": "set", "uses": UPLOAD, "data": b""},
-    "finish by cas": {"verb": "cas", "uses": UPLOAD, "data": b"f" * 50},
+    "finish": {"verb": "add", **FINISH},
+    "finish empty": {"verb": "set", **FINISH, "data": b""},
+    "finish by cas": {"verb": "cas", **FINISH},
+    "finish later": {"verb": "set", **FINISH, "expire": 800},
     "stage": {"verb": "stage", "uses": UPLOAD, "data": b"g" * 120},
     "stage, tight": {"verb": "stage", "uses": UPLOAD, "memory": TIGHT},
     "unstage": {"verb": "unstage", "uses": UPLOAD},
@@ -522,12 +538,12 @@ PAIRS = [
     *itertools.product(SPECIAL, CHANGES),
     *((kind, kind) for kind in SPECIAL),
 ]
+ALIKE = [kind for kind in UPLOADS if kind != "finish later"]
 UPLOAD_PAIRS = [
     pair
     for pair in (
-        *itertools.product(UPLOADS, UPLOADS),
-        *itertools.product(UPLOADS, CHANGES),
-        *itertools.product(CHANGES, UPLOADS),
+        *itertools.combinations_with_replacement(ALIKE, 2),
+        *itertools.product(CHANGES, ALIKE),
     )
     if not is_undefined(pair)
 ]
@@ -572,3 +588,20 @@ def test_every_schedule_of_uploads_has_the_effect_of_some_order(
     first: str, second: str, fault: str, present: bool
 ) -> None:
     explore((first, second), fault, present, " of uploads")
+
+
+LATER = [("finish", "touch"), ("finish empty", "touch"), ("finish", "finish later")]
+
+
+@pytest.mark.parametrize("present", [True, False])
+@pytest.mark.parametrize(("first", "second"), LATER)
+def test_parts_outlive_a_manifest_that_another_gave_a_later_end(
+    first: str, second: str, present: bool
+) -> None:
+    explore((first, second), "none", present, " of uploads")
+
+
+def test_parts_that_two_publish_and_a_third_deletes() -> None:
+    """What `add` returned for is whole, though the same parts were published, and
+    deleted with their file, since it looked."""
+    explore(("finish", "finish", "delete"), "none", False, " of uploads")

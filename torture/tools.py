@@ -28,8 +28,7 @@ def connected(server: Memcached, timeout: float = 10, **options: Any) -> FileCac
 
 
 class State(NamedTuple):
-    """What a name stands for: the bytes, or why they can't be had, and when they end.
-    """
+    """What a name stands for: the bytes, or why they can't be had, and when they end."""
 
     data: object
     ends: Optional[int]  # hundreds of seconds from now, None for never
