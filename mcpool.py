@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 import re
 import socket
@@ -45,7 +46,6 @@ _PAUSE = 0.02  # seconds after a refused connection
 # without a descriptor for it does not say no, and another connection may come free.
 _SHARE = 0.25
 _LINE = 8192  # bytes; no line of memcached is longer
-_LARGEST_VALUE = 2**30  # bytes; memcached's -I ends there
 _OUTSTANDING = 256  # replies that are not read yet; so many fit in any socket's buffer
 _PARTS = 64  # that one sendmsg takes; Linux allows 1024, and POSIX promises 16
 
@@ -54,12 +54,13 @@ _ADDRESS = re.compile(
     r"(?P<place>(\[(?P<ipv6>[\w:.%]+)\]|(?P<host>(?!\d+(:|$))[^][\s:/@,]+))"
     r"(:(?P<port>\d{1,5}))?)"
 )
-_VALUE = re.compile(rb"VALUE (\S+) \d+ (\d{1,10})(?: (\d+))?")
+_VALUE = re.compile(rb"VALUE (\S+) \d+ (\d{1,9})(?: (\d+))?")  # below 1 GB, as -I is
 _REPLY = re.compile(rb"DELETED|TOUCHED|NOT_FOUND|OK|VERSION .*|\d+ *")
 _GREETING = re.compile(rb"(VALUE .*\r\n)?END\r\n|(?!VALUE)[^\r\n]*\r\n", re.DOTALL)
 
 Key = Union[str, bytes]
 Receive = Callable[[Key, int, Callable[[Any], Any]], Any]
+_Waiter = concurrent.futures.Future[Any]
 
 _fork_lock = threading.Lock()
 
@@ -80,10 +81,8 @@ def connect(
     servers: text with commas between the addresses, or an iterable of addresses. These
     are "host", "host:port", "[ipv6]:port" or "unix:/path". "tls://" and "user:password@",
     with special characters percent-encoded, may stand before a host.
-    timeout: seconds that a call may wait in all.
+    timeout: seconds that a call may wait in all. max_connections: for each server.
     tls: for every host. By default, hosts with "tls://" get Python's default context.
-    max_connections: how many connections each server may have at a time.
-
     Raises ValueError if an address or a number is not valid.
     """
     if not 0 < timeout <= threading.TIMEOUT_MAX or max_connections < 1:
@@ -123,6 +122,7 @@ def _parse(address: object, number: int, secret: bool) -> _Server:
     if match["user"]:
         login = b" ".join(map(unquote_to_bytes, match.group("user", "password")))
     place = (match["ipv6"] or match["host"]).lower(), port
+    place[0].encode("idna")  # or a ValueError
     return _Server(
         (match["tls"] or "") + match["place"], place, bool(match["tls"]), login
     )
@@ -222,9 +222,7 @@ class ServerPool(_Commands):
     def _start(self) -> None:
         self._pid, self._lock = os.getpid(), threading.RLock()
         self._idle: collections.deque[tuple[float, _Connection]] = collections.deque()
-        self._waiters: collections.deque[concurrent.futures.Future[Any]] = (
-            collections.deque()
-        )
+        self._waiters: collections.deque[_Waiter] = collections.deque()
         self._places = 0  # connections that are idle, in use or being opened
         self._bound, self._bound_until, self._refusal = self._maximum, 0.0, ""
         self._down_until = 0.0  # 0: the server answers
@@ -270,9 +268,7 @@ class ServerPool(_Commands):
     def _call(self, command: str, *args: Any, **options: Any) -> Any:
         """Have a connection do a command, within the time limit."""
         self._check_process()
-        began = time.monotonic()
-        self._fail_if_down(began)
-        connection = None
+        began, connection = self._fail_if_down(), None
         try:
             connection = self._take(began + self._timeout)
             began = time.monotonic()
@@ -281,27 +277,26 @@ class ServerPool(_Commands):
             if connection:
                 connection.close()
                 self._give(None)
-            self._note(error, began)
+            now = time.monotonic()
+            # A call that waited long for a connection left the server little time.
+            if isinstance(error, NoAnswer) and now - began >= self._timeout / 2:
+                self._down_until = now + _DOWN
+            elif not isinstance(error, TimeoutError):
+                self._down_until = min(self._down_until, now)  # the next call tries
             raise
         self._give(connection)
         if self._down_until:
             self._down_until = self._bound_until = 0
         return result
 
-    def _fail_if_down(self, now: float) -> None:
+    def _fail_if_down(self) -> float:
         with self._lock:
+            now = time.monotonic()
             if now < self._down_until:
                 raise NoAnswer(f"{self.server} did not answer in time a moment ago")
             if self._down_until:
                 self._down_until = now + self._timeout  # this call tries, others fail
-
-    def _note(self, error: BaseException, began: float) -> None:
-        now = time.monotonic()
-        # A call that waited long for a free connection left the server little time.
-        if isinstance(error, NoAnswer) and now - began >= self._timeout / 2:
-            self._down_until = now + _DOWN
-        elif not isinstance(error, TimeoutError):
-            self._down_until = min(self._down_until, now)  # the next call tries
+            return now
 
     def _take(self, deadline: float) -> _Connection:
         """A connection that works: one that idled, or a new one."""
@@ -309,20 +304,17 @@ class ServerPool(_Commands):
         while True:
             connection = self._wait(deadline)
             try:
-                if connection is None:
-                    connection = _Connection(self._server, self._tls)
-                    connection.open(deadline, share)
+                connection = connection or self._open(deadline, share)
                 if connection.begin(deadline):
                     return connection
                 connection.close()
+                self._give(None)
             except NoAnswer as refusal:
                 self._shrink(refusal, deadline)
                 share = 1
-                continue
             except BaseException:
                 self._give(None)
                 raise
-            self._give(None)
 
     def _wait(self, deadline: float) -> _Connection | None:
         """Wait for an idle connection, or for a place for a new one (None)."""
@@ -336,10 +328,11 @@ class ServerPool(_Commands):
             if self._places < self._bound and now < deadline:
                 self._places += 1
                 return None
-            waiter: concurrent.futures.Future[Any] = concurrent.futures.Future()
+            waiter: _Waiter = concurrent.futures.Future()
             self._waiters.append(waiter)  # who comes first is served first
         try:
-            return waiter.result(deadline - now)  # type: ignore[no-any-return]
+            handed: _Connection | None = waiter.result(deadline - now)
+            return handed
         except BaseException as error:
             if not waiter.cancel():  # it came at the last moment
                 self._give(waiter.result())
@@ -380,104 +373,7 @@ class ServerPool(_Commands):
                 self._places -= 1
                 self._idle.popleft()[1].close()
 
-
-class _Socket:
-    """A socket whose waits take `left` seconds in all."""
-
-    def __init__(self, family: int, name: str, left: float) -> None:
-        self.sock, self.name, self.left = socket.socket(family), name, left
-        # eventlet's sockets pass sendmsg through to a socket that does not wait.
-        self.gathers = hasattr(type(self.sock), "sendmsg")
-        self.ahead = b""  # what `line` received behind its line
-        self.unended = 0  # bytes since the last end of a line
-
-    def connect(self, place: Any, tls: ssl.SSLContext | None, host: str) -> None:
-        self.wait(self.sock.connect, place)
-        if not isinstance(place, str):
-            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if tls:
-                self.gathers = False
-                wrap = functools.partial(tls.wrap_socket, server_hostname=host)
-                self.sock = self.wait(wrap, self.sock)
-
-    def wait(self, operation: Callable[..., Any], *args: Any) -> Any:
-        started = time.monotonic()
-        try:
-            self.sock.settimeout(max(self.left, 1e-6))
-            result = operation(*args)
-        except (TimeoutError, socket.timeout) as error:
-            raise NoAnswer(f"{self.name} did not answer in time") from error
-        finally:
-            self.left -= time.monotonic() - started
-        if result in (0, b""):
-            text = f"{self.name} closed the connection"
-            raise exceptions.MemcacheUnexpectedCloseError(text)
-        return result
-
-    def sendall(self, data: bytes) -> None:
-        self.send([memoryview(data)])
-
-    def send(self, parts: list[memoryview]) -> None:
-        """Send parts as they lie in memory, or joined if the socket can't do that."""
-        if not self.gathers:
-            parts = [memoryview(b"".join(parts))]
-        while parts:
-            if self.gathers:
-                sent = self.wait(self.sock.sendmsg, parts[:_PARTS])
-            else:
-                sent = self.wait(self.sock.send, parts[0])
-            while parts and sent >= len(parts[0]):
-                sent -= len(parts.pop(0))
-            if sent:
-                parts[0] = parts[0][sent:]
-
-    def recv(self, size: int) -> bytes:
-        data: bytes = self.wait(self.sock.recv, size)
-        self.unended = 0 if b"\r\n" in data else self.unended + len(data)
-        if self.unended > _LINE:
-            raise exceptions.MemcacheUnknownError(f"{self.name} sends an endless line")
-        return data
-
-    def line(self) -> bytes:
-        """The next line, without its end."""
-        while b"\r\n" not in self.ahead:
-            self.ahead += self.recv(_LINE)
-        line, _, self.ahead = self.ahead.partition(b"\r\n")
-        if len(line) > _LINE:
-            raise exceptions.MemcacheUnknownError(f"{self.name} sends an endless line")
-        return line
-
-    def fill(self, view: memoryview) -> None:
-        filled = min(len(view), len(self.ahead))
-        view[:filled], self.ahead = self.ahead[:filled], self.ahead[filled:]
-        while filled < len(view):
-            filled += self.wait(self.sock.recv_into, view[filled:])
-
-    def is_quiet(self) -> bool:
-        """Whether nothing came that nobody asked for: no reply, and no end."""
-        self.sock.settimeout(0)
-        with contextlib.suppress(OSError):
-            try:
-                self.sock.recv(1)
-            except (BlockingIOError, ssl.SSLWantReadError):
-                return True
-        return False
-
-    def close(self) -> None:
-        self.sock.close()
-
-
-class _Connection(Client):
-    """pymemcache's client for one connection, with the slow steps replaced."""
-
-    sock: Any  # a _Socket
-
-    def __init__(self, server: _Server, tls: ssl.SSLContext | None) -> None:
-        super().__init__(server.place, default_noreply=False)
-        self._server, self._tls = server, tls
-        self._receive: Receive | None = None
-
-    def open(self, deadline: float, share: float) -> None:
+    def _open(self, deadline: float, share: float) -> _Connection:
         """Connect to one of the host's addresses. Each gets a fair share of the time."""
         places, errors = [(socket.AF_UNIX, self._server.place)], []
         if not isinstance(self._server.place, str):
@@ -486,11 +382,12 @@ class _Connection(Client):
             places = [(family, place) for family, _, _, _, place in found]
         for index, (family, place) in enumerate(places):
             left = (deadline - time.monotonic()) * share / (len(places) - index)
-            self.sock = _Socket(family, self._server.name, left)
+            connection = _Connection(self._server, family, left)
             try:
-                return self._greet(place)
+                connection.connect(place, self._tls)
+                return connection
             except BaseException as error:
-                self.close()
+                connection.close()
                 if not isinstance(error, (OSError, exceptions.MemcacheError)):
                     raise
                 errors.append(error)
@@ -500,58 +397,149 @@ class _Connection(Client):
             error for kind in kinds for error in errors if isinstance(error, kind)
         )
 
-    def _greet(self, place: Any) -> None:
+
+class _Connection(Client):
+    """pymemcache's client for one connection, with the slow steps replaced.
+
+    All waits take `left` seconds together. pymemcache's `sock` is this object itself.
+    """
+
+    sock: Any
+
+    def __init__(self, server: _Server, family: int, left: float) -> None:
+        super().__init__(server.place, default_noreply=False)
+        self.sock, self._socket, self.left = self, socket.socket(family), left
+        self._server, self._tls = server, False
+        self._receive: Receive = _receive_bytes
+        self._ahead = b""  # what `line` received behind its line
+        self._unended = 0  # bytes since the last end of a line
+
+    def connect(self, place: Any, tls: ssl.SSLContext | None) -> None:
         """Connect, and have a harmless command answered before others rely on it."""
-        self.sock.connect(place, self._tls, self._server.place[0])
-        login, reply = self._server.login, b""
-        ask, answers = b"get mcpool\r\n", [b"END", b"VALUE", b"SERVER_ERROR"]
-        if login:
-            ask, answers = (
-                b"set auth x 0 %d\r\n%b\r\n" % (len(login), login),
-                [b"STORED"],
-            )
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.sock.sendall(ask)  # a server that closed may have said why
+        self._wait(self._socket.connect, place)
+        if not isinstance(place, str):
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if tls:
+                host, self._tls = self._server.place[0], True
+                wrap = functools.partial(tls.wrap_socket, server_hostname=host)
+                self._socket = self._wait(wrap, self._socket)
         try:
-            while not _GREETING.fullmatch(reply):
-                reply += self.sock.recv(_LINE)
-        except exceptions.MemcacheUnexpectedCloseError as error:
-            text = f"{error} without an answer; does it speak TLS?"
+            reply = self._greet()
+        except (exceptions.MemcacheUnexpectedCloseError, ConnectionResetError):
+            text = f"{self._server.name} closed the connection at once; is it for TLS?"
             raise exceptions.MemcacheUnexpectedCloseError(text) from None
         text = (
             f"{self._server.name} says {reply[:64].decode(errors='replace').strip()!r}"
         )
         if b"Too many open connections" in reply:
             raise NoAnswer(text)
-        if not reply.startswith(tuple(answers)):
+        # A proxy says SERVER_ERROR if one of its servers is down. The others may be well.
+        good = b"STORED" if self._server.login else b"END|VALUE|SERVER_ERROR"
+        if not re.match(good, reply):
             raise exceptions.MemcacheUnknownError(
                 f"{text}; does it want user:password@?"
             )
 
+    def _greet(self) -> bytes:
+        login, reply = self._server.login, b""
+        ask = b"set auth x 0 %d\r\n%b\r\n" % (len(login), login)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            # A server that has closed the connection may have said why.
+            self.sendall(ask if login else b"get mcpool\r\n")
+        while not _GREETING.fullmatch(reply):
+            reply += self.recv(_LINE)
+        return reply
+
     def begin(self, deadline: float) -> bool:
-        """Begin a call; return whether the connection can still be used."""
-        self.sock.left = deadline - time.monotonic()
-        return bool(self.sock.is_quiet())
+        """Begin a call. False means that something came, or an end, that nobody asked for."""
+        self.left = deadline - time.monotonic()
+        try:
+            self._socket.settimeout(0)
+            self._socket.recv(1)
+        except OSError as error:
+            return isinstance(error, (BlockingIOError, ssl.SSLWantReadError))
+        return False
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _wait(self, operation: Callable[..., Any], *args: Any) -> Any:
+        started = time.monotonic()
+        try:
+            self._socket.settimeout(max(self.left, 1e-6))
+            result = operation(*args)
+        except (TimeoutError, socket.timeout) as error:
+            raise NoAnswer(f"{self._server.name} did not answer in time") from error
+        finally:
+            self.left -= time.monotonic() - started
+        if result in (0, b""):
+            text = f"{self._server.name} closed the connection"
+            raise exceptions.MemcacheUnexpectedCloseError(text)
+        return result
+
+    def sendall(self, data: bytes) -> None:
+        self._send([memoryview(data)])
+
+    def _send(self, parts: list[memoryview]) -> None:
+        """Send parts as they lie in memory, or joined if the socket can't do that."""
+        # eventlet's sockets pass sendmsg through to a socket that does not wait.
+        gathers = hasattr(type(self._socket), "sendmsg") and not self._tls
+        if not gathers:
+            parts = [memoryview(b"".join(parts))]
+        while parts:
+            if gathers:
+                sent = self._wait(self._socket.sendmsg, parts[:_PARTS])
+            else:
+                sent = self._wait(self._socket.send, parts[0])
+            while parts and sent >= len(parts[0]):
+                sent -= len(parts.pop(0))
+            if sent:
+                parts[0] = parts[0][sent:]
+
+    def recv(self, size: int) -> bytes:
+        data: bytes = self._wait(self._socket.recv, size)
+        self._unended += (data + b"\r\n").find(b"\r\n")
+        if self._unended > _LINE:
+            text = f"{self._server.name} sends a line that is too long"
+            raise exceptions.MemcacheUnknownError(text)
+        if b"\r\n" in data:
+            self._unended = len(data) - data.rfind(b"\r\n") - 2
+        return data
+
+    def _line(self) -> bytes:
+        """The next line, without its end."""
+        while b"\r\n" not in self._ahead:
+            self._ahead += self.recv(_LINE)
+        line, _, self._ahead = self._ahead.partition(b"\r\n")
+        return line
 
     def get_many(self, keys: Any, receive: Receive | None = None) -> dict[Key, Any]:
-        self._receive = receive
+        self._receive = receive or _receive_bytes
         try:
             return super().get_many(keys)
         finally:
-            self._receive = None
+            self._receive = _receive_bytes
+
+    def set_many(self, values: Any, *args: Any) -> list[Key]:
+        # memcached's TLS may overlook a command that begins within a record.
+        if not self._tls:
+            return super().set_many(values, *args)
+        return [key for key in values if not self.set(key, values[key], *args)]
 
     def pipeline(self, commands: Iterable[Iterable[Any]]) -> list[bytes]:
+        """Commands that are made already travel together, but see `set_many`."""
+        step = _PARTS if isinstance(commands, (list, tuple)) and not self._tls else 1
         replies: list[bytes] = []
-        expected = 0
-        for command in commands:
-            parts = [memoryview(part).cast("B") for part in command]
-            expected += bytes(parts[0][-10:]) != b" noreply\r\n"
-            self.sock.send(parts)
-            if expected - len(replies) > _OUTSTANDING:
-                replies.append(self.sock.line())
-        replies += [self.sock.line() for _ in range(expected - len(replies))]
-        if self.sock.ahead:
-            raise exceptions.MemcacheUnknownError(self.sock.ahead[:32])
+        commands, expected = iter(commands), 0
+        while batch := list(itertools.islice(commands, step)):
+            made = [[memoryview(part).cast("B") for part in each] for each in batch]
+            expected += sum(bytes(each[0][-10:]) != b" noreply\r\n" for each in made)
+            self._send([part for each in made for part in each])
+            while expected - len(replies) > _OUTSTANDING:
+                replies.append(self._line())
+        replies += [self._line() for _ in range(expected - len(replies))]
+        if self._ahead:
+            raise exceptions.MemcacheUnknownError(self._ahead[:32])
         return replies
 
     def _extract_value(
@@ -559,33 +547,28 @@ class _Connection(Client):
     ) -> tuple[Key, Any, bytes]:
         """Receive one value; pymemcache's docstring offers this for overriding."""
         match = _VALUE.fullmatch(line)
-        known = match and match[1] in remapped_keys and bool(match[3]) == expect_cas
-        if not match or not known or int(match[2]) > _LARGEST_VALUE:
+        if not match or match[1] not in remapped_keys or bool(match[3]) != expect_cas:
             raise exceptions.MemcacheUnknownError(line[:64])
-        key, sock, size = remapped_keys[match[1]], self.sock, int(match[2])
-        sock.ahead, sock.unended = buf, 0
-        value = self._receive_value(key, size)
-        if sock.line():
+        key, size = remapped_keys[match[1]], int(match[2])
+        self._ahead, self._missing, self._unended = buf, size, 0
+        value = self._receive(key, size, self._fill)
+        if self._missing:
+            raise ValueError(f"{self._missing} bytes of the value were not received")
+        if self._line():
             raise exceptions.MemcacheUnknownError("a value is longer than announced")
-        buf, sock.ahead, sock.unended = sock.ahead, b"", 0
+        buf, self._ahead, self._unended = self._ahead, b"", 0
         return key, (value, match[3]) if expect_cas else value, buf
 
-    def _receive_value(self, key: Key, left: int) -> Any:
-        def fill(buffer: Any) -> Any:
-            nonlocal left
-            with memoryview(buffer).cast("B") as view:
-                left -= len(view)
-                if left < 0:
-                    raise ValueError("a buffer is longer than the rest of the value")
-                self.sock.fill(view)
-            return buffer
-
-        if not self._receive:
-            return bytes(fill(bytearray(left)))
-        value = self._receive(key, left, fill)
-        if left:
-            raise ValueError(f"{left} bytes of the value were not received")
-        return value
+    def _fill(self, buffer: Any) -> Any:
+        with memoryview(buffer).cast("B") as view:
+            self._missing -= len(view)
+            if self._missing < 0:
+                raise ValueError("a buffer is longer than the rest of the value")
+            filled = min(len(view), len(self._ahead))
+            view[:filled], self._ahead = self._ahead[:filled], self._ahead[filled:]
+            while filled < len(view):
+                filled += self._wait(self._socket.recv_into, view[filled:])
+        return buffer
 
     def _misc_cmd(self, cmds: Any, *args: Any) -> list[bytes]:
         replies = super()._misc_cmd(cmds, *args)
@@ -593,3 +576,7 @@ class _Connection(Client):
             if not _REPLY.fullmatch(reply):  # pymemcache takes any line for "no"
                 raise exceptions.MemcacheUnknownError(reply[:32])
         return replies
+
+
+def _receive_bytes(key: Key, size: int, fill: Callable[[Any], Any]) -> bytes:
+    return bytes(fill(bytearray(size)))

@@ -325,26 +325,26 @@ class FileCache:
         self._chunk_size = chunk_size
         self._given = client
         self._connect()
-        longest = len(getattr(self._client, "key_prefix", b"")) + len(self._key(b"x"))
+        longest = len(getattr(self.client, "key_prefix", b"")) + len(self._key(b"x"))
         if longest + len(_chunk_key("", "0" * 16, _MAX_CHUNKS)) > _MAX_KEY:
             raise ValueError("key_prefix and namespace make keys longer than 250 bytes")
 
     def _connect(self) -> None:
         """Take the client, or make one for an address."""
         is_address = isinstance(self._given, str)
-        self._client = _own_client(self._given) if is_address else _checked(self._given)
+        self.client = _own_client(self._given) if is_address else _checked(self._given)
         self._servers: dict[int, _Server] = {}
         self._pid = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_client": None, "_servers": None}
+        return {**vars(self), "client": None, "_servers": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._connect()
 
     def __repr__(self) -> str:
-        return f"<FileCache {self.namespace!r} on {_server_name(self._client)}>"
+        return f"<FileCache {self.namespace!r} on {_server_name(self.client)}>"
 
     def __enter__(self) -> FileCache:
         return self
@@ -545,14 +545,14 @@ class FileCache:
 
     def ping(self) -> None:
         """Return if every server answers, else raise CacheUnavailable."""
-        servers = getattr(self._client, "servers", {"": self._client})
+        servers = getattr(self.client, "servers", {"": self.client})
         key = self._key(b"ping")
         for client in servers.values():
             _Server(client).ask("", lambda each: each.gets(key))
 
     def close(self) -> None:
         """Close the client's connections. The next call opens new ones."""
-        self._client.close()
+        self.client.close()
 
     def _key(self, encoded: bytes) -> str:
         # Proxies that hash only the text in braces, or before "|#|", keep a file on one
@@ -568,8 +568,8 @@ class FileCache:
         if self._pid != os.getpid() and isinstance(self._given, str):
             self._connect()
         key = self._key(encoded)
-        for_key = getattr(self._client, "for_key", None)
-        client = for_key(key) if for_key else self._client
+        for_key = getattr(self.client, "for_key", None)
+        client = for_key(key) if for_key else self.client
         return _Entry(self._servers.setdefault(id(client), _Server(client)), name, key)
 
 
@@ -907,6 +907,7 @@ class _Write(_Segment):
                 self.total = -(-len(batch) // self.chunk_size)
             end = self.entry.exptimes(self.expire)[1] if is_last else None
             is_settled = self.send(batch, end)
+            del batch  # before the next one is gathered
         if self.size not in (None, self.length):
             raise SizeMismatch(self.entry.name, self.size or 0, self.length)
         return is_settled

@@ -37,7 +37,7 @@ from werkzeug.wrappers import Request
 import mcpool
 import memchunk
 import wsgi
-from tests.support import CLOCK, WAIT, Memcached, opened, wait_for
+from tests.support import CLOCK, WAIT, Memcached, Start, opened, wait_for
 
 MIB = 1024 * 1024
 CHUNK = 1000  # bytes, so that small files have many chunks
@@ -64,7 +64,9 @@ def client(memcached: Memcached) -> Any:
 @functools.lru_cache(maxsize=8)
 def content(size: int, seed: int = 0) -> bytes:
     """Bytes that differ at every offset that a chunk or a piece could be mistaken for."""
-    block = b"".join((seed * 7919 + index).to_bytes(5, "big") for index in range(-(-size // 5)))
+    block = b"".join(
+        (seed * 7919 + index).to_bytes(5, "big") for index in range(-(-size // 5))
+    )
     return block[:size]
 
 
@@ -89,7 +91,9 @@ def version(response: TestResponse) -> str:
 
 def chunk_key(memcached: Memcached, response: TestResponse, index: int) -> str:
     """The key of one chunk of the file whose ETag is in `response`."""
-    (key,) = filter(lambda key: key.endswith(f"#|{version(response)}:{index}"), memcached.keys())
+    (key,) = filter(
+        lambda key: key.endswith(f"#|{version(response)}:{index}"), memcached.keys()
+    )
     return key
 
 
@@ -151,10 +155,24 @@ def test_post_makes_up_a_name(client: Any) -> None:
 
 
 def test_the_answer_describes_the_file(client: Any) -> None:
-    answer = client.put("/files/a/b c.txt?expire=60", data=b"x", content_type="text/plain")
+    answer = client.put(
+        "/files/a/b c.txt?expire=60", data=b"x", content_type="text/plain"
+    )
     info = answer.json
-    assert set(info) == {"name", "size", "content_type", "etag", "url", "created", "expires"}
-    assert (info["name"], info["size"], info["content_type"]) == ("a/b c.txt", 1, "text/plain")
+    assert set(info) == {
+        "name",
+        "size",
+        "content_type",
+        "etag",
+        "url",
+        "created",
+        "expires",
+    }
+    assert (info["name"], info["size"], info["content_type"]) == (
+        "a/b c.txt",
+        1,
+        "text/plain",
+    )
     assert info["url"] == "/files/a/b%20c.txt"
     assert abs(info["created"] - time.time()) < CLOCK
     assert info["expires"] - info["created"] == 60
@@ -211,13 +229,23 @@ def test_the_longest_expiry(memcached: Memcached) -> None:
         assert info["expires"] - info["created"] == 1000
     assert client.put("/files/a?expire=7", data=b"x").status_code == 200
     for more in ("0", "1001", str(2**31 - 1), "9" * 99):
-        assert is_problem(client.put(f"/files/a?expire={more}", data=b"x"), 400)["limit"] == 1000
+        assert (
+            is_problem(client.put(f"/files/a?expire={more}", data=b"x"), 400)["limit"]
+            == 1000
+        )
         is_problem(client.patch(f"/files/a?expire={more}"), 400)
         is_problem(
-            post_form(client, form(("expire", None, more.encode()), ("file", "a", b""))), 400
+            post_form(
+                client, form(("expire", None, more.encode()), ("file", "a", b""))
+            ),
+            400,
         )
     for default, kept in ((10, 10), (5000, 1000)):
-        info = make(memcached, max_expire=1000, expire=default).post("/files", data=b"x").json
+        info = (
+            make(memcached, max_expire=1000, expire=default)
+            .post("/files", data=b"x")
+            .json
+        )
         assert info["expires"] - info["created"] == kept
 
 
@@ -259,7 +287,11 @@ def test_a_new_time_to_live(client: Any, memcached: Memcached) -> None:
     [
         ("a.png", "", "image/png"),
         ("folder/A.PDF", "", "application/pdf"),
-        ("a.png", "application/x-www-form-urlencoded", "image/png"),  # what curl says of any body
+        (
+            "a.png",
+            "application/x-www-form-urlencoded",
+            "image/png",
+        ),  # what curl says of any body
         ("a.png", "text/plain", "text/plain"),
         ("a.png", "application/octet-stream", "application/octet-stream"),
         ("a.tar.gz", "", "application/octet-stream"),
@@ -269,8 +301,12 @@ def test_a_new_time_to_live(client: Any, memcached: Memcached) -> None:
         (".png", "", "application/octet-stream"),
     ],
 )
-def test_a_type_guessed_from_the_name(client: Any, name: str, sent: str, expected: str) -> None:
-    stored = client.put("/files/" + quote(name), data=b"x", headers={"Content-Type": sent})
+def test_a_type_guessed_from_the_name(
+    client: Any, name: str, sent: str, expected: str
+) -> None:
+    stored = client.put(
+        "/files/" + quote(name), data=b"x", headers={"Content-Type": sent}
+    )
     read = client.get("/files/" + quote(name))
     assert read.headers["Content-Type"] == stored.json["content_type"] == expected
     assert read.headers["Content-Disposition"].startswith("attachment;")
@@ -305,7 +341,9 @@ def test_any_name(client: Any, name: str) -> None:
     assert created.json["name"] == name
     read = client.get(created.json["url"])
     assert (read.status_code, read.data) == (200, b"x")
-    assert all(32 <= ord(c) < 127 for value in read.headers.values() for c in str(value))
+    assert all(
+        32 <= ord(c) < 127 for value in read.headers.values() for c in str(value)
+    )
     assert client.get(path).headers["ETag"] == created.headers["ETag"]
 
 
@@ -371,7 +409,9 @@ def test_a_fallback_file_name_has_a_stem(client: Any, name: str, expected: str) 
 
 
 def test_headers_of_stored_files(client: Any) -> None:
-    client.put("/files/x.html", data=b"<script>", content_type="text/html; charset=utf-8")
+    client.put(
+        "/files/x.html", data=b"<script>", content_type="text/html; charset=utf-8"
+    )
     headers = client.get("/files/x.html").headers
     assert headers["Content-Type"] == "text/html; charset=utf-8"
     assert headers["Content-Disposition"].startswith("attachment;")
@@ -419,7 +459,10 @@ def test_files_that_others_stored(client: Any, memcached: Memcached) -> None:
 
 def test_not_modified(client: Any) -> None:
     created = client.put("/files/a", data=b"x")
-    etag, modified = created.headers["ETag"], client.get("/files/a").headers["Last-Modified"]
+    etag, modified = (
+        created.headers["ETag"],
+        client.get("/files/a").headers["Last-Modified"],
+    )
     for headers in (
         {"If-None-Match": etag},
         {"If-None-Match": f'"other", W/{etag}'},
@@ -433,7 +476,10 @@ def test_not_modified(client: Any) -> None:
             assert read.headers["ETag"] == etag
     for headers in (
         {"If-None-Match": '"other"'},
-        {"If-None-Match": '"other"', "If-Modified-Since": modified},  # the date is ignored
+        {
+            "If-None-Match": '"other"',
+            "If-Modified-Since": modified,
+        },  # the date is ignored
         {"If-Modified-Since": http_date(1)},
         {"If-Modified-Since": "yesterday"},
     ):
@@ -535,7 +581,9 @@ def test_preconditions_of_delete(client: Any) -> None:
     etag = client.put("/files/a", data=b"x").headers["ETag"]
     is_problem(client.delete("/files/a", headers={"If-Match": '"other"'}), 412)
     is_problem(client.delete("/files/a", headers={"If-None-Match": "*"}), 412)
-    is_problem(client.delete("/files/a", headers={"If-Unmodified-Since": http_date(1)}), 412)
+    is_problem(
+        client.delete("/files/a", headers={"If-Unmodified-Since": http_date(1)}), 412
+    )
     is_problem(client.delete("/files/none", headers={"If-Match": "*"}), 404)
     assert client.delete("/files/a", headers={"If-Match": etag}).status_code == 204
 
@@ -609,7 +657,10 @@ def test_a_412_says_what_is_true(client: Any) -> None:
         ("/files/none", {"If-Match": "*"}, "There is no file of this name"),
         ("/files/a", {"If-Unmodified-Since": http_date(1)}, "after the date"),
     ):
-        assert words in is_problem(client.put(path, data=b"y", headers=headers), 412)["detail"]
+        assert (
+            words
+            in is_problem(client.put(path, data=b"y", headers=headers), 412)["detail"]
+        )
     for there, headers, words in (
         (False, {"If-None-Match": "*"}, "Meanwhile another upload"),
         (True, {"If-Match": etag}, "has changed"),
@@ -625,7 +676,10 @@ def test_post_honours_preconditions(client: Any) -> None:
     is_problem(client.post("/files/a", data=b"y", headers={"If-Match": etag}), 409)
     is_problem(client.post("/files/a", data=b"y", headers={"If-Match": '"other"'}), 412)
     is_problem(client.post("/files/b", data=b"y", headers={"If-Match": "*"}), 412)
-    assert client.post("/files/b", data=b"y", headers={"If-None-Match": "*"}).status_code == 201
+    assert (
+        client.post("/files/b", data=b"y", headers={"If-None-Match": "*"}).status_code
+        == 201
+    )
 
 
 def test_ranges_of_an_empty_file(client: Any) -> None:
@@ -658,9 +712,13 @@ def test_a_range_fetches_only_the_chunks_that_it_touches(memcached: Memcached) -
     client = make(memcached)
     client.put("/files/a", data=content(100 * CHUNK))
     before = int(memcached.stats()["get_hits"])
-    read = client.get("/files/a", headers={"Range": f"bytes={40 * CHUNK + 1}-{42 * CHUNK}"})
+    read = client.get(
+        "/files/a", headers={"Range": f"bytes={40 * CHUNK + 1}-{42 * CHUNK}"}
+    )
     assert read.data == content(100 * CHUNK)[40 * CHUNK + 1 : 42 * CHUNK + 1]
-    assert int(memcached.stats()["get_hits"]) - before == 1 + 3  # the manifest and three chunks
+    assert (
+        int(memcached.stats()["get_hits"]) - before == 1 + 3
+    )  # the manifest and three chunks
 
 
 def test_a_limit_on_answers(memcached: Memcached) -> None:
@@ -693,11 +751,15 @@ def test_evicted(client: Any, memcached: Memcached) -> None:
     is_problem(client.get("/files/a", headers={"Range": "bytes=3500-3501"}), 410)
     assert client.get("/files/a", headers={"Range": "bytes=0-9"}).data == content(10)
     is_problem(client.get("/files/a?info"), 410)
-    assert client.post("/files/a", data=b"new").status_code == 201  # a dead file blocks no name
+    assert (
+        client.post("/files/a", data=b"new").status_code == 201
+    )  # a dead file blocks no name
     assert client.get("/files/a").data == b"new"
 
 
-def test_a_dead_file_is_none_for_if_none_match(client: Any, memcached: Memcached) -> None:
+def test_a_dead_file_is_none_for_if_none_match(
+    client: Any, memcached: Memcached
+) -> None:
     created = client.put("/files/a", data=content(5 * CHUNK))
     memcached.delete(chunk_key(memcached, created, 3))
     new = client.put("/files/a", data=b"new", headers={"If-None-Match": "*"})
@@ -751,7 +813,9 @@ def test_a_damaged_manifest(client: Any, memcached: Memcached) -> None:
     assert client.get("/files/a").data == b"y"
 
 
-def test_a_file_replaced_while_it_is_read(memcached: Memcached, monkeypatch: Any) -> None:
+def test_a_file_replaced_while_it_is_read(
+    memcached: Memcached, monkeypatch: Any
+) -> None:
     client = make(memcached)
     client.put("/files/a", data=content(5 * CHUNK))
     opened = memchunk.FileCache.open
@@ -791,12 +855,32 @@ def test_no_memcached(memcached: Memcached) -> None:
         client.put("/files/a", data=b"x"),
         client.post("/files", data=b"x"),
         client.delete("/files/a"),
-        client.get("/readyz"),
     ):
         problem = is_problem(answer, 503)
         assert int(answer.headers["Retry-After"]) > 0
         assert memcached.server not in json.dumps(problem)
     assert client.get("/healthz").status_code == 200
+
+
+def test_readyz_tells_the_state_of_each_server(start_memcached: Start) -> None:
+    """It is ready while some server answers, also if the other is frozen."""
+    first, second = start_memcached(), start_memcached()
+    servers = mcpool.connect([first.server, second.server])
+    cache = memchunk.FileCache(servers)
+    opened.append(cache)
+    client = Client(wsgi.Application(cache))
+    states = {first.server: "ok", second.server: "ok"}
+    assert client.get("/readyz?all").json == {"status": "ok", "servers": states}
+    second.pause()
+    states[second.server] = "no answer"
+    assert client.get("/readyz").json == {"status": "ok", "servers": states}
+    problem = is_problem(client.get("/readyz?all"), 503)
+    assert problem["servers"] == states
+    second.resume()
+    first.kill()
+    second.kill()
+    problem = is_problem(client.get("/readyz"), 503)
+    assert set(problem["servers"].values()) == {"no answer"}
 
 
 def test_memcached_that_does_not_answer(memcached: Memcached) -> None:
@@ -849,12 +933,16 @@ def test_bytes_after_the_content_length_are_not_read(client: Any) -> None:
 
 def test_chunked_transfer_coding(client: Any) -> None:
     chunked = {"Transfer-Encoding": "chunked"}
-    is_problem(send(client, "PUT", "/files/a", io.BytesIO(b"x"), None, headers=chunked), 411)
-    ends = {"wsgi.input_terminated": True}
+    is_problem(
+        send(client, "PUT", "/files/a", io.BytesIO(b"x"), None, headers=chunked), 411
+    )
+    ends = {"wsgi.input_terminated": True, "SERVER_SOFTWARE": "Werkzeug/3"}
     data = content(300_000)
     for headers, length in ((chunked, None), (chunked, 5), ({}, None)):
         stream = io.BytesIO(data)
-        stored = send(client, "PUT", "/files/a", stream, length, headers=headers, environ=ends)
+        stored = send(
+            client, "PUT", "/files/a", stream, length, headers=headers, environ=ends
+        )
         assert stored.status_code in (200, 201)
         assert client.get("/files/a").data == data
 
@@ -865,7 +953,9 @@ def test_another_transfer_coding_is_refused(
 ) -> None:
     environ = {"wsgi.input_terminated": True, "HTTP_TRANSFER_ENCODING": coding}
     for body in (b"", b"xx"):  # gunicorn 23 shows none of it
-        answer = send(client, "PUT", "/files/a", io.BytesIO(body), None, environ=environ)
+        answer = send(
+            client, "PUT", "/files/a", io.BytesIO(body), None, environ=environ
+        )
         is_problem(answer, 400)
     assert memcached.keys() == []
 
@@ -883,15 +973,20 @@ def test_a_body_that_cannot_be_read(client: Any, memcached: Memcached) -> None:
     def fail() -> None:
         raise OSError("Invalid chunk header")
 
-    for environ, length in (({"wsgi.input_terminated": True}, None), ({}, 4)):
+    ends = {"wsgi.input_terminated": True, "SERVER_SOFTWARE": "Werkzeug/3"}
+    for environ, length in ((ends, None), ({}, 4)):
         stream = Overtaken(b"", fail)
-        is_problem(send(client, "PUT", "/files/a", stream, length, environ=environ), 400)
+        is_problem(
+            send(client, "PUT", "/files/a", stream, length, environ=environ), 400
+        )
     assert memcached.keys() == []
 
 
 @pytest.mark.parametrize("length", ["-1", "x", "1_0", "+1", "1,1", "\u0661"])
 def test_a_length_that_is_none(client: Any, length: str) -> None:
-    is_problem(client.put("/files/a", environ_overrides={"CONTENT_LENGTH": length}), 400)
+    is_problem(
+        client.put("/files/a", environ_overrides={"CONTENT_LENGTH": length}), 400
+    )
 
 
 def test_a_refused_body_is_read_after_the_answer(client: Any, monkeypatch: Any) -> None:
@@ -919,7 +1014,8 @@ def test_not_longer_than_seconds(client: Any, monkeypatch: Any) -> None:
     assert stream.tell() < MIB
 
 
-def test_nothing_is_read_from_who_may_not_write(memcached: Memcached) -> None:
+def test_any_refused_body_is_read_after_the_answer(memcached: Memcached) -> None:
+    """Else a host would reset the connection, and a proxy would answer 502."""
     client = make(memcached, token="t")
     foreign = {"Authorization": "Bearer t", "Origin": "https://evil.example"}
     for method, path, headers, status in (
@@ -930,9 +1026,30 @@ def test_nothing_is_read_from_who_may_not_write(memcached: Memcached) -> None:
     ):
         stream = io.BytesIO(bytes(MIB))
         refused = send(client, method, path, stream, MIB, headers=headers)
-        assert refused.status_code == status
+        assert (refused.status_code, stream.tell()) == (status, 0)
         refused.close()
-        assert stream.tell() == 0
+        assert stream.tell() == MIB
+
+
+def test_a_chunked_body_on_a_host_that_hides_a_break(client: Any) -> None:
+    """Without a proof that it is whole, it is refused before a byte of it is read."""
+    data = content(100_000)
+    ends = {"wsgi.input_terminated": True, "SERVER_SOFTWARE": "granian"}
+    digest = base64.b64encode(hashlib.sha256(data).digest()).decode()
+    for header, status in (
+        ({}, 411),
+        ({"Repr-Digest": "md5=:AAAA:"}, 411),
+        ({"Repr-Digest": f"sha-256=:{digest}:"}, 201),
+        ({"Content-Digest": f"sha-256=:{digest}:"}, 200),
+        ({"Content-Digest": f"sha-256=:{digest[:-4]}AAA=:"}, 400),
+    ):
+        headers = {"Transfer-Encoding": "chunked", **header}
+        stream = io.BytesIO(data)
+        answer = send(
+            client, "PUT", "/files/a", stream, None, headers=headers, environ=ends
+        )
+        assert answer.status_code == status, header
+        assert status != 411 or stream.tell() == 0
 
 
 def test_content_range_on_any_upload(client: Any, memcached: Memcached) -> None:
@@ -949,7 +1066,9 @@ def test_content_range_on_any_upload(client: Any, memcached: Memcached) -> None:
 
 
 def test_uploads_that_http_forbids(client: Any) -> None:
-    is_problem(client.put("/files/a", data=b"x", headers={"Content-Encoding": "gzip"}), 415)
+    is_problem(
+        client.put("/files/a", data=b"x", headers={"Content-Encoding": "gzip"}), 415
+    )
     is_problem(client.get("/files/a"), 404)
 
 
@@ -973,7 +1092,9 @@ def test_digests_of_uploads(client: Any, memcached: Memcached) -> None:
         f"sha-256=:{digest(data)}:, sha-256=:{digest(b'other')}:",  # the last one counts
         f"sha-256=:{digest(b'other')}:;q=1",
     ):
-        is_problem(client.put("/files/a", data=data, headers={"Repr-Digest": header}), 400)
+        is_problem(
+            client.put("/files/a", data=data, headers={"Repr-Digest": header}), 400
+        )
         assert memcached.keys() == []
     for header in (
         f"sha-256=:{digest(data)}:",
@@ -990,12 +1111,16 @@ def test_digests_of_uploads(client: Any, memcached: Memcached) -> None:
             assert stored.status_code in (200, 201), header
 
 
-def test_content_digest_is_of_the_body_as_sent(client: Any, memcached: Memcached) -> None:
+def test_content_digest_is_of_the_body_as_sent(
+    client: Any, memcached: Memcached
+) -> None:
     body = form(("file", "a", content(5000)))
     for value, status in ((digest(body), 201), (digest(content(5000)), 400)):
         client.delete("/files/a")
         headers = {"Content-Digest": f"sha-256=:{value}:"}
-        assert post_form(client, body, "/files/a", headers=headers).status_code == status
+        assert (
+            post_form(client, body, "/files/a", headers=headers).status_code == status
+        )
     assert memcached.keys() == []
     wrong = {"Content-Digest": f"sha-256=:{digest(b'other')}:"}
     is_problem(client.put("/files/a", data=b"x", headers=wrong), 400)
@@ -1005,7 +1130,10 @@ def test_content_digest_is_of_the_body_as_sent(client: Any, memcached: Memcached
 def test_a_digest_that_is_none_is_refused_before_the_body_is_read(client: Any) -> None:
     for field in ("Repr-Digest", "Content-Digest"):
         stream = io.BytesIO(bytes(MIB))
-        is_problem(send(client, "PUT", "/files/a", stream, MIB, headers={field: "sha-256"}), 400)
+        is_problem(
+            send(client, "PUT", "/files/a", stream, MIB, headers={field: "sha-256"}),
+            400,
+        )
         assert stream.tell() == 0
 
 
@@ -1022,7 +1150,10 @@ def test_digests_of_downloads(client: Any) -> None:
         ("nonsense", None),
     ):
         headers = {"Want-Repr-Digest": wanted}
-        assert client.get("/files/a", headers=headers).headers.get("Repr-Digest") == expected
+        assert (
+            client.get("/files/a", headers=headers).headers.get("Repr-Digest")
+            == expected
+        )
 
 
 # Forms
@@ -1034,7 +1165,9 @@ def form(
     """A multipart/form-data body of (name, file name, content)."""
     body = b""
     for name, filename, data in parts:
-        body += f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"'.encode()
+        body += (
+            f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"'.encode()
+        )
         if filename is not None:
             body += f'; filename="{filename}"\r\nContent-Type: image/png'.encode()
         body += b"\r\n\r\n" + data + b"\r\n"
@@ -1068,7 +1201,9 @@ def test_a_file_in_a_form(client: Any, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("piece", [1, 2, 3, 7, 50])
-def test_a_form_in_pieces_of_any_size(client: Any, monkeypatch: Any, piece: int) -> None:
+def test_a_form_in_pieces_of_any_size(
+    client: Any, monkeypatch: Any, piece: int
+) -> None:
     monkeypatch.setattr(wsgi, "PIECE", piece)
     for data in TRICKY:
         created = post_form(client, form(("expire", None, b"60"), ("file", "a", data)))
@@ -1078,7 +1213,12 @@ def test_a_form_in_pieces_of_any_size(client: Any, monkeypatch: Any, piece: int)
 
 def test_bytes_beside_the_file_that_fit(client: Any) -> None:
     spare = [("other", None, b"x" * 10_000)]
-    body = b"x" * 10_000 + b"\r\n" + form(*spare, ("file", "a", b"1"), *spare) + b"x" * 10_000
+    body = (
+        b"x" * 10_000
+        + b"\r\n"
+        + form(*spare, ("file", "a", b"1"), *spare)
+        + b"x" * 10_000
+    )
     created = post_form(client, body)
     assert client.get(address(created)).data == b"1"
 
@@ -1086,7 +1226,9 @@ def test_bytes_beside_the_file_that_fit(client: Any) -> None:
 def test_forms_for_put_and_named_post(client: Any) -> None:
     content_type = "multipart/form-data; boundary=XbX"
     body = form(("file", "x.png", b"data"))
-    assert client.put("/files/a", data=body, content_type=content_type).status_code == 201
+    assert (
+        client.put("/files/a", data=body, content_type=content_type).status_code == 201
+    )
     assert post_form(client, body, "/files/b?expire=9").json["expires"] is not None
     assert client.get("/files/a").data == client.get("/files/b").data == b"data"
 
@@ -1183,16 +1325,23 @@ def test_broken_forms(client: Any, memcached: Memcached, body: bytes) -> None:
 )
 def test_forms_without_a_boundary(client: Any, options: str) -> None:
     headers = {"Content-Type": "multipart/form-data" + options}
-    is_problem(client.post("/files", data=form(("file", "a", b"1")), headers=headers), 400)
+    is_problem(
+        client.post("/files", data=form(("file", "a", b"1")), headers=headers), 400
+    )
 
 
 def test_a_form_over_the_limit(memcached: Memcached) -> None:
     client = make(memcached, max_size=10_000)
     assert post_form(client, form(("file", "a", content(10_000)))).status_code == 201
     items = memcached.keys()
-    for size in (10_001, 100_001):  # one that the length gives away, one that it doesn't
+    for size in (
+        10_001,
+        100_001,
+    ):  # one that the length gives away, one that it doesn't
         assert (
-            is_problem(post_form(client, form(("file", "a", content(size)))), 413)["limit"]
+            is_problem(post_form(client, form(("file", "a", content(size)))), 413)[
+                "limit"
+            ]
             == 10_000
         )
     assert memcached.keys() == items
@@ -1224,7 +1373,9 @@ class Endless(io.RawIOBase):
 
 
 @pytest.mark.parametrize("is_form", [False, True])
-def test_memory_does_not_grow_with_an_upload(memcached: Memcached, is_form: bool) -> None:
+def test_memory_does_not_grow_with_an_upload(
+    memcached: Memcached, is_form: bool
+) -> None:
     client = make(memcached, chunk_size=None)
     head, _, tail = form(("file", "a", b"|")).partition(b"|")
     # Not as a header: the test client would put a boundary of its own there.
@@ -1246,7 +1397,9 @@ def test_a_download_holds_the_file_once(memcached: Memcached) -> None:
     client.put("/files/a", data=bytes(40 * MIB))
     for headers in ({}, {"Range": "bytes=1-"}, {"Want-Repr-Digest": "sha-256=1"}):
         tracemalloc.start()
-        read = client.get("/files/a", headers=headers)  # the first piece is taken, and all is held
+        read = client.get(
+            "/files/a", headers=headers
+        )  # the first piece is taken, and all is held
         assert read.content_length >= 40 * MIB - 1
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -1271,7 +1424,11 @@ def test_options(client: Any) -> None:
         ("/", "GET, HEAD, OPTIONS"),
     ):
         answer = client.options(path)
-        assert (answer.status_code, answer.data, answer.headers["Allow"]) == (204, b"", allowed)
+        assert (answer.status_code, answer.data, answer.headers["Allow"]) == (
+            204,
+            b"",
+            allowed,
+        )
     assert client.options("*").status_code == 204
     is_problem(client.options("/nowhere"), 404)
 
@@ -1295,7 +1452,12 @@ def test_errors_are_not_kept_by_caches(memcached: Memcached) -> None:
             (client.get("/files/a", headers=headers), 401),
             (client.put("/", headers=headers), 405),
             (client.get("/files/b", headers={**headers, **token}), 404),
-            (client.get("/files/a", headers={**headers, **token, "Range": "bytes=9-"}), 416),
+            (
+                client.get(
+                    "/files/a", headers={**headers, **token, "Range": "bytes=9-"}
+                ),
+                416,
+            ),
         ):
             assert answer.status_code == status
             assert answer.headers["Cache-Control"] == "no-store"
@@ -1303,7 +1465,10 @@ def test_errors_are_not_kept_by_caches(memcached: Memcached) -> None:
 
 @pytest.mark.parametrize("key", ["PATH_INFO", "SCRIPT_NAME", "QUERY_STRING"])
 def test_an_environment_that_wsgi_forbids(client: Any, key: str) -> None:
-    environ = {**create_environ("/healthz"), key: "/\u4f60"}  # bytes as Latin-1, says PEP 3333
+    environ = {
+        **create_environ("/healthz"),
+        key: "/\u4f60",
+    }  # bytes as Latin-1, says PEP 3333
     data, status, headers = run_wsgi_app(client.application, environ)
     assert (status[:3], headers["Cache-Control"]) == ("400", "no-store")
     assert json.loads(b"".join(data))["status"] == 400
@@ -1332,8 +1497,14 @@ def test_uploads_from_other_sites(client: Any) -> None:
         {"Origin": "http://localhost"},
         {"Origin": "https://localhost"},  # behind a proxy that speaks TLS
     ):
-        assert client.put("/files/a", data=b"1", headers=headers).status_code in (200, 201)
-    assert client.get("/files/a", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200
+        assert client.put("/files/a", data=b"1", headers=headers).status_code in (
+            200,
+            201,
+        )
+    assert (
+        client.get("/files/a", headers={"Sec-Fetch-Site": "cross-site"}).status_code
+        == 200
+    )
 
 
 @pytest.mark.parametrize(
@@ -1349,7 +1520,9 @@ def test_uploads_from_other_sites(client: Any) -> None:
         ("[", "http://[", 403),
     ],
 )
-def test_a_page_over_plain_http(client: Any, host: str, origin: str, status: int) -> None:
+def test_a_page_over_plain_http(
+    client: Any, host: str, origin: str, status: int
+) -> None:
     """Browsers send no Sec-Fetch-Site there, and proxies change the Host."""
     headers = {"Host": host, "Origin": origin}
     assert client.post("/files", data=b"x", headers=headers).status_code == status
@@ -1363,7 +1536,12 @@ def test_a_page_behind_a_proxy_that_changes_the_host(client: Any) -> None:
     assert client.put("/files/a", data=b"x", headers=headers).status_code == 201
     png = {**headers, "Content-Type": "image/png"}
     assert client.post("/files", data=b"x", headers=png).status_code == 201
-    for simple in ("text/plain", "multipart/form-data; boundary=XbX", "Text/Plain; x=y", ""):
+    for simple in (
+        "text/plain",
+        "multipart/form-data; boundary=XbX",
+        "Text/Plain; x=y",
+        "",
+    ):
         simply = {**headers, "Content-Type": simple}
         is_problem(client.post("/files", data=b"x", headers=simply), 403)
     tus["Sec-Fetch-Site"] = "cross-site"
@@ -1402,7 +1580,10 @@ def test_pages_of_other_origins(memcached: Memcached, origins: str) -> None:
         preflight = client.options(path, headers={**page, **asks})  # without the token
         assert (preflight.status_code, preflight.data) == (204, b"")
         assert preflight.headers["Access-Control-Allow-Origin"] == allowed
-        assert preflight.headers["Access-Control-Allow-Headers"] == "authorization,tus-resumable"
+        assert (
+            preflight.headers["Access-Control-Allow-Headers"]
+            == "authorization,tus-resumable"
+        )
         methods = preflight.headers["Access-Control-Allow-Methods"].split(", ")
         assert (
             "PUT" if path == "/files/a" else "POST" if "/x" not in path else "PATCH"
@@ -1420,15 +1601,30 @@ def test_pages_of_other_origins(memcached: Memcached, origins: str) -> None:
         assert answer.status_code == status
         assert answer.headers["Access-Control-Allow-Origin"] == allowed
         exposed = answer.headers["Access-Control-Expose-Headers"].split(", ")
-        assert {"ETag", "Location", "Content-Range", "Upload-Offset", "Repr-Digest"} <= {*exposed}
+        assert {
+            "ETag",
+            "Location",
+            "Content-Range",
+            "Upload-Offset",
+            "Repr-Digest",
+        } <= {*exposed}
         assert "Access-Control-Allow-Credentials" not in answer.headers
         assert ("Origin" in answer.headers.get("Vary", "")) == (origins != "*")
 
 
 def test_pages_of_origins_that_are_not_listed(memcached: Memcached) -> None:
     client = make(memcached, token="t", origins="https://a.example")
-    for origin in ("https://a.example.evil", "http://a.example", "null", "https://a.example:444"):
-        page = {"Origin": origin, "Authorization": "Bearer t", "Sec-Fetch-Site": "cross-site"}
+    for origin in (
+        "https://a.example.evil",
+        "http://a.example",
+        "null",
+        "https://a.example:444",
+    ):
+        page = {
+            "Origin": origin,
+            "Authorization": "Bearer t",
+            "Sec-Fetch-Site": "cross-site",
+        }
         asks = {"Access-Control-Request-Method": "PUT"}
         answers = [
             client.options("/files/a", headers={**page, **asks}),
@@ -1462,9 +1658,17 @@ def test_token(memcached: Memcached) -> None:
             is_problem(answer, 401)
             assert answer.headers["WWW-Authenticate"] == 'Bearer realm="memchunk"'
         is_problem(client.get("/files/a", headers=headers), 401)
-    for value in ("Bearer s3cret", "bearer s3cret", "Bearer  s3cret ", f"Basic {basic}"):
+    for value in (
+        "Bearer s3cret",
+        "bearer s3cret",
+        "Bearer  s3cret ",
+        f"Basic {basic}",
+    ):
         headers = {"Authorization": value}
-        assert client.put("/files/a", data=b"x", headers=headers).status_code in (200, 201)
+        assert client.put("/files/a", data=b"x", headers=headers).status_code in (
+            200,
+            201,
+        )
         assert client.get("/files/a", headers=headers).data == b"x"
     assert client.get("/").status_code == 200
 
@@ -1474,8 +1678,12 @@ def test_tokens_of_any_characters(memcached: Memcached, token: str) -> None:
     client = make(memcached, token=token)
     basic = base64.b64encode(f"me:{token}".encode()).decode()
     for value in (f"Bearer {token}", f"Basic {basic}"):
-        assert client.get("/files/a", headers={"Authorization": value}).status_code == 404
-    is_problem(client.get("/files/a", headers={"Authorization": f"Bearer {token}x"}), 401)
+        assert (
+            client.get("/files/a", headers={"Authorization": value}).status_code == 404
+        )
+    is_problem(
+        client.get("/files/a", headers={"Authorization": f"Bearer {token}x"}), 401
+    )
 
 
 def bearer(token: str) -> dict[str, str]:
@@ -1559,7 +1767,16 @@ def test_a_token_file_that_has_none_stops_the_start(
 
 
 @pytest.mark.parametrize(
-    "value", ["Basic \xe9", "Basic", "Basic =", "Basic /w==", "Digest \xff", "Bearer \xff", "\xff"]
+    "value",
+    [
+        "Basic \xe9",
+        "Basic",
+        "Basic =",
+        "Basic /w==",
+        "Digest \xff",
+        "Bearer \xff",
+        "\xff",
+    ],
 )
 def test_credentials_that_are_none(memcached: Memcached, value: str) -> None:
     headers = {"Authorization": value}
@@ -1596,7 +1813,9 @@ def test_words_for_browsers(client: Any) -> None:
     assert (answer.status_code, answer.mimetype) == (404, "text/html")
     assert "Not Found" in answer.text
     assert "<b>" not in answer.text
-    stored = post_form(client, form(("file", "a.png", b"1")), "/files?expire=60", headers=BROWSER)
+    stored = post_form(
+        client, form(("file", "a.png", b"1")), "/files?expire=60", headers=BROWSER
+    )
     assert "1 bytes, kept until 20" in stored.text
     assert (stored.status_code, stored.mimetype) == (201, "text/html")
     assert f'href="{stored.headers["Location"]}"' in stored.text
@@ -1678,7 +1897,9 @@ def test_mounted_under_a_prefix(client: Any) -> None:
 
 def test_an_error_page_links_to_the_upload_page(client: Any) -> None:
     for path in ("/files/a/b", "/nowhere", "/nowhere/"):
-        (link,) = re.findall('<a href="(.*)">Upload', client.get(path, headers=BROWSER).text)
+        (link,) = re.findall(
+            '<a href="(.*)">Upload', client.get(path, headers=BROWSER).text
+        )
         assert urljoin(f"http://localhost/prod{path}", link) == "http://localhost/prod/"
 
 
@@ -1803,7 +2024,9 @@ def test_wsgiref_finds_nothing(memcached: Memcached, headers: dict[str, str]) ->
     ):
         with checked.open(path, method=method, headers={**auth, **more}) as answer:
             assert answer.status_code < 500
-    with post_form(checked, form(("file", "a", content(99_999))), headers=auth) as upload:
+    with post_form(
+        checked, form(("file", "a", content(99_999))), headers=auth
+    ) as upload:
         assert upload.status_code == 201
 
 
@@ -1830,7 +2053,9 @@ def test_settings_from_the_environment(tmp_path: pathlib.Path) -> None:
         "OTHER_MEMCHUNK_SETTING": "",
     }
     origins = "https://a.example, http://b.example:81"
-    expected = wsgi.Settings("a:1,b:2", "n", 1000, 0, 0.5, "t", 500, 60, origins, True, 2)
+    expected = wsgi.Settings(
+        "a:1,b:2", "n", 1000, 0, 0.5, "t", 500, 60, origins, True, 2
+    )
     file = environ["MEMCHUNK_TOKEN_FILE"]
     hosts = "files.example, .b.example"
     expected = dataclasses.replace(expected, hosts=hosts, token_file=file)
@@ -1894,14 +2119,19 @@ def test_bad_settings_stop_the_start(variable: str, value: str) -> None:
         "user:s3cret@127.0.0.1:1,user:s3cret@127.0.0.1:1",
     ],
 )
-def test_passwords_of_servers_are_neither_logged_nor_answered(servers: str, caplog: Any) -> None:
+def test_passwords_of_servers_are_neither_logged_nor_answered(
+    servers: str, caplog: Any
+) -> None:
     settings = wsgi.Settings.from_environment({"MEMCHUNK_SERVERS": servers})
     told = repr(settings)
     try:
         client = Client(wsgi.Application(settings.connect(), settings))
         answers = [client.get(path) for path in ("/files/a", "/readyz")]
         assert [answer.status_code for answer in answers] == [503, 503]
-        told += "".join(f"{answer.headers} {answer.text}" for answer in answers) + caplog.text
+        told += (
+            "".join(f"{answer.headers} {answer.text}" for answer in answers)
+            + caplog.text
+        )
     except wsgi.SettingError as error:
         told += f"{error!r}"
     assert "cret" not in told
@@ -1956,12 +2186,16 @@ def run() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     yield start
     for process in started:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # and the memcached that it may have left
+            os.killpg(
+                process.pid, signal.SIGKILL
+            )  # and the memcached that it may have left
         process.communicate()
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_python_wsgi_py_brings_its_own_memcached(run: Any, tmp_path: Any, stop: int) -> None:
+def test_python_wsgi_py_brings_its_own_memcached(
+    run: Any, tmp_path: Any, stop: int
+) -> None:
     process = run("--port", "0", TMPDIR=str(tmp_path))
     url = process.stdout.readline().split()[1]
     assert call("PUT", url + "files/a", b"x")[0] == 201
@@ -1974,7 +2208,9 @@ def test_python_wsgi_py_brings_its_own_memcached(run: Any, tmp_path: Any, stop: 
     process.send_signal(stop)
     assert process.wait(WAIT) == 0
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(memchunk.CacheUnavailable):  # its idle connection has ended with it
+    with pytest.raises(
+        memchunk.CacheUnavailable
+    ):  # its idle connection has ended with it
         cache.ping()
     cache.close()
 
@@ -1988,7 +2224,10 @@ def test_python_wsgi_py_without_memcached(run: Any, tmp_path: Any) -> None:
 def test_python_wsgi_py_with_a_bad_setting(run: Any) -> None:
     process = run(MEMCHUNK_MAX_SIZE="50M")
     assert process.wait(WAIT) == 1
-    assert process.stderr.read() == "wsgi.py: MEMCHUNK_MAX_SIZE must be a number, not '50M'\n"
+    assert (
+        process.stderr.read()
+        == "wsgi.py: MEMCHUNK_MAX_SIZE must be a number, not '50M'\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -2032,11 +2271,35 @@ HEADERS = {
         "bytes=-0",
         "bytes=" + "9" * 5000 + "-",
     ],
-    "If-Match": ["ETAG", "ETAG", '"x", ETAG', "W/ETAG", "*", '"', 'W/"x"', ",,,", '"a", *'],
+    "If-Match": [
+        "ETAG",
+        "ETAG",
+        '"x", ETAG',
+        "W/ETAG",
+        "*",
+        '"',
+        'W/"x"',
+        ",,,",
+        '"a", *',
+    ],
     "If-None-Match": ["ETAG", "W/ETAG", '"x"', "*", '"', 'W/"', ",,,"],
-    "If-Modified-Since": ["Thu, 01 Jan 0000 00:00:00 GMT", "9" * 99, "Mon, 99 Foo 2020"],
-    "If-Unmodified-Since": ["Sun, 06 Nov 9999 08:49:37 GMT", "Thu, 01 Jan 1970 00:00:00 +9999"],
-    "If-Range": ["ETAG", "W/ETAG", '"x"', "W/", "\x7f", "Sun, 06 Nov 1994 08:49:37 GMT"],
+    "If-Modified-Since": [
+        "Thu, 01 Jan 0000 00:00:00 GMT",
+        "9" * 99,
+        "Mon, 99 Foo 2020",
+    ],
+    "If-Unmodified-Since": [
+        "Sun, 06 Nov 9999 08:49:37 GMT",
+        "Thu, 01 Jan 1970 00:00:00 +9999",
+    ],
+    "If-Range": [
+        "ETAG",
+        "W/ETAG",
+        '"x"',
+        "W/",
+        "\x7f",
+        "Sun, 06 Nov 1994 08:49:37 GMT",
+    ],
     "Content-Type": [
         "multipart/form-data",
         "multipart/form-data; boundary=XbX",
@@ -2046,10 +2309,24 @@ HEADERS = {
     ],
     "Content-Encoding": ["identity", "gzip", ""],
     "Transfer-Encoding": ["chunked", "gzip, chunked", ""],
-    "Repr-Digest": ["sha-256=:AA==:", "sha-256=:=:", ",", "sha-512", "=", "sha-256=:\xff:"],
+    "Repr-Digest": [
+        "sha-256=:AA==:",
+        "sha-256=:=:",
+        ",",
+        "sha-512",
+        "=",
+        "sha-256=:\xff:",
+    ],
     "Want-Repr-Digest": ["sha-256=1", "sha-512=99, sha-256=99", "\xff"],
     "Accept": ["text/html", "*/*;q=x", ",", "text/html;q=9999999999"],
-    "Authorization": ["Basic", "Basic =", "Basic /w==", "Bearer \xff", "=", "Digest a=b"],
+    "Authorization": [
+        "Basic",
+        "Basic =",
+        "Basic /w==",
+        "Bearer \xff",
+        "=",
+        "Digest a=b",
+    ],
     "Origin": ["null", "http://[", "\xff"],
     "Host": ["", "a b", "[::1", "x:99999", "\xff", "a" * 300, "xn--a"],
     "Sec-Fetch-Site": ["", "cross-site"],
@@ -2059,7 +2336,13 @@ HEADERS = {
     "Tus-Resumable": ["1.0.0", "0.2.2"],
     "Upload-Length": ["0", "10", "300", "9" * 18, "-1", "\xb2"],
     "Upload-Offset": ["0", "10", "9" * 18, "\xb2"],
-    "Upload-Metadata": ["name YQ==", "name /w==", "name 4pi6,filename", " ,, ,", "name \xff"],
+    "Upload-Metadata": [
+        "name YQ==",
+        "name /w==",
+        "name 4pi6,filename",
+        " ,, ,",
+        "name \xff",
+    ],
     "Upload-Checksum": ["sha1 AAAA", "sha1", "crc32 AAAA", "sha256 \xff"],
     "X-HTTP-Method-Override": ["PATCH", "delete", "HEAD", "OPTIONS", "\xff"],
     "Upgrade": ["websocket"],
@@ -2071,7 +2354,9 @@ CONDITIONS = [key for key in HEADERS if key == "Range" or key.startswith("If-")]
 
 def a_header(keys: Iterable[str]) -> strategies.SearchStrategy[tuple[str, str]]:
     """One of these, with one of its values above or whatever a host lets through."""
-    anything = strategies.text(strategies.characters(max_codepoint=255, exclude_characters="\r\n"))
+    anything = strategies.text(
+        strategies.characters(max_codepoint=255, exclude_characters="\r\n")
+    )
     return strategies.sampled_from(sorted(keys)).flatmap(
         lambda key: strategies.tuples(
             strategies.just(key), strategies.sampled_from(HEADERS[key]) | anything
@@ -2079,10 +2364,12 @@ def a_header(keys: Iterable[str]) -> strategies.SearchStrategy[tuple[str, str]]:
     )
 
 
-uploads = strategies.sampled_from(["/uploads", "/uploads/u", "/uploads/d", "/uploads/x"])
-path = strategies.sampled_from(["/files/a", "/files/", "/files", "/", "*", "", "/healthz"]) | (
-    strategies.binary(max_size=40).map(lambda raw: "/files/" + raw.decode("latin-1"))
+uploads = strategies.sampled_from(
+    ["/uploads", "/uploads/u", "/uploads/d", "/uploads/x"]
 )
+path = strategies.sampled_from(
+    ["/files/a", "/files/", "/files", "/", "*", "", "/healthz"]
+) | (strategies.binary(max_size=40).map(lambda raw: "/files/" + raw.decode("latin-1")))
 
 
 @pytest.fixture(scope="module")
@@ -2101,7 +2388,10 @@ def stock(application: wsgi.Application, path: str) -> dict[str, str]:
     if path in ("/uploads/u", "/uploads/d"):
         headers, data = {"Tus-Resumable": "1.0.0", "Upload-Length": "300"}, b""
         if path == "/uploads/d":
-            headers["Content-Type"], data = "application/offset+octet-stream", content(300)
+            headers["Content-Type"], data = (
+                "application/offset+octet-stream",
+                content(300),
+            )
         answer = Client(application).post("/uploads", data=data, headers=headers)
         there[path] = "/" + answer.headers["Location"]
     return there
@@ -2134,7 +2424,9 @@ def answer_to(
         "wsgi.input_terminated": terminated,
     }
     for key, value in headers:
-        environ[f"HTTP_{key.upper().replace('-', '_')}"] = value.replace("ETAG", there["ETAG"])
+        environ[f"HTTP_{key.upper().replace('-', '_')}"] = value.replace(
+            "ETAG", there["ETAG"]
+        )
     environ["CONTENT_TYPE"] = environ.pop("HTTP_CONTENT_TYPE", "")
     data, status, answer_headers = run_wsgi_app(application, environ, buffered=True)
     request = Request(create_environ())
@@ -2205,12 +2497,16 @@ def test_conditions_on_a_file_that_is_there(
     data, status = content(5000), answer.status_code
     event(f"{method} {status}")
     if status == 206:
-        start, stop = map(int, re.findall(r"(\d+)-(\d+)/5000", answer.headers["Content-Range"])[0])
+        start, stop = map(
+            int, re.findall(r"(\d+)-(\d+)/5000", answer.headers["Content-Range"])[0]
+        )
         assert answer.data == data[start : stop + 1]
     elif status == 200 and method == "GET":
         assert answer.data == data
     reads = {200, 206, 304, 412, 416} if method == "GET" else {200, 304, 412}
     changes = {"PUT": {200, 412}, "DELETE": {204, 412}, "PATCH": {200, 412}}
     assert status in changes.get(method, reads)
-    there = anything.cache.get("a") if status == 412 or method in ("GET", "HEAD") else data
+    there = (
+        anything.cache.get("a") if status == 412 or method in ("GET", "HEAD") else data
+    )
     assert there == data  # what is refused has changed nothing

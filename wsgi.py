@@ -26,6 +26,7 @@ import hashlib
 import hmac
 import html
 import importlib.util
+import io
 import ipaddress
 import itertools
 import json
@@ -37,7 +38,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -48,8 +48,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, urlsplit
 
+from pymemcache.exceptions import MemcacheError
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
-from werkzeug.http import HTTP_STATUS_CODES, http_date, parse_dict_header, parse_options_header
+from werkzeug.http import (
+    HTTP_STATUS_CODES,
+    http_date,
+    parse_dict_header,
+    parse_options_header,
+)
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.routing import BaseConverter, Map, MapAdapter, Rule
 from werkzeug.serving import make_server
@@ -69,20 +75,26 @@ PIECE = 128 * 1024
 """Bytes of an upload that are held at a time, besides the library's own batch."""
 
 DRAIN = 64 * 1024 * 1024
-"""Bytes of a refused upload that are read, and dropped, so that its sender sees the answer."""
+"""Bytes of a refused upload that are read, and dropped, so that its sender sees the
+answer."""
 
-DRAIN_SECONDS = 2
-"""Seconds that a thread may read what is dropped: a client can send a byte a second for ever."""
+DRAIN_SECONDS = 3
+"""Seconds that a thread may read what is dropped."""
 
-DRAINING = threading.BoundedSemaphore(2)
-"""The threads of a process that read what is dropped at a time; the others just close."""
+FAST = 0.01
+"""Seconds of a read after which the next one is for a single byte again."""
 
 TOKEN_FILE_SECONDS = 1
 """Seconds after which MEMCHUNK_TOKEN_FILE is read again, if a request wants a token."""
 
-READ_ATTEMPTS = 5  # how often a download that a writer overtakes starts over on the new version
+READY_SECONDS = 1.5  # that /readyz waits for servers
+READ_ATTEMPTS = (
+    5  # how often a download that a writer overtakes starts over on the new version
+)
 RETRY_AFTER = "5"  # seconds: about what memcached takes to come back
-MAX_FORM_OVERHEAD = 64 * 1024  # bytes of a form that are not the file, all of them together
+MAX_FORM_OVERHEAD = (
+    64 * 1024
+)  # bytes of a form that are not the file, all of them together
 NO_FILE = (
     "The form has no part with a file name. Choose a file; with curl, send "
     "-F file=@PATH, or --data-binary @PATH without a form."
@@ -98,7 +110,9 @@ NO_CONTENT_TYPES = ("", "application/x-www-form-urlencoded")
 CONTENT_TYPE_PATTERN = re.compile(r"[\w!#$&^.+-]+/[\w!#$&^.+-]+(;[ -~]*)?", re.ASCII)
 
 # Characters that make a file name look like another: https://www.unicode.org/reports/tr36
-BIDI_CONTROLS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+BIDI_CONTROLS = (
+    "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)
 
 # What MEMCHUNK_HOSTS may have: a name, perhaps after a dot, or an IPv6 address.
 HOST_PATTERN = re.compile(r"\.?[a-z0-9_-]+(\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\]")
@@ -107,8 +121,15 @@ PROBED = ("/healthz", "/readyz")  # what balancers ask for, by IP address
 TAKES_BODY = ("new", "create", "put")  # endpoints
 UPLOADS = ("PATCH", "POST", "PUT")  # methods that may store what they carry
 READS = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
-PRECONDITIONS = ("If-Match", "If-Unmodified-Since", "If-None-Match")  # of methods that do
-DIGESTS = {"sha-256": hashlib.sha256, "sha-512": hashlib.sha512}  # RFC 9530's active ones
+PRECONDITIONS = (
+    "If-Match",
+    "If-Unmodified-Since",
+    "If-None-Match",
+)  # of methods that do
+DIGESTS = {
+    "sha-256": hashlib.sha256,
+    "sha-512": hashlib.sha512,
+}  # RFC 9530's active ones
 
 # A byte sequence of a structured field (RFC 9651), and the parameters that may follow it.
 BYTE_SEQUENCE = re.compile(r":([A-Za-z0-9+/]*)=*: *(;.*)?")
@@ -121,8 +142,19 @@ SHARED_HEADERS = (
     "Upload-Offset"
 )
 # Of bodies that a page may POST to any site without asking that site first, in a form or a script.
-SIMPLE_TYPES = ("", "application/x-www-form-urlencoded", "multipart/form-data", "text/plain")
-PREFLIGHT_AGE = "3600"  # seconds that a browser may rely on our answer about other origins
+SIMPLE_TYPES = (
+    "",
+    "application/x-www-form-urlencoded",
+    "multipart/form-data",
+    "text/plain",
+)
+PREFLIGHT_AGE = (
+    "3600"  # seconds that a browser may rely on our answer about other origins
+)
+
+# Hosts that raise if a chunked body is cut off: tests/test_hosts.py has a test of each.
+# Others, such as granian, uvicorn and hypercorn, end such a body like a whole one.
+RAISING_HOSTS = re.compile("(gunicorn|Werkzeug|waitress|Cheroot|gevent)(?![a-z])")
 
 # These Lambda adapters send a text/* body as text, so that bytes that are not UTF-8 break them,
 # unless it has a Content-Encoding.
@@ -132,20 +164,46 @@ TEXT_DECODERS = ("apig_wsgi.full_event", "serverless.event")
 STORED_FILE_POLICY = "sandbox; default-src 'none'"
 NO_STORE = {"Cache-Control": "no-store"}
 
-EXPIRES = (3600, 86400, 7 * 86400, 30 * 86400)  # seconds that the page offers to keep a file
+EXPIRES = (
+    3600,
+    86400,
+    7 * 86400,
+    30 * 86400,
+)  # seconds that the page offers to keep a file
 
 # Status and advice for each error of the library. What it says of servers stays in the log.
 ERRORS: dict[type[memchunk.MemchunkError], tuple[int, str]] = {
     memchunk.InvalidName: (400, "A name is 1 to 1024 bytes of UTF-8."),
-    memchunk.SizeMismatch: (400, "The body has not the length that was announced. Send it again."),
-    memchunk.FileNotFound: (404, "No such file is stored. It may have expired or been evicted."),
-    memchunk.FileExists: (409, "A file of this name exists. PUT replaces it; DELETE removes it."),
-    memchunk.FileEvicted: (410, "The cache dropped parts of this file. Upload it again."),
-    memchunk.FileChanged: (412, "The file has changed. Get its new ETag and decide again."),
+    memchunk.SizeMismatch: (
+        400,
+        "The body has not the length that was announced. Send it again.",
+    ),
+    memchunk.FileNotFound: (
+        404,
+        "No such file is stored. It may have expired or been evicted.",
+    ),
+    memchunk.FileExists: (
+        409,
+        "A file of this name exists. PUT replaces it; DELETE removes it.",
+    ),
+    memchunk.FileEvicted: (
+        410,
+        "The cache dropped parts of this file. Upload it again.",
+    ),
+    memchunk.FileChanged: (
+        412,
+        "The file has changed. Get its new ETag and decide again.",
+    ),
     memchunk.FileTooLarge: (413, "The file is larger than this server takes."),
     memchunk.FileCorrupt: (502, "The cache damaged this file. Upload it again."),
-    memchunk.CacheUnavailable: (503, "The cache did not answer. Try again in a few seconds."),
-    memchunk.CacheFull: (507, "The cache has no room for this file. Try later, or a smaller one."),
+    memchunk.CacheUnavailable: (
+        503,
+        "The cache did not answer. Try again in a few seconds.",
+    ),
+    memchunk.CacheFull: (
+        507,
+        "The cache has no room for this file. Try later, or a smaller one.",
+    ),
 }
 
 TITLES = {**HTTP_STATUS_CODES, 460: "Checksum Mismatch"}  # 460 is tus's own
@@ -178,7 +236,11 @@ class Problem(Exception):
     """An answer that is an error: status, what to do about it, headers, members of the JSON."""
 
     def __init__(
-        self, status: int, detail: str, headers: Mapping[str, str] | None = None, **members: object
+        self,
+        status: int,
+        detail: str,
+        headers: Mapping[str, str] | None = None,
+        **members: object,
     ) -> None:
         super().__init__(detail)
         self.status, self.detail = status, detail
@@ -241,7 +303,9 @@ class Settings:
         _refuse_unknown(environ, fields)
         for variable, field in fields.items():
             if variable in environ:
-                values[field.name] = _setting(variable, environ[variable], field.default)
+                values[field.name] = _setting(
+                    variable, environ[variable], field.default
+                )
         made = cls(**values)
         made.check()
         return made
@@ -251,7 +315,9 @@ class Settings:
         self.tokens()
         for origin in self.allowed_origins - {"*", "null"}:
             if not re.fullmatch(r"https?://[^/@\s]+", origin):
-                raise SettingError(f"MEMCHUNK_ORIGINS: {origin!r} is not like https://example.com")
+                raise SettingError(
+                    f"MEMCHUNK_ORIGINS: {origin!r} is not like https://example.com"
+                )
         if self.hosts and not self.allowed_hosts:
             raise SettingError("MEMCHUNK_HOSTS has no host; unset it to answer for any")
         for host in self.allowed_hosts:
@@ -285,7 +351,9 @@ class Settings:
                 max_size=self.max_size,
             )
         except ValueError as error:
-            raise SettingError(f"MEMCHUNK_SERVERS or MEMCHUNK_NAMESPACE: {error}") from None
+            raise SettingError(
+                f"MEMCHUNK_SERVERS or MEMCHUNK_NAMESPACE: {error}"
+            ) from None
 
 
 def _refuse_unknown(environ: Mapping[str, str], known: Iterable[str]) -> None:
@@ -380,42 +448,59 @@ class Body:
 
     def __init__(self, environ: WSGIEnvironment) -> None:
         self._environ, self._stream = environ, environ["wsgi.input"]
-        # a2wsgi's stream ends with the body too, but does not say so.
-        ends = environ.get("wsgi.input_terminated") or "asgi.scope" in environ
         length = environ.get("CONTENT_LENGTH") or ""
-        self._problem: Problem | None = None
-        self.size: int | None = None if ends else 0  # 0: without a word about it there is none
         coding = environ.get("HTTP_TRANSFER_ENCODING")
+        ends = _ends(environ)
+        self.problem: Problem | None = None
+        self.size: int | None = (
+            None if ends else 0
+        )  # 0: without a word about it there is none
         if coding is not None:
             if not ends:
-                self._problem = Problem(411, "Send a Content-Length: this host needs one.")
-            elif coding.strip().lower() != "chunked" or environ["SERVER_PROTOCOL"] == "HTTP/1.0":
+                self.problem = Problem(
+                    411, "Send a Content-Length: this host needs one."
+                )
+            elif (
+                coding.strip().lower() != "chunked"
+                or environ["SERVER_PROTOCOL"] == "HTTP/1.0"
+            ):
                 # Some hosts show the body of any other as empty.
-                self._problem = Problem(400, "The only Transfer-Encoding is chunked, of HTTP/1.1.")
+                self.problem = Problem(
+                    400, "The only Transfer-Encoding is chunked, of HTTP/1.1."
+                )
         elif re.fullmatch("[0-9]{1,18}", length):
             self.size = int(length)
         elif length:
-            self._problem = Problem(400, "The Content-Length is not a number.")
+            self.problem = Problem(400, "The Content-Length is not a number.")
         self._left = self.size
 
     def __iter__(self) -> Iterator[bytes]:
-        if self._problem:
-            raise self._problem
-        while self._left is None or self._left > 0:
-            piece = self._read(PIECE if self._left is None else min(PIECE, self._left))
-            if not piece:
-                is_cut_off, self._left = self._left is not None, 0
-                if is_cut_off:
-                    raise CutOff(400, "The body ended before its Content-Length. Send it again.")
-                return
-            if self._left is not None:
-                self._left -= len(piece)
-            yield piece
+        return iter(functools.partial(self._next, PIECE), b"")
+
+    def _next(self, size: int) -> bytes:
+        """Up to `size` bytes, b"" at the end. Raises Problem."""
+        if self.problem:
+            raise self.problem
+        if self._left == 0:
+            return b""
+        piece = self._read(size if self._left is None else min(size, self._left))
+        if piece and self._left is not None:
+            self._left -= len(piece)
+        if not piece:
+            is_cut_off, self._left = self._left is not None, 0
+            if is_cut_off:
+                detail = "The body ended before its Content-Length. Send it again."
+                raise CutOff(400, detail)
+        return piece
 
     def _read(self, size: int) -> bytes:
         try:
             piece: bytes = self._stream.read(size)
-        except Exception as error:  # each host has its own for a broken connection or coding
+            if not piece and self._left is None:
+                _check_end(self._environ)
+        except (
+            Exception
+        ) as error:  # each host has its own for a broken connection or coding
             self._left = 0
             log.info("reading a request's body: %r", error)
             raise CutOff(400, "The body broke off. Send it again.") from error
@@ -426,47 +511,56 @@ class Body:
         with contextlib.suppress(CutOff):
             yield from self
 
-    def drain(self, trusted: bool) -> None:
-        """Read what a refused upload still sends. To close on it would reset the connection, and
-        its sender would see that instead of the answer. But it may send slowly, to keep a thread
-        busy: who is not `trusted`, or one too many, only gets what the host does."""
-        # Without these there is no body, even where the host's stream tells no length.
+    def drain(self) -> None:
+        """Read what a refused upload still sends, and drop it. A host that closes on it
+        would reset the connection, and the sender, or a proxy, would see that instead of
+        the answer. The rest is the host's business: its connection is never touched."""
+        # Without these there is no body, even if the host's stream tells no length.
         announced = {"CONTENT_LENGTH", "HTTP_TRANSFER_ENCODING"} & self._environ.keys()
-        if self._left == 0 or not announced:
-            return
-        if not trusted or not DRAINING.acquire(blocking=False):
-            self._hang_up()
-            return
-        timer = threading.Timer(DRAIN_SECONDS, self._hang_up)  # ends a read that waits, too
-        timer.start()
-        try:
-            self._drop(time.monotonic() + DRAIN_SECONDS)
-        finally:
-            timer.cancel()
-            DRAINING.release()
+        if announced:
+            with contextlib.suppress(Problem):  # there is no one left to tell
+                self._drop()
 
-    def _drop(self, deadline: float) -> None:
-        dropped = 0
-        with contextlib.suppress(Problem):  # there is no one left to tell
-            for piece in self:
-                dropped += len(piece)
-                if dropped > DRAIN or time.monotonic() > deadline:
-                    self._hang_up()
-                    return
-
-    def _hang_up(self) -> None:
-        """Have the host read an end of the body, where it shows us the connection: some read all
-        that is left before they close, or before they take the connection's next request."""
-        environ = self._environ
-        if not environ["SERVER_PROTOCOL"].startswith("HTTP/1"):
-            return  # the connection has other requests, too
-        connection = environ.get("gunicorn.socket") or environ.get("werkzeug.socket")
-        with contextlib.suppress(AttributeError, OSError):  # not a socket, or closed
-            if connection:
-                connection.shutdown(socket.SHUT_RD)
+    def _drop(self) -> None:
+        dropped, size, now = 0, 1, time.monotonic()
+        deadline = now + DRAIN_SECONDS
+        while dropped < DRAIN and now < deadline:
+            piece = self._next(size)
+            if not piece:
                 return
-            with socket.socket(fileno=os.dup(self._stream.fileno())) as stream:  # uWSGI's is one
-                stream.shutdown(socket.SHUT_RD)
+            dropped += len(piece)
+            # A host waits for all bytes of a read, so reads are large only while bytes
+            # come fast. The wait for a sender that stops has no bound here: nothing but
+            # the host's own time-out, or a proxy that buffers, ends it.
+            start, now = now, time.monotonic()
+            size = min(size * 2, PIECE) if now - start < FAST else 1
+
+
+def _ends(environ: WSGIEnvironment) -> bool:
+    """Whether the stream ends with the body, so that no length is needed to read it."""
+    if environ.get("wsgi.input_terminated") or "asgi.scope" in environ:  # a2wsgi's does
+        return True
+    # uvicorn's own WSGI mode has read the body to its end, or to where it broke off.
+    has_digest = {"HTTP_REPR_DIGEST", "HTTP_CONTENT_DIGEST"} & environ.keys()
+    return bool(has_digest) and isinstance(environ["wsgi.input"], io.BytesIO)
+
+
+def _check_end(environ: WSGIEnvironment) -> None:
+    """Raise EOFError if the sender went away before the end of a chunked body. cheroot
+    takes a size of which only leading zeros came for the last one, which is 0. There must
+    be a line after that, which is the host's to read."""
+    is_cheroot = environ.get("SERVER_SOFTWARE", "").startswith("Cheroot")
+    if is_cheroot and not environ["wsgi.input"].rfile.peek(1):
+        raise EOFError("there is no line after the last chunk")
+
+
+def _is_known_whole(environ: WSGIEnvironment) -> bool:
+    """Whether a body that the stream ends is known to be whole, or raises if it is not."""
+    if RAISING_HOSTS.match(environ.get("SERVER_SOFTWARE", "")):
+        return True
+    return "aws.event" in environ.get(
+        "asgi.scope", {}
+    )  # an event comes whole, if at all
 
 
 @dataclasses.dataclass
@@ -487,7 +581,9 @@ class Form:
     """
 
     def __init__(self, pieces: Iterable[bytes], boundary: str) -> None:
-        self._pieces = itertools.chain(pieces, [b"\r\n"])  # which some leave out at the very end
+        self._pieces = itertools.chain(
+            pieces, [b"\r\n"]
+        )  # which some leave out at the very end
         self._delimiter = b"\r\n--" + boundary.encode()
         self._buffer = b"\r\n"  # the first delimiter has no line before it
         self._at = 0  # where in that the next byte is
@@ -512,9 +608,13 @@ class Form:
         yield from self._until(self._delimiter)
         while (part := self._part()) is not None:
             if part[1]:
-                raise Problem(400, "The form has more than one file. Send one per request.")
+                raise Problem(
+                    400, "The form has more than one file. Send one per request."
+                )
             if part[0] == "expire":
-                raise Problem(400, "The form's field 'expire' must stand before the file.")
+                raise Problem(
+                    400, "The form's field 'expire' must stand before the file."
+                )
             self._text(self._delimiter)
 
     def _part(self) -> tuple[str, str, str] | None:
@@ -553,7 +653,9 @@ class Form:
     def _count(self, piece: bytes) -> None:
         self._room -= len(piece)
         if self._room < 0:
-            detail = f"The form has more than {MAX_FORM_OVERHEAD} bytes beside its file."
+            detail = (
+                f"The form has more than {MAX_FORM_OVERHEAD} bytes beside its file."
+            )
             raise Problem(400, detail, limit=MAX_FORM_OVERHEAD)
 
     def _until(self, end: bytes) -> Iterator[bytes]:
@@ -565,7 +667,9 @@ class Form:
                 yield self._buffer[start : self._at]
             piece = next(self._pieces, None)
             if piece is None:
-                raise Problem(400, "The form ended before its last boundary. Send it again.")
+                raise Problem(
+                    400, "The form ended before its last boundary. Send it again."
+                )
             self._buffer, self._at = self._buffer[self._at :] + piece, 0
         start, self._at = self._at, found + len(end)
         if found > start:
@@ -588,7 +692,9 @@ class Application:
     cache: where the files are. settings: those of them that the cache doesn't take care of.
     """
 
-    def __init__(self, cache: memchunk.FileCache, settings: Settings | None = None) -> None:
+    def __init__(
+        self, cache: memchunk.FileCache, settings: Settings | None = None
+    ) -> None:
         self.cache = cache
         self.settings = given = settings or Settings()
         self.uploads = _uploads(self)
@@ -614,7 +720,9 @@ class Application:
         )
         self.page = self.upload_page()
 
-    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    def __call__(
+        self, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterable[bytes]:
         return self.entry(environ, start_response)
 
     def behind_proxies(self, count: int) -> WSGIApplication:
@@ -622,7 +730,9 @@ class Application:
         trusted = dict.fromkeys(told, count)
         return ProxyFix(self.wsgi_app, **trusted) if count else self.wsgi_app
 
-    def wsgi_app(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    def wsgi_app(
+        self, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterable[bytes]:
         request, body = Request({}), Body(environ)
         try:
             request = _request(environ)
@@ -635,13 +745,8 @@ class Application:
         if self.uploads and _is_upload(request):
             response.headers.update(self.uploads.headers)
         self.share(request, response)
-        is_welcome = (
-            environ["REQUEST_METHOD"] not in READS
-            and response.status_code not in (401, 403)
-            and self.has_token(request)
-        )
         # After the answer, not before it: a client may wait for it and send nothing more.
-        response.call_on_close(functools.partial(body.drain, is_welcome))
+        response.call_on_close(body.drain)
         return response(environ, start_response)
 
     def dispatch(self, request: Request, body: Body) -> Response:
@@ -654,7 +759,9 @@ class Application:
             return self.on_options(request, adapter)
         if re.match(r"/(files|uploads)(/|\Z)", request.path):
             self.authorize(request)
-        if "\ufffd" in request.path:  # broken UTF-8, as Werkzeug shows it: many names would be one
+        if (
+            "\ufffd" in request.path
+        ):  # broken UTF-8, as Werkzeug shows it: many names would be one
             raise Problem(400, "The address is not percent-encoded UTF-8.")
         if request.method in UPLOADS and "Content-Range" in request.headers:
             raise Problem(400, "A part can't be stored as a file. Send the file whole.")
@@ -717,7 +824,10 @@ class Application:
 
     def is_preflight(self, request: Request) -> bool:
         """Whether a browser asks, without the token, if a page of MEMCHUNK_ORIGINS may go on."""
-        asks = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
+        asks = (
+            request.method == "OPTIONS"
+            and "Access-Control-Request-Method" in request.headers
+        )
         return asks and self.shared_origin(request) is not None
 
     def refuse_foreign_site(self, request: Request) -> None:
@@ -742,7 +852,9 @@ class Application:
         return empty(headers)
 
     def on_page(self, request: Request) -> Response:
-        response = Response(self.page, headers=_page_headers(self.page), mimetype="text/html")
+        response = Response(
+            self.page, headers=_page_headers(self.page), mimetype="text/html"
+        )
         response.add_etag()
         response.make_conditional(request)
         del response.headers["Date"]  # hosts add theirs
@@ -763,8 +875,12 @@ class Application:
         return _json({"status": "ok"}, headers=NO_STORE)
 
     def on_ready(self, request: Request) -> Response:
-        self.cache.ping()
-        return self.on_health(request)
+        servers = server_states(self.cache.client)
+        wanted = all if query_value(request, "all") is not None else any
+        if wanted(state == "ok" for state in servers.values()):
+            return _json({"status": "ok", "servers": servers}, headers=NO_STORE)
+        detail = "Not enough memcached servers answer."
+        raise Problem(503, detail, {"Retry-After": RETRY_AFTER}, servers=servers)
 
     def on_new(self, request: Request, body: Body) -> Response:
         # 128 random bits: who doesn't know the name can't find the file.
@@ -780,14 +896,18 @@ class Application:
         _check_preconditions(request, current)
         # The write must keep the preconditions true to its end.
         write: Callable[..., memchunk.FileInfo] = self.cache.set
-        if current and ("If-Match" in request.headers or "If-Unmodified-Since" in request.headers):
+        if current and (
+            "If-Match" in request.headers or "If-Unmodified-Since" in request.headers
+        ):
             write = functools.partial(self.cache.cas, version=current.version)
         elif request.headers.get("If-None-Match") == "*":
             write = self.cache.add
         try:
             return self.store(request, name, body, write, 200 if current else 201)
         except memchunk.FileExists as error:
-            raise Problem(412, "Meanwhile another upload stored a file of this name.") from error
+            raise Problem(
+                412, "Meanwhile another upload stored a file of this name."
+            ) from error
         except memchunk.FileNotFound as error:
             raise Problem(412, "Meanwhile another request deleted the file.") from error
 
@@ -824,16 +944,23 @@ class Application:
         refuse_coding(request)
         is_form = request.mimetype == "multipart/form-data"
         # Before the body is read, since a client may wait for what we say.
-        if (body.size or 0) > self.cache.max_size + (MAX_FORM_OVERHEAD if is_form else 0):
+        if (body.size or 0) > self.cache.max_size + (
+            MAX_FORM_OVERHEAD if is_form else 0
+        ):
             raise too_large(self.cache.max_size)
         expire = query_value(request, "expire")
-        content = verified(body, request.headers.get("Content-Digest", ""), "Content-Digest")
+        content = verified(
+            body, request.headers.get("Content-Digest", ""), "Content-Digest"
+        )
+        refuse_unproved(request, body)
         if not is_form:
             content_type = request.headers.get("Content-Type", "")
             return SentFile(content, body.size, content_type, "", expire)
         boundary = request.mimetype_params.get("boundary", "")
         if not re.fullmatch("[ -~]{1,70}", boundary):
-            raise Problem(400, "The form's Content-Type names no boundary of 1 to 70 characters.")
+            raise Problem(
+                400, "The form's Content-Type names no boundary of 1 to 70 characters."
+            )
         return Form(content, boundary).upload(expire)
 
     def expire(self, text: str | None) -> int:
@@ -849,9 +976,14 @@ class Application:
             raise Problem(400, detail, limit=limit)
         return seconds
 
-    def stored(self, request: Request, info: memchunk.FileInfo, status: int) -> Response:
+    def stored(
+        self, request: Request, info: memchunk.FileInfo, status: int
+    ) -> Response:
         url = self.url(request, "read", name=info.name)
-        headers = {"ETag": f'"{info.version}"', **({"Location": url} if status == 201 else {})}
+        headers = {
+            "ETag": f'"{info.version}"',
+            **({"Location": url} if status == 201 else {}),
+        }
         if not _wants_html(request):
             return self.described(request, info, status, headers)
         # A form that a browser sent without the page's script.
@@ -876,15 +1008,26 @@ class Application:
         title = TITLES.get(problem.status, "Error")
         headers = {**problem.headers, **NO_STORE}
         if _wants_html(request):
-            return self.words(request, title, html.escape(problem.detail), problem.status, headers)
+            return self.words(
+                request, title, html.escape(problem.detail), problem.status, headers
+            )
         content = {"title": title, "status": problem.status, "detail": problem.detail}
         headers["Content-Type"] = "application/problem+json"
-        return _json({**problem.members, **content}, f"{problem.status} {title}", headers)
+        return _json(
+            {**problem.members, **content}, f"{problem.status} {title}", headers
+        )
 
     def words(
-        self, request: Request, title: str, text: str, status: int, headers: Mapping[str, str]
+        self,
+        request: Request,
+        title: str,
+        text: str,
+        status: int,
+        headers: Mapping[str, str],
     ) -> Response:
-        page = _fill(HTML, title=title, text=text, home=html.escape(self.url(request, "page")))
+        page = _fill(
+            HTML, title=title, text=text, home=html.escape(self.url(request, "page"))
+        )
         more = {"Vary": "Accept", "Content-Type": "text/html; charset=utf-8"}
         return Response(page, status, {**_page_headers(HTML), **headers, **more})
 
@@ -939,7 +1082,9 @@ class Application:
             digest = DIGESTS[algorithm]()
             for piece in content:
                 digest.update(piece)
-            headers["Repr-Digest"] = f"{algorithm}=:{base64.b64encode(digest.digest()).decode()}:"
+            headers["Repr-Digest"] = (
+                f"{algorithm}=:{base64.b64encode(digest.digest()).decode()}:"
+            )
         return Response(content, 200, headers)
 
     def span(self, request: Request, info: memchunk.FileInfo) -> tuple[int, int] | None:
@@ -952,7 +1097,9 @@ class Application:
                 f"{info.size}. Ask for ranges, 'Range: bytes=0-' first: each answer's "
                 "Content-Range says how far it got."
             )
-            raise Problem(403, detail, {"Accept-Ranges": "bytes"}, size=info.size, limit=limit)
+            raise Problem(
+                403, detail, {"Accept-Ranges": "bytes"}, size=info.size, limit=limit
+            )
         return span and (span[0], min(span[1], span[0] + limit))
 
     def on_delete(self, request: Request, name: str) -> Response:
@@ -968,7 +1115,9 @@ class Application:
         """Relative to the request's own address: only the client knows what proxies put before it,
         another scheme, host, port or prefix."""
         path = self.url_map.bind("").build(endpoint, arguments)
-        if "//" in path:  # which many clients make one slash, unless it is below the host
+        if (
+            "//" in path
+        ):  # which many clients make one slash, unless it is below the host
             return self.path(request, endpoint, **arguments)
         relative = "../" * (request.path.count("/") - 1) + path[1:]
         return relative or "./"
@@ -999,7 +1148,9 @@ def _as_problem(error: Exception, request: Request) -> Problem:
         if isinstance(error, kind):
             if status >= 500:
                 log.error("%s %r: %s", request.method, request.path, error)
-            return Problem(status, detail, {"Retry-After": RETRY_AFTER} if status == 503 else {})
+            return Problem(
+                status, detail, {"Retry-After": RETRY_AFTER} if status == 503 else {}
+            )
     if isinstance(error, MethodNotAllowed):
         allowed = ", ".join(sorted({*(error.valid_methods or ()), "OPTIONS"}))
         return Problem(405, f"Allowed here: {allowed}.", {"Allow": allowed})
@@ -1011,7 +1162,9 @@ def _as_problem(error: Exception, request: Request) -> Problem:
 
 
 def too_large(limit: int) -> Problem:
-    return Problem(413, f"Files may have up to {_words(limit)}; this one has more.", limit=limit)
+    return Problem(
+        413, f"Files may have up to {_words(limit)}; this one has more.", limit=limit
+    )
 
 
 def _words(size: int) -> str:
@@ -1050,7 +1203,9 @@ def _page_headers(page: str) -> dict[str, str]:
     def hashes(tag: str) -> str:
         blocks = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
         digests = [hashlib.sha256(block.encode()).digest() for block in blocks]
-        sources = [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests]
+        sources = [
+            f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests
+        ]
         return " ".join(sources) or "'none'"
 
     policy = (
@@ -1081,6 +1236,28 @@ def _is_upload(request: Request) -> bool:
     return re.match(r"/uploads(/|\Z)", request.path) is not None
 
 
+def server_states(client: Any) -> dict[str, str]:
+    """The state of each memcached, "ok" or "no answer", within READY_SECONDS."""
+    clients = getattr(client, "servers", {"memcached": client})
+    states: dict[str, str] = dict.fromkeys(clients, "no answer")
+
+    def ask(name: str) -> None:
+        with contextlib.suppress(OSError, MemcacheError):
+            clients[name].gets("ready")
+            states[name] = "ok"
+
+    deadline = time.monotonic() + READY_SECONDS
+    # All at once, and as daemons: a frozen server holds one for longer than we wait.
+    threads = [
+        threading.Thread(target=ask, args=(each,), daemon=True) for each in states
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(deadline - time.monotonic(), 0))
+    return dict(states)
+
+
 def query_value(request: Request, key: str) -> str | None:
     """Not by request.args, which fails on bytes that aren't UTF-8."""
     query = request.environ.get("QUERY_STRING", "")
@@ -1088,9 +1265,27 @@ def query_value(request: Request, key: str) -> str | None:
     return values[0] if values else None
 
 
+def refuse_unproved(request: Request, body: Body) -> None:
+    """Raise Problem for a body that may be cut off without a sign of it."""
+    if body.problem:
+        raise body.problem
+    if body.size is not None or _is_known_whole(request.environ):
+        return
+    fields = ("Repr-Digest", "Content-Digest")
+    if not any(
+        expected_digests(request.headers.get(field, ""), field) for field in fields
+    ):
+        detail = (
+            "Send a Content-Length, or a Repr-Digest of sha-256 or sha-512: this host "
+        )
+        raise Problem(411, detail + "does not tell a broken upload from a whole one.")
+
+
 def refuse_coding(request: Request) -> None:
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise Problem(415, "Send it without a Content-Encoding.", {"Accept-Encoding": ""})
+        raise Problem(
+            415, "Send it without a Content-Encoding.", {"Accept-Encoding": ""}
+        )
 
 
 def _site(request: Request) -> str:
@@ -1162,16 +1357,22 @@ def _check_preconditions(request: Request, info: memchunk.FileInfo | None) -> in
     headers, reads = request.headers, request.method in ("GET", "HEAD")
     if "If-Match" in headers:
         if info is None:
-            raise Problem(412, "There is no file of this name that If-Match could name.")
+            raise Problem(
+                412, "There is no file of this name that If-Match could name."
+            )
         if not request.if_match.contains(info.version):
-            raise Problem(412, "The file's ETag is none that If-Match names. Get it again.")
+            raise Problem(
+                412, "The file's ETag is none that If-Match names. Get it again."
+            )
     elif info and _before(request.if_unmodified_since, info.created):
         raise Problem(412, "The file was stored after the date in If-Unmodified-Since.")
     if "If-None-Match" in headers:
         if info and request.if_none_match.contains_weak(info.version):
             if reads:
                 return 304
-            raise Problem(412, "There is a file of this name, which If-None-Match rules out.")
+            raise Problem(
+                412, "There is a file of this name, which If-None-Match rules out."
+            )
     elif info and reads and request.if_modified_since:
         return 0 if _before(request.if_modified_since, info.created) else 304
     return 0
@@ -1185,7 +1386,9 @@ def _range(request: Request, info: memchunk.FileInfo) -> tuple[int, int] | None:
     """Start and stop of the one range that is asked for, None for the whole file: other kinds of
     ranges are to be ignored. Raises Problem. Werkzeug's parser takes "bytes=-0" for all bytes."""
     header = request.headers.get("Range", "")
-    match = re.fullmatch(r"bytes *= *([0-9]{0,99})-([0-9]{0,99})", header, re.IGNORECASE)
+    match = re.fullmatch(
+        r"bytes *= *([0-9]{0,99})-([0-9]{0,99})", header, re.IGNORECASE
+    )
     if not match or not any(match.groups()) or not _if_range(request, info):
         return None
     first, last = match.groups()
@@ -1233,7 +1436,9 @@ def _ascii_filename(filename: str) -> str:
 
 def pack_metadata(content_type: str, filename: str, **more: str) -> bytes:
     """A file's metadata, as they came: _metadata cleans them, as it must those by others."""
-    return json.dumps({"type": content_type[:256], "filename": filename[-255:], **more}).encode()
+    return json.dumps(
+        {"type": content_type[:256], "filename": filename[-255:], **more}
+    ).encode()
 
 
 def _metadata(info: memchunk.FileInfo) -> tuple[str, str]:
@@ -1277,7 +1482,8 @@ def _clean_filename(text: str) -> str:
     kept = (
         character
         for character in text
-        if unicodedata.category(character) not in ("Cc", "Cs") and character not in BIDI_CONTROLS
+        if unicodedata.category(character) not in ("Cc", "Cs")
+        and character not in BIDI_CONTROLS
     )
     return "".join(kept).strip(" .")[-100:].strip(" .") or "file"
 
@@ -1296,13 +1502,17 @@ def expected_digests(header: str, field: str = "Repr-Digest") -> dict[str, bytes
         raise Problem(400, f"The {field} has not the form sha-256=:BASE64:.") from error
 
 
-def verified(pieces: Iterable[Any], header: str, field: str = "Repr-Digest") -> Iterator[Any]:
+def verified(
+    pieces: Iterable[Any], header: str, field: str = "Repr-Digest"
+) -> Iterator[Any]:
     """The pieces; raises Problem after the last where they haven't the digests in `header`, and
     at once, unlike a generator, where that is none."""
     return _compared(pieces, expected_digests(header, field), field)
 
 
-def _compared(pieces: Iterable[Any], expected: Mapping[str, bytes], field: str) -> Iterator[Any]:
+def _compared(
+    pieces: Iterable[Any], expected: Mapping[str, bytes], field: str
+) -> Iterator[Any]:
     digests = {algorithm: DIGESTS[algorithm]() for algorithm in expected}
     for piece in pieces:
         for digest in digests.values():
@@ -1310,7 +1520,9 @@ def _compared(pieces: Iterable[Any], expected: Mapping[str, bytes], field: str) 
         yield piece
     for algorithm, digest in digests.items():
         if digest.digest() != expected[algorithm]:
-            raise Problem(400, f"The {algorithm} is not that of the {field}. Send it again.")
+            raise Problem(
+                400, f"The {algorithm} is not that of the {field}. Send it again."
+            )
 
 
 def _bytes(item: str | None) -> bytes:
@@ -1367,14 +1579,18 @@ def own_memcached() -> Iterator[str]:
         )
     with tempfile.TemporaryDirectory(prefix="memchunk") as folder:
         path = pathlib.Path(folder, "memcached")
-        user = ["-u", "root"] if os.geteuid() == 0 else []  # as root it wants to be told so
+        user = (
+            ["-u", "root"] if os.geteuid() == 0 else []
+        )  # as root it wants to be told so
         # The MiB are the most that it takes, not what it starts with.
         command = [program, "-s", str(path), "-m", "1024", *user]
         process = subprocess.Popen(command)
         try:
             while not path.exists():
                 if process.poll() is not None:
-                    raise SettingError(f"memcached ended with status {process.returncode}")
+                    raise SettingError(
+                        f"memcached ended with status {process.returncode}"
+                    )
                 time.sleep(0.01)
             yield f"unix:{path}"
         finally:
@@ -1388,7 +1604,9 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", default=8000, type=int)
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that the `with` blocks end
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit()
+    )  # so that the `with` blocks end
     try:
         settings = Settings.from_environment(os.environ)
         with contextlib.ExitStack() as stack:
@@ -1409,7 +1627,10 @@ def serve(application: Application, host: str, port: int) -> None:
             "other machines may read, store and delete files here; set MEMCHUNK_TOKEN, "
             "or listen on 127.0.0.1"
         )
-    print(f"memchunk: http://{f'[{host}]' if ':' in host else host}:{server.port}/", flush=True)
+    print(
+        f"memchunk: http://{f'[{host}]' if ':' in host else host}:{server.port}/",
+        flush=True,
+    )
     server.serve_forever()
 
 

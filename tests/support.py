@@ -244,6 +244,29 @@ HOSTS = {
         "{python} -m cheroot --bind 127.0.0.1:{port} wsgi:application",
         early=False,  # it reads what the application left of a body before it answers
     ),
+    "gunicorn-gevent": Host(
+        "{python} -m gunicorn -w 2 -k gevent -b 127.0.0.1:{port} wsgi:application"
+    ),
+    "granian": Host(
+        "{python} -m granian --interface wsgi --host 127.0.0.1 --port {port} wsgi:application",
+        chunked=False,
+        early=False,
+    ),
+    "uvicorn": Host(
+        "{python} -m uvicorn --interface wsgi --host 127.0.0.1 --port {port} wsgi:application",
+        chunked=False,
+        early=False,
+    ),
+    "uvicorn-a2wsgi": Host(
+        "{python} -m uvicorn --host 127.0.0.1 --port {port} tests.asgi:application",
+        chunked=False,
+        early=False,
+    ),
+    "hypercorn-a2wsgi": Host(
+        "{python} -m hypercorn --bind 127.0.0.1:{port} tests.asgi:application",
+        chunked=False,
+        early=False,
+    ),
     "uwsgi": Host(
         "{uwsgi} --master --need-app --processes 2 --buffer-size 16384 --die-on-term "
         "--http 127.0.0.1:{port} --http-manage-expect --http-keepalive --module wsgi:application",
