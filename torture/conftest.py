@@ -26,7 +26,9 @@ modules: Counter[str] = Counter()
 
 def cases() -> int:
     """All that was counted, but schedules, of which many lead through one state, and MiB."""
-    return sum(n for what, n in counts.items() if not re.search("^schedules|MiB of", what))
+    return sum(
+        n for what, n in counts.items() if not re.search("^schedules|MiB of", what)
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -110,24 +110,19 @@ Before = Optional[frozenset[int]]  # the operations that had ended when this one
 def specification(operation: Operation, world: World) -> tuple[object, World]:
     """What an operation returns and leaves if it is alone."""
     verb, (file, part) = operation.verb, world
+    has_part, uses = file is not None and file.has_part, operation.uses != ""
     if verb == "evict":
         return "done", evicted(operation.version, world)
     if verb == "unstage":
-        return "done", World(file, part and file is not None and file.has_part)
+        return "done", World(file, part and has_part)
     outcome = refused(operation, world)
-    if outcome or verb == "stage":
-        return outcome or "done", world
-    left = part and not (file and file.has_part and not operation.uses)
-    if verb.startswith("delete"):
-        return "done", World(None, left)
-    if verb in ("add", "set", "cas"):
-        data = STAGED * bool(operation.uses) + operation.data
-        new = File(operation.version, data, operation.expire)
-        return "done", World(new._replace(has_part=bool(operation.uses)), left)
-    assert file
-    if verb == "touch":
-        return "done", world._replace(file=file._replace(expire=operation.expire))
-    return file.data, world
+    if outcome or verb in ("stage", "get"):
+        return outcome or (file.data if file and verb == "get" else "done"), world
+    if verb == "touch" and file:
+        return "done", World(file._replace(expire=operation.expire), part)
+    left, data = part and (uses or not has_part), STAGED * uses + operation.data
+    new = File(operation.version, data, operation.expire, has_part=uses)
+    return "done", World(None if verb.startswith("delete") else new, left)
 
 
 def evicted(segment: str, world: World) -> World:
@@ -144,19 +139,17 @@ def evicted(segment: str, world: World) -> World:
 def refused(operation: Operation, world: World) -> Optional[str]:
     """The error that an operation raises if it is alone."""
     verb, file = operation.verb, world.file
+    lost = "CacheFull" if operation.uses and not world.part else None
     broken = file is not None and file.broken
     if verb == "stage":
-        return "FileEvicted" if operation.uses and not world.part else None
-    if verb in ("add", "set", "cas") and (verb == "set" or file is None or broken):
-        if verb != "cas":
-            return "CacheFull" if operation.uses and not world.part else None
+        return "FileEvicted" if lost else None
+    if verb == "set" or (verb == "add" and (file is None or broken)):
+        return lost
     if file is None:
         return "FileNotFound"
     if verb in ("cas", "delete version") and file.version != VERSION:
         return "FileChanged"
-    if verb == "cas":
-        return "CacheFull" if operation.uses and not world.part else None
-    errors = {"add": "FileExists"}
+    errors = {"add": "FileExists", "cas": lost}
     return "FileEvicted" if broken and verb in ("get", "touch") else errors.get(verb)
 
 

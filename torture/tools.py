@@ -28,7 +28,7 @@ def connected(server: Memcached, timeout: float = 10, **options: Any) -> FileCac
 
 
 class State(NamedTuple):
-    """What a name stands for: the bytes, or why they can't be had, and when they end."""
+    """What a name stands for: bytes, or why they can't be had; and when they end."""
 
     data: object
     ends: Optional[int]  # hundreds of seconds from now, None for never
@@ -74,8 +74,8 @@ def audit(
     manifests, or, with `leased`, the lease; with `exact`, by the slack and no more."""
     now = time.time()
     kept = {part.partition(":")[0] for part in parts}
-    for key, end in server.expiries().items():
-        end %= FOREVER
+    ends = {key: end % FOREVER for key, end in server.expiries().items()}
+    for key, end in ends.items():
         owners = [info for info in infos if info.version == segment_of(key)]
         if owners:
             least = now + LEASE - 2 if leased else owners[0].expires or FOREVER - 1
