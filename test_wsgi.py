@@ -23,6 +23,7 @@ import sys
 import time
 import tracemalloc
 import urllib.request
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, Callable
 from urllib.parse import quote, unquote_to_bytes, urljoin
@@ -881,6 +882,18 @@ def test_readyz_tells_the_state_of_each_server(start_memcached: Start) -> None:
     second.kill()
     problem = is_problem(client.get("/readyz"), 503)
     assert set(problem["servers"].values()) == {"no answer"}
+
+
+def test_a_file_of_an_unknown_format_stays(client: Any, memcached: Memcached, caplog: Any) -> None:
+    client.put("/files/a", data=b"x")
+    [key] = memcached.keys()
+    body = memcached.read(key)[4:].replace(b'"format":2', b'"format":3')
+    value = zlib.crc32(body).to_bytes(4, "big") + body
+    memcached.write(key, value)
+    for answer in (client.get("/files/a"), client.post("/files/a", data=b"y")):
+        is_problem(answer, 502)
+    assert "its format 3 is unknown" in caplog.text
+    assert memcached.read(key) == value
 
 
 def test_memcached_that_does_not_answer(memcached: Memcached) -> None:

@@ -1014,6 +1014,24 @@ def test_a_worker_that_dies_at_its_last_piece_leaves_an_upload_to_go_on_with(
     assert number > 10
 
 
+def test_a_published_file_counts_even_if_its_record_can_t_be_written(
+    client: Any, memcached: Memcached, open_upload: Callable[[], str]
+) -> None:
+    path, seen = open_upload(), []
+
+    def break_off(command: str) -> None:
+        seen.append(command)
+        if command == "cas" and seen.count("cas") == 2:
+            raise ConnectionAbortedError
+
+    last = finish(worker(memcached, break_off), path)
+    assert seen.count("cas") == 2
+    assert last.status_code == 204
+    assert client.get(last.headers["Content-Location"]).data == DATA
+    assert head(client, path).headers["Content-Location"] == "/files/a"
+    assert is_whole(client, memcached)
+
+
 def test_threads_at_one_offset(memcached: Memcached) -> None:
     workers = [make(memcached) for _ in range(4)]
     bodies = [content(4500, seed) for seed in range(len(workers))]
