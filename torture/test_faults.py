@@ -100,7 +100,7 @@ CASES = [(name, True) for name in OPERATIONS] + [
 SIZES = {"empty": (0, 1), "small": (250, 150), "large": (950, 750)}
 
 UNAVAILABLE = {"CacheUnavailable"}
-RAISED = {  # what may be raised where these faults happen; anything may succeed all the same
+RAISED = {  # what these faults may raise; anything may succeed all the same
     "out of memory": {"CacheFull", "CacheUnavailable"},
     "no": {"CacheFull", "FileNotFound", "FileEvicted", "FileExists", "FileChanged"},
     "evicted": {
@@ -166,7 +166,7 @@ class Case:
     def attempt(
         self, *faults: tuple[int, str], action: Callable[[], object] = bool
     ) -> object:
-        """The operation's result, with these faults. Whatever it is, the cache works on."""
+        """The operation's result, with these faults. Then the cache works on."""
         self.prepare()
         self.is_garbage = "garbage" in dict(faults).values()
         unleased: list[str] = []
@@ -255,7 +255,7 @@ def test_every_command_fails_in_every_way(
 
 
 def moments(stride: int, *what: str) -> Iterator[int]:
-    """From the first command on; in the short form a sample, another one for each operation."""
+    """From the first command on; in the short form a sample, by the operation."""
     return itertools.count(random.Random("".join(what)).randrange(stride), stride)
 
 
@@ -306,7 +306,8 @@ class Orders:
         self.known.add((case.run(case.direct), second, state(case.direct)))
         self.unknown |= {(second, left) for _, second, left in self.known}
         if case.operation.startswith("delete"):
-            # Who lost the reply to a delete, and finds no file, may have deleted it, or another.
+            # Who lost the reply to a delete, and finds no file, may have deleted it, or
+            # another did.
             self.known |= {
                 ("done", second, left)
                 for first, second, left in self.known
@@ -329,18 +330,17 @@ def test_a_reply_is_lost_and_another_writer_comes_first(
     overtaking: str,
     fault: str,
 ) -> None:
-    """The other one is done after the command, before its sender knows that the reply is lost."""
+    """The other one is done before the sender knows that the reply is lost."""
     case = Case(site, direct, operation, present, "small")
     orders = Orders(case, OVERTAKING[overtaking])
     stride = 1 if LONG else 5 if isinstance(site, Faulty) else 10
     for moment in moments(stride, operation, overtaking, fault):
         others: list[object] = []
-        outcome = case.attempt(
-            (moment, fault),
-            action=lambda: others.append(
-                result(lambda: OVERTAKING[overtaking](direct))
-            ),  # noqa: B023
-        )
+
+        def overtake(others: list[object] = others) -> None:
+            others.append(result(lambda: OVERTAKING[overtaking](direct)))
+
+        outcome = case.attempt((moment, fault), action=overtake)
         if not case.fired:
             break
         [other], now = others, state(direct)
