@@ -1,5 +1,5 @@
-"""Damage to what is stored: no wrong byte, no error without a type, no hang, no flood of
-memory.
+"""Damage to what is stored: no wrong byte, no error without a type, no hang, and no
+flood of memory.
 
 Damage that a CRC can see: every bit of the manifest and of a chunk, every length,
 exchanged items, and random mutations. Damage that no CRC can see: manifests that lie,
@@ -169,7 +169,7 @@ def test_random_mutations() -> None:
     counts["random mutations"] += MUTATIONS
 
 
-ODD = [None, True, -1, 0, 1, 1.5, 2**31, 2**64, 1e300, "", "1", "x", [], [1], {}]
+ODD: list[Any] = [None, True, -1, 0, 1, 1.5, 2**31, 2**64, 1e300, "", "1", "x", [], [1], {}]
 VERSION = "0123456789abcdef"
 EXTREMES: dict[str, list[Any]] = {
     "format": [*ODD, 3, "2"],

@@ -1,8 +1,9 @@
-"""Any sequence of operations, evictions, expiries and damage, compared with a dictionary.
+"""Any sequence of operations, uploads, evictions, expiries and damage, compared with a
+dictionary.
 
-Hypothesis makes the sequences, and shrinks one that fails. They run against a real memcached,
-through `memchunk.connect` and through a user's plain client in turn. At the end, no item is left
-that should not be there.
+Hypothesis makes the sequences, and shrinks one that fails. They run against a real
+memcached, through mcpool and through a user's plain client in turn. At the end, no item
+is left that should not be there.
 """
 
 from __future__ import annotations
@@ -24,11 +25,10 @@ from hypothesis.stateful import (
 )
 from pymemcache.client.base import Client
 
-import memchunk
 from memchunk import FileCache, FileInfo
 from tests.support import Memcached
 from torture.model import manifest
-from torture.tools import CHUNK, LEASE, LONG, counts, result
+from torture.tools import CHUNK, LEASE, LONG, connected, counts, result
 
 NAMES = st.sampled_from(["a", "ä/\0 \r\n", "n" * 1024])
 SIZES, SEEDS = st.integers(0, 6 * CHUNK), st.integers(0, 10**6)
@@ -36,20 +36,43 @@ DATA = st.builds(lambda size, seed: random.Random(seed).randbytes(size), SIZES, 
 EXPIRES = st.sampled_from([0, 5000, 10**8])
 
 
+def chunk_keys(name: str, parts: list[str]) -> list[str]:
+    """Those of parts, or of what looks like one, in order."""
+    pairs = (part.split(":")[:2] for part in parts)
+    return [
+        f"{manifest(name)}|#|{segment}:{index}"
+        for segment, count in pairs
+        for index in range(int(count))
+    ]
+
+
 @dataclass
 class File:
     info: FileInfo
     data: bytes
+    parts: list[str] = field(default_factory=list)
     missing: set[int] = field(default_factory=set)
     damaged: set[int] = field(default_factory=set)
 
+    @property
+    def keys(self) -> list[str]:
+        staged = chunk_keys(self.info.name, self.parts)
+        own = f"{self.info.version}:{self.info.chunks - len(staged)}"
+        return staged + chunk_keys(self.info.name, [own])
+
     def read(self, start: int, stop: int) -> object:
         """What reading a part of it gives."""
-        size = -(-self.info.size // max(self.info.chunks, 1)) or 1
-        part = set(range(start // size, -(-stop // size))) if start < stop else set()
+        part = set(range(start // CHUNK, -(-stop // CHUNK))) if start < stop else set()
         if part & self.damaged:
             return "FileCorrupt"
         return "FileEvicted" if part & self.missing else self.data[start:stop]
+
+
+@dataclass
+class Upload:
+    parts: list[str] = field(default_factory=list)
+    data: bytes = b""  # of the parts
+    rest: bytes = b""  # less than a chunk
 
 
 class Machine(RuleBasedStateMachine):
@@ -63,35 +86,46 @@ class Machine(RuleBasedStateMachine):
         self.server.flush()
         options: Any = {"chunk_size": CHUNK, "lease": LEASE}
         if fast:
-            self.cache = memchunk.connect(self.server.server, **options)
+            self.cache = connected(self.server, **options)
         else:
             self.cache = FileCache(Client(self.server.address, timeout=5), **options)
         self.files: dict[str, File] = {}
+        self.uploads: dict[str, Upload] = {}
         self.orphans: set[str] = set()
 
     def teardown(self) -> None:
         if hasattr(self, "cache"):
             expected = set(self.orphans)
             for name, file in self.files.items():
-                assert result(lambda: self.cache.get(name)) == file.read(0, file.info.size)  # noqa: B023
+                found = result(lambda: self.cache.get(name))  # noqa: B023
+                assert found == file.read(0, file.info.size)
                 expected |= {manifest(name), *self.chunks(file)}
+            for name, upload in self.uploads.items():
+                expected |= set(chunk_keys(name, upload.parts))
             assert set(self.server.keys()) == expected
             self.cache.close()
 
     @staticmethod
     def chunks(file: File) -> set[str]:
-        indices = set(range(file.info.chunks)) - file.missing
-        return {f"memchunk:{file.info.version}:{index}" for index in indices}
+        keys = enumerate(file.keys)
+        return {key for index, key in keys if index not in file.missing}
 
     @invariant()
     def one_step(self) -> None:
         counts["stateful steps"] += 1
 
-    def write(self, name: str, data: bytes, call: Callable[[], FileInfo]) -> None:
+    def write(
+        self,
+        name: str,
+        data: bytes,
+        call: Callable[[], FileInfo],
+        parts: tuple[str, ...] = (),
+    ) -> None:
         info = call()
-        assert (info.name, info.size, info) == (name, len(data), self.cache.stat(name))
+        assert (info.name, info.size) == (name, len(data))
+        assert info == self.cache.stat(name)
         assert self.cache.get(name) == data
-        self.files[name] = File(info, data)
+        self.files[name] = File(info, data, list(parts))
 
     @rule(name=NAMES, data=DATA, expire=EXPIRES, metadata=st.binary(max_size=9))
     def add(self, name: str, data: bytes, expire: int, metadata: bytes) -> None:
@@ -99,7 +133,11 @@ class Machine(RuleBasedStateMachine):
         if file and not file.missing:
             assert result(lambda: self.cache.add(name, data)) == "FileExists"
         else:
-            self.write(name, data, lambda: self.cache.add(name, data, None, expire, metadata))
+            self.write(
+                name,
+                data,
+                lambda: self.cache.add(name, data, expire=expire, metadata=metadata),
+            )
 
     @rule(name=NAMES, data=DATA, expire=EXPIRES, pieces=st.integers(0, 300))
     def set(self, name: str, data: bytes, expire: int, pieces: int) -> None:
@@ -116,6 +154,52 @@ class Machine(RuleBasedStateMachine):
         else:
             error = "FileChanged" if file else "FileNotFound"
             assert result(lambda: self.cache.cas(name, data, version)) == error
+
+    @rule(name=NAMES, data=DATA)
+    def stage(self, name: str, data: bytes) -> None:
+        upload = self.uploads.setdefault(name, Upload())
+        data, parts = upload.rest + data, upload.parts
+        part, taken = self.cache.stage(name, data, parts=parts, lease=LEASE)
+        assert taken == len(data) // CHUNK * CHUNK
+        upload.parts.append(part)
+        upload.data += data[:taken]
+        upload.rest = data[taken:]
+
+    @rule(name=NAMES, expire=EXPIRES, is_add=st.booleans())
+    def publish(self, name: str, expire: int, is_add: bool) -> None:
+        upload, file = self.uploads.get(name), self.files.get(name)
+        if upload is None:
+            return
+        options: Any = {"parts": upload.parts, "expire": expire}
+        if is_add and file and not file.missing:
+            outcome = result(lambda: self.cache.add(name, upload.rest, **options))
+            assert outcome == "FileExists"
+            return
+        write = self.cache.add if is_add else self.cache.set
+        data, parts = upload.data + upload.rest, tuple(upload.parts)
+        self.write(name, data, lambda: write(name, upload.rest, **options), parts)
+        del self.uploads[name]
+
+    @rule(name=NAMES)
+    def unstage(self, name: str) -> None:
+        if name in self.uploads:
+            self.cache.unstage(name, self.uploads.pop(name).parts)
+        elif name in self.files:
+            self.cache.unstage(name, self.files[name].parts)  # which stay
+
+    @rule(name=NAMES, index=st.integers(0, 9))
+    def evict_staged_chunk(self, name: str, index: int) -> None:
+        upload = self.uploads.get(name)
+        keys = chunk_keys(name, upload.parts) if upload else []
+        if upload and keys:
+            self.server.delete(keys[index % len(keys)])
+            options: Any = {"parts": upload.parts}
+            error = result(lambda: self.cache.stage(name, b"", **options))
+            assert error == "FileEvicted"
+            if name not in self.files:
+                error = result(lambda: self.cache.set(name, upload.rest, **options))
+                assert error == "CacheFull"
+            self.cache.unstage(name, self.uploads.pop(name).parts)
 
     @rule(name=NAMES)
     def get(self, name: str) -> None:
@@ -164,7 +248,13 @@ class Machine(RuleBasedStateMachine):
         file = self.files.get(name)
         right = file.info.version if file else None
         versions = {"any": None, "right": right, "wrong": "0" * 16}
-        expected = "FileNotFound" if not file else "FileChanged" if version == "wrong" else "done"
+        expected = (
+            "FileNotFound"
+            if not file
+            else "FileChanged"
+            if version == "wrong"
+            else "done"
+        )
         assert result(lambda: self.cache.delete(name, versions[version])) == expected
         if expected == "done":
             del self.files[name]
@@ -174,17 +264,22 @@ class Machine(RuleBasedStateMachine):
         file = self.files.get(name)
         index %= max(file.info.chunks, 1) if file else 1
         if file and file.info.chunks and index not in file.missing:
-            self.server.delete(f"memchunk:{file.info.version}:{index}")
+            self.server.delete(file.keys[index])
             file.missing.add(index)
             file.damaged.discard(index)
             counts["stateful: chunks evicted"] += 1
 
-    @rule(name=NAMES, index=st.integers(0, 5), flip=st.integers(1, 255), at=st.integers(0, 200))
+    @rule(
+        name=NAMES,
+        index=st.integers(0, 5),
+        flip=st.integers(1, 255),
+        at=st.integers(0, 200),
+    )
     def damage_chunk(self, name: str, index: int, flip: int, at: int) -> None:
         file = self.files.get(name)
         index %= max(file.info.chunks, 1) if file else 1
         if file and file.info.chunks and index not in file.missing | file.damaged:
-            key = f"memchunk:{file.info.version}:{index}"
+            key = file.keys[index]
             value = bytearray(self.server.read(key))
             value[at % len(value)] ^= flip
             self.server.write(key, bytes(value))
@@ -206,7 +301,9 @@ class Machine(RuleBasedStateMachine):
             assert result(lambda: self.cache.get(name)) == "FileNotFound"
 
 
-def test_any_sequence_of_operations_does_what_a_dictionary_does(server: Memcached) -> None:
+def test_any_sequence_of_operations_does_what_a_dictionary_does(
+    server: Memcached,
+) -> None:
     Machine.server = server
     run_state_machine_as_test(
         Machine,
