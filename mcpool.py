@@ -28,7 +28,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Callable, Union
 from urllib.parse import unquote_to_bytes
 
@@ -46,6 +46,7 @@ _PAUSE = 0.02  # seconds after a refused connection
 # without a descriptor for it does not say no, and another connection may come free.
 _SHARE = 0.25
 _LINE = 8192  # bytes; no line of memcached is longer
+_TOGETHER = 8192  # bytes of small commands that are sent together
 _OUTSTANDING = 256  # replies that are not read yet; so many fit in any socket's buffer
 _PARTS = 64  # that one sendmsg takes; Linux allows 1024, and POSIX promises 16
 
@@ -79,8 +80,8 @@ def connect(
     """Make a pool for one server or several. It connects when it is first used.
 
     servers: text with commas between the addresses, or an iterable of addresses. These
-    are "host", "host:port", "[ipv6]:port" or "unix:/path". "tls://" and "user:password@",
-    with special characters percent-encoded, may stand before a host.
+    are "host", "host:port", "[ipv6]:port" or "unix:/path". "tls://" and
+    "user:password@", with special characters percent-encoded, may stand before a host.
     timeout: seconds that a call may wait in all. max_connections: for each server.
     tls: for every host. By default, hosts with "tls://" get Python's default context.
     Raises ValueError if an address or a number is not valid.
@@ -111,7 +112,7 @@ def _parse(address: object, number: int, secret: bool) -> _Server:
     """Parse an address. Errors don't show it if there are passwords."""
     text = str(address).strip()
     if text.startswith("unix:/"):
-        return _Server(text, text[len("unix:") :])
+        return _Server(text, text.replace("unix:", "", 1))
     match = _ADDRESS.fullmatch(text)
     port = int(match["port"] or 11211) if match else 0
     if not match or not 1 <= port <= 65535:
@@ -153,31 +154,34 @@ class _Commands:
         """The pool of the server that has this key."""
         raise NotImplementedError
 
-    def _each(self, name: str, items: Mapping[Key, Any], *args: Any) -> Iterable[Any]:
+    def _each(self, name: str, items: Any, *args: Any, **options: Any) -> list[Any]:
         groups: dict[ServerPool, dict[Key, Any]] = {}
         for key, value in items.items():
             groups.setdefault(self.for_key(key), {})[key] = value
-        return [pool._call(name, group, *args) for pool, group in groups.items()]
+        return [
+            pool._call(name, group, *args, **options) for pool, group in groups.items()
+        ]
 
-    def get_many(
-        self, keys: Iterable[Key], receive: Receive | None = None
+    def get_many(self, keys: Iterable[Key]) -> dict[Key, Any]:
+        return self.receive_many(keys, None)
+
+    def receive_many(
+        self, keys: Iterable[Key], receive: Receive | None
     ) -> dict[Key, Any]:
-        """Like pymemcache's. With `receive`, each value is what that returns.
+        """Like `get_many`, but each value is what `receive` returns.
 
-        It is called as `receive(key, size, fill)` while the value arrives. `fill(buffer)`
-        fills a writable buffer with the next bytes of the value, and returns it. `size`
-        bytes must be filled in all. What `receive` raises passes through.
-        """
+        It is called as `receive(key, size, fill)` while the value arrives.
+        `fill(buffer)` fills a writable buffer with the next bytes of the value, and
+        returns it. `size` bytes must be filled in all. What `receive` raises passes
+        through."""
         results = self._each("get_many", dict.fromkeys(keys), receive)
         return dict(collections.ChainMap(*results))
 
     def gets_many(self, keys: Iterable[Key]) -> dict[Key, Any]:
         return dict(collections.ChainMap(*self._each("gets_many", dict.fromkeys(keys))))
 
-    def set_many(self, values: Mapping[Key, Any], *args: Any) -> list[Key]:
-        return [
-            key for failed in self._each("set_many", values, *args) for key in failed
-        ]
+    def set_many(self, values: Any, *args: Any, **options: Any) -> list[Key]:
+        return [*itertools.chain(*self._each("set_many", values, *args, **options))]
 
     def delete_many(self, keys: Iterable[Key], noreply: bool = False) -> bool:
         return all(self._each("delete_many", dict.fromkeys(keys), noreply))
@@ -240,11 +244,10 @@ class ServerPool(_Commands):
     def pipeline(self, commands: Iterable[Iterable[Any]]) -> list[bytes]:
         """Send several commands in one go, and return their replies in order.
 
-        A command is an iterable of bytes-like parts, which are not joined. A reply is one
-        line without its end, and may be an error. Commands whose first part ends with
-        b" noreply\\r\\n" get none. On TCP, a generator makes each command while the one
-        before it travels.
-        """
+        A command is an iterable of bytes-like parts, which are not joined. A reply is
+        one line without its end, and may be an error. Commands whose first part ends
+        with b" noreply\\r\\n" get none. On TCP, a generator makes each command while
+        the one before it travels."""
         if isinstance(self._server.place, str):
             # On a Unix socket, turns between us and the server cost 13 % of the time.
             commands = [list(command) for command in commands]
@@ -374,7 +377,8 @@ class ServerPool(_Commands):
                 self._idle.popleft()[1].close()
 
     def _open(self, deadline: float, share: float) -> _Connection:
-        """Connect to one of the host's addresses. Each gets a fair share of the time."""
+        """Connect to one of the host's addresses. Each gets a fair share of the
+        time."""
         places, errors = [(socket.AF_UNIX, self._server.place)], []
         if not isinstance(self._server.place, str):
             host, port = self._server.place
@@ -433,7 +437,8 @@ class _Connection(Client):
         )
         if b"Too many open connections" in reply:
             raise NoAnswer(text)
-        # A proxy says SERVER_ERROR if one of its servers is down. The others may be well.
+        # A proxy says SERVER_ERROR if one of its servers is down. The others may be
+        # well.
         good = b"STORED" if self._server.login else b"END|VALUE|SERVER_ERROR"
         if not re.match(good, reply):
             raise exceptions.MemcacheUnknownError(
@@ -451,7 +456,8 @@ class _Connection(Client):
         return reply
 
     def begin(self, deadline: float) -> bool:
-        """Begin a call. False means that something came, or an end, that nobody asked for."""
+        """Begin a call. False means that something came, or an end, that nobody asked
+        for."""
         self.left = deadline - time.monotonic()
         try:
             self._socket.settimeout(0)
@@ -520,23 +526,29 @@ class _Connection(Client):
         finally:
             self._receive = _receive_bytes
 
-    def set_many(self, values: Any, *args: Any) -> list[Key]:
+    def set_many(self, values: Any, *args: Any, **options: Any) -> list[Key]:
         # memcached's TLS may overlook a command that begins within a record.
+        ask = super().set_many
         if not self._tls:
-            return super().set_many(values, *args)
-        return [key for key in values if not self.set(key, values[key], *args)]
+            return ask(values, *args, **options)
+        return [key for key in values if ask({key: values[key]}, *args, **options)]
 
     def pipeline(self, commands: Iterable[Iterable[Any]]) -> list[bytes]:
-        """Commands that are made already travel together, but see `set_many`."""
-        step = _PARTS if isinstance(commands, (list, tuple)) and not self._tls else 1
+        """Small commands travel together, but see `set_many`. Large ones go at once."""
         replies: list[bytes] = []
-        commands, expected = iter(commands), 0
-        while batch := list(itertools.islice(commands, step)):
-            made = [[memoryview(part).cast("B") for part in each] for each in batch]
-            expected += sum(bytes(each[0][-10:]) != b" noreply\r\n" for each in made)
-            self._send([part for each in made for part in each])
-            while expected - len(replies) > _OUTSTANDING:
-                replies.append(self._line())
+        parts: list[memoryview] = []
+        expected = size = 0
+        for command in commands:
+            made = [memoryview(part).cast("B") for part in command]
+            expected += bytes(made[0][-10:]) != b" noreply\r\n"
+            parts, size = parts + made, size + sum(map(len, made))
+            if size >= _TOGETHER or self._tls:
+                self._send(parts)
+                parts, size = [], 0
+                while expected - len(replies) > _OUTSTANDING:
+                    replies.append(self._line())
+        if parts:
+            self._send(parts)
         replies += [self._line() for _ in range(expected - len(replies))]
         if self._ahead:
             raise exceptions.MemcacheUnknownError(self._ahead[:32])

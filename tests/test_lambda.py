@@ -4,7 +4,6 @@ them."""
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from urllib.parse import parse_qsl, quote, urljoin
 
 import pytest
 
+import mcpool
 import memchunk
 import wsgi
 from tests.support import Memcached, snippet
@@ -158,7 +158,7 @@ class Client:
 def application(tmp_path_factory: pytest.TempPathFactory) -> Iterator[wsgi.Application]:
     memcached = Memcached(tmp_path_factory.mktemp("m"))
     settings = wsgi.Settings(max_response=LIMIT)
-    with contextlib.closing(memchunk.connect(memcached.server)) as cache:
+    with memchunk.FileCache(mcpool.connect(memcached.server)) as cache:
         yield wsgi.Application(cache, settings)
     memcached.kill()
 
