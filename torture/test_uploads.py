@@ -1,207 +1,369 @@
-"""Resumable uploads under pressure: workers that die, and requests that race, at any command; a
-cache that can hardly hold the file; tiny pieces; many that go on at one place.
+"""Uploads under pressure: workers that die, and others that go on, publish, stage,
+unstage, replace or delete, at any command; many at one place; a cache that can hardly
+hold the file; tiny pieces.
 
-A client learns of every byte that counts, and gets the file whole, or is told that it is gone.
+Whoever is told that a file is published gets it whole. Whoever is told that parts are
+stored can publish them, or is told that they are gone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import os
+import random
+import subprocess
+import sys
 import threading
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Callable, NamedTuple
 
 import pytest
 from pymemcache.client.base import PooledClient
-from werkzeug.test import Client, TestResponse
 
-import memchunk
-import tus
-import wsgi
-from test_wsgi import CHUNK, MIB, content, make
-from tests.faults import Faulty
-from tests.support import Memcached, opened
-from tests.test_tus import TUS, checksum, complete, head, leftovers, patch, start
-from torture.tools import LONG, counts
+from memchunk import FileCache, FileInfo
+from tests.faults import Faulty, Wrapped
+from tests.support import MIB, Memcached, opened, wait_for
+from torture.tools import (
+    CHUNK,
+    LEASE,
+    LONG,
+    audit,
+    connected,
+    counts,
+    result,
+    segment_of,
+)
 
 TURNS = 20 if LONG else 1
-STRIDE = 1 if LONG else 3  # between the commands that a worker dies at
+STRIDE = 1 if LONG else 2  # between the commands that a worker dies at
+EXPIRE = 5000
+DATA = random.Random(1).randbytes(16 * CHUNK + 50)
+OTHER = DATA[: 8 * CHUNK] + random.Random(2).randbytes(9 * CHUNK + 20)
+PIECES = (430, 170, 20, 580, 450)  # bytes
 
 
 class Died(BaseException):
     """What kills a worker: nothing that it would do afterwards is done."""
 
 
-class Mortal:
-    """A client of memcached that dies before its command number `life`."""
+class Upload:
+    """What a server remembers of an upload: its parts, and less than a chunk."""
 
-    def __init__(self, client: Any, life: float) -> None:
-        self._client, self.life = client, life
+    def __init__(self, name: str = "file") -> None:
+        self.name = name
+        self.parts: list[str] = []
+        self.rest = b""
+        self.length = 0  # bytes that count
 
-    def __getattr__(self, command: str) -> Any:
-        if command in ("client_pool", "clients"):
-            raise AttributeError(command)
-        function = getattr(self._client, command)
+    def add(self, cache: FileCache, piece: bytes) -> None:
+        data = self.rest + piece
+        part, taken = cache.stage(self.name, data, parts=self.parts, lease=LEASE)
+        self.parts = [*self.parts, part]
+        self.rest, self.length = data[taken:], self.length + len(piece)
 
-        def call(*args: Any, **options: Any) -> Any:
-            if command != "close":
-                self.life -= 1
-                if self.life < 0:
-                    raise Died
-            return function(*args, **options)
+    def go_on(self, cache: FileCache, data: bytes) -> None:
+        """Store what does not count yet, piece by piece."""
+        sizes = itertools.cycle(PIECES)
+        while self.length < len(data):
+            self.add(cache, data[self.length : self.length + next(sizes)])
 
-        return call if callable(function) else function
+    def finish(self, cache: FileCache, verb: str = "add") -> FileInfo:
+        write: Callable[..., FileInfo] = getattr(cache, verb)
+        return write(self.name, self.rest, parts=self.parts, expire=EXPIRE)
+
+    def copy(self) -> Upload:
+        other = Upload(self.name)
+        other.parts, other.rest, other.length = self.parts, self.rest, self.length
+        return other
 
 
-def worker(memcached: Memcached, life: float) -> tuple[Any, Mortal]:
-    mortal = Mortal(PooledClient(memcached.address), life)
-    cache = memchunk.FileCache(mortal, chunk_size=CHUNK)
-    opened.append(cache)
-    return Client(wsgi.Application(cache)), mortal
+def staged(cache: FileCache, data: bytes, length: int) -> Upload:
+    """An upload of which so many bytes are stored."""
+    upload = Upload()
+    upload.go_on(cache, data[:length])
+    return upload
 
 
 @pytest.fixture
-def _small(monkeypatch: Any) -> None:
-    """Small pieces and blocks, so that one request writes the record several times."""
-    monkeypatch.setattr(wsgi, "PIECE", 500)
-    monkeypatch.setattr(tus, "BLOCK", 1500)
+def cache(server: Memcached) -> Iterator[FileCache]:
+    server.flush()
+    with connected(server, chunk_size=CHUNK, lease=LEASE) as cache:
+        yield cache
 
 
-def upload(client: Any, path: list[str], data: bytes, piece: int, checksums: bool) -> None:
-    path.append(start(client, len(data), "/uploads?expire=10000"))
-    for begin in range(0, len(data), piece):
-        part = data[begin : begin + piece]
-        headers = {"Upload_Checksum": checksum(part)} if checksums else {}
-        assert patch(client, path[0], begin, part, **headers).status_code == 204
+def worker(server: Memcached, life: int) -> FileCache:
+    """A cache whose client dies before its command number `life`."""
+    left = itertools.count(life, -1)
+
+    def live(command: str) -> None:
+        if next(left) <= 0:
+            raise Died
+
+    client = Wrapped(PooledClient(server.server, timeout=10), before=live)
+    opened.append(FileCache(client, chunk_size=CHUNK, lease=LEASE))
+    return opened[-1]
 
 
-@pytest.mark.usefixtures("_small")
-@pytest.mark.parametrize("checksums", [False, True])
-def test_a_worker_dies_between_any_two_commands(memcached: Memcached, checksums: bool) -> None:
-    data = content(7500)
-    healthy = make(memcached)
-    survivor, mortal = worker(memcached, 10_000)
-    upload(survivor, [], data, 4000, checksums)
-    commands = 10_000 - int(mortal.life)
-    assert commands > 50
-    resumed = 0
-    for life in range(0, commands, STRIDE):
-        client, _ = worker(memcached, life)
-        path: list[str] = []
-        with pytest.raises(Died):
-            upload(client, path, data, 4000, checksums)
-        if not path:
-            continue  # it died at the start: there is nothing that the client could know of
-        last = complete(healthy, path[0], data, 4000)
-        assert healthy.get(last.headers["Content-Location"]).data == data
-        resumed += 1
-    counts["uploads whose worker died, resumed"] += resumed
-    assert resumed > 40
-    assert leftovers(memcached) == []  # all that the dead have left has an end
+def lives(run: Callable[[int], bool]) -> int:
+    """Run with a longer and longer life, until one is long enough; return it."""
+    for life in itertools.count(0, STRIDE):
+        if run(life):
+            return life
+    raise AssertionError
 
 
-@pytest.mark.usefixtures("_small")
-def test_deleted_after_a_worker_died(memcached: Memcached) -> None:
-    """Between any two commands of the last piece: nothing is left, the file neither."""
-    data, healthy = content(7500), make(memcached)
-    for life in range(0, 1000, STRIDE):
-        path = start(healthy, len(data), "/uploads?name=a")
-        patch(healthy, path, 0, data[:4000])
-        client, mortal = worker(memcached, life)
+@pytest.mark.parametrize("verb", ["add", "set"])
+def test_a_worker_dies_between_any_two_commands(
+    server: Memcached, cache: FileCache, verb: str
+) -> None:
+    """Another goes on with what counts, and publishes."""
+
+    def run(life: int) -> bool:
+        server.flush()
+        upload, died = Upload(), True
         with contextlib.suppress(Died):
-            patch(client, path, 4000, data[4000:])
-        assert healthy.delete(path, headers=TUS).status_code == 204
-        assert healthy.get("/files/a").status_code == head(healthy, path).status_code == 404
-        # What it had stored of a record that it did not come to write ends by itself.
-        assert leftovers(memcached) == []
-        assert len({key.split(":")[1] for key in set(memcached.keys())}) <= 1
-        memcached.flush()
-        counts["uploads whose worker died, deleted"] += 1
-        if mortal.life >= 0:
+            mortal = worker(server, life)
+            upload.go_on(mortal, DATA)
+            upload.finish(mortal, verb)
+            died = False
+        if died and result(lambda: cache.stat("file")) == "FileNotFound":
+            upload.go_on(cache, DATA)
+            upload.finish(cache, verb)
+        assert cache.get("file") == DATA
+        # All that the dead have left has an end, and is no part of the file.
+        assert all(end > 0 for end in server.expiries().values())
+        info, parts = cache.stat("file"), tuple(upload.parts)
+        # A worker that died after it touched its chunks leaves them with their end.
+        audit(server, info, parts=parts, spare="")
+        counts["uploads whose worker died, and that went on"] += died
+        return not died
+
+    assert lives(run) > 50
+
+
+def test_an_upload_is_deleted_after_its_worker_died(
+    server: Memcached, cache: FileCache
+) -> None:
+    """At any command: nothing is left but what the dead one stored last, on a lease."""
+
+    def run(life: int) -> bool:
+        server.flush()
+        upload, died = Upload(), True
+        with contextlib.suppress(Died):
+            upload.go_on(worker(server, life), DATA)
+            died = False
+        cache.unstage("file", upload.parts)
+        audit(server)
+        assert len(set(map(segment_of, chunks_of(server)))) <= 1
+        counts["uploads whose worker died, deleted"] += died
+        return not died
+
+    assert lives(run) > 30
+
+
+class Rival(NamedTuple):
+    """What another does meanwhile, with the same parts; and the files that may be left
+    if the first publishes by `add` or by `set`: mine, the other one, or none."""
+
+    act: Callable[[FileCache, Upload], object]
+    left_by_add: tuple[str, ...]
+    left_by_set: tuple[str, ...]
+
+
+def stage_more(cache: FileCache, upload: Upload) -> None:
+    """Go on at the same place, and give up."""
+    before = upload.parts
+    upload.add(cache, bytes(3 * CHUNK))
+    assert upload.parts[:-1] == before
+    cache.unstage("file", upload.parts[-1:])
+
+
+def publish(verb: str, cache: FileCache, upload: Upload) -> FileInfo:
+    upload.go_on(cache, OTHER)
+    try:
+        return upload.finish(cache, verb)
+    except Exception:
+        cache.unstage("file", upload.parts[-1:])
+        raise
+
+
+RIVALS = {
+    "stage": Rival(stage_more, ("mine",), ("mine",)),
+    "add": Rival(functools.partial(publish, "add"), ("mine", "other"), ("mine",)),
+    "set": Rival(functools.partial(publish, "set"), ("other",), ("mine", "other")),
+    "delete": Rival(
+        lambda cache, upload: cache.delete("file"), ("mine", "none"), ("mine", "none")
+    ),
+    "replace": Rival(
+        lambda cache, upload: cache.set("file", b"whole" * 50),
+        ("mine", "whole"),
+        ("mine", "whole"),
+    ),
+    "touch": Rival(
+        lambda cache, upload: cache.touch("file", EXPIRE), ("mine",), ("mine",)
+    ),
+}
+CONTENTS = {
+    "mine": DATA,
+    "other": OTHER,
+    "whole": b"whole" * 50,
+    "none": "FileNotFound",
+}
+
+
+@pytest.mark.parametrize("verb", ["add", "set"])
+@pytest.mark.parametrize("name", RIVALS)
+def test_another_comes_first_at_any_command_of_a_publication(
+    server: Memcached, cache: FileCache, name: str, verb: str
+) -> None:
+    """Whole, and whose it should be; and no chunk is left that is not its own."""
+    rival, site = RIVALS[name], Faulty(server)
+    opened.append(site.cache(chunk_size=CHUNK, lease=LEASE))
+    for moment in itertools.count():
+        server.flush()
+        upload = staged(cache, DATA, 8 * CHUNK)
+        mine, other = upload.copy(), upload.copy()
+        seen: list[object] = []
+        mine.go_on(cache, DATA)
+        site.arm((moment, "act"), action=strike(rival, cache, other, seen))
+        outcome = result(lambda: mine.finish(opened[-1], verb))  # noqa: B023
+        site.disarm()
+        if not seen:
             break
-    assert life > 30
+        data = result(lambda: cache.get("file"))
+        left = rival.left_by_add if verb == "add" else rival.left_by_set
+        assert data in [CONTENTS[each] for each in left]
+        assert outcome in ("done", "FileExists", "CacheFull")
+        # CacheFull only if the parts went with the file of the other one.
+        assert outcome != "CacheFull" or name in ("set", "replace", "delete")
+        assert "done" in (outcome, *seen)
+        check(server, cache, upload, mine, other)
+        counts[f"{name} at a command of a publication"] += 1
+    assert moment > 5
 
 
-class Race:
-    """The last piece of an upload, and what another request does at one of its commands."""
-
-    def __init__(self, memcached: Memcached, racer: Any) -> None:
-        self.memcached, self.racer = memcached, racer
-        self.faulty = Faulty(memcached)
-        opened.append(self.faulty.cache(chunk_size=CHUNK))
-        self.client = Client(wsgi.Application(opened[-1]))
-        self.data, self.other = content(7500), content(4000) + content(3500, seed=1)
-
-    def run(self, number: int, action: Any) -> tuple[str, TestResponse, TestResponse | None]:
-        """Path; the answer to the last piece, and that to what raced it, where it came to it."""
-        path = start(self.racer, len(self.data), "/uploads?name=a&expire=10000")
-        patch(self.racer, path, 0, self.data[:4000])
-        answers: list[TestResponse] = []
-        self.faulty.arm((number, "act"), action=lambda: answers.append(action(path)))
-        last = patch(self.client, path, 4000, self.data[4000:])
-        self.faulty.disarm()
-        return path, last, answers[0] if answers else None
+def strike(
+    rival: Rival, cache: FileCache, upload: Upload, seen: list[object]
+) -> Callable[[], object]:
+    return lambda: seen.append(result(lambda: rival.act(cache, upload)))
 
 
-@pytest.fixture
-def race(memcached: Memcached, _small: None) -> Race:
-    return Race(memcached, make(memcached))
+def chunks_of(server: Memcached) -> list[str]:
+    return [key for key in server.expiries() if segment_of(key)]
 
 
-def test_head_at_any_command(race: Race) -> None:
-    for number in range(1000):
-        path, last, seen = race.run(number, lambda path: head(race.racer, path))
-        assert last.status_code == 204
-        assert race.racer.get("/files/a").data == race.data
-        assert race.racer.delete(path, headers=TUS).status_code == 204
-        if seen is None:
-            break
-        assert seen.status_code == 200
-        assert 4000 <= int(seen.headers["Upload-Offset"]) <= 7500
-        counts["HEAD at a command of the last piece"] += 1
-    assert number > 30
+def check(server: Memcached, cache: FileCache, *uploads: Upload) -> None:
+    """The parts that are published outlive the file. All others can be unstaged, and
+    then nothing is left."""
+    present = (
+        cache.stat("file") if result(lambda: cache.stat("file")) == "done" else None
+    )
+    ends = server.expiries()
+    parts = {part for upload in uploads for part in upload.parts}
+    if present:
+        data = cache.get("file")
+        cache.unstage("file", sorted(parts))
+        assert cache.get("file") == data
+        # A delete without a reply may still be on its way.
+        wait_for(lambda: len(chunks_of(server)) == present.chunks, "deletes")
+        chunks = chunks_of(server)
+        least = present.expires or max(ends.values())
+        assert all(ends[key] >= least or ends[key] < 0 for key in chunks)
+        cache.delete("file")
+    else:
+        cache.unstage("file", sorted(parts))
+    wait_for(lambda: chunks_of(server) == [], "deletes")
 
 
-def test_delete_at_any_command(race: Race) -> None:
-    for number in range(1000):
-        path, last, seen = race.run(number, lambda path: race.racer.delete(path, headers=TUS))
-        if seen is None:
-            break
-        assert seen.status_code == 204
-        assert last.status_code in (204, 404, 410)
-        assert head(race.racer, path).status_code == 404
-        assert race.racer.get("/files/a").status_code == 404
-        ends = [end for key, end in race.memcached.expiries().items()]
-        assert -1 not in ends
-        race.memcached.flush()
-        counts["DELETE at a command of the last piece"] += 1
-    assert number > 30
+@pytest.mark.parametrize("rival", ["unstage", "stage", "set", "delete"])
+def test_another_comes_first_at_any_command_of_unstage(
+    server: Memcached, cache: FileCache, rival: str
+) -> None:
+    """Of parts that are published, or not: a file stays whole, and all else goes."""
+    rivals: dict[str, Callable[[FileCache, Upload], object]] = {
+        "unstage": lambda cache, upload: cache.unstage("file", upload.parts),
+        "stage": stage_more,
+        "set": lambda cache, upload: cache.set("file", b"whole" * 50),
+        "delete": lambda cache, upload: cache.delete("file"),
+    }
+    site = Faulty(server)
+    opened.append(site.cache(chunk_size=CHUNK, lease=LEASE))
+    moments = 0
+    for moment, is_published in itertools.product(range(40), [True, False]):
+        server.flush()
+        upload = staged(cache, DATA, len(DATA))
+        if is_published:
+            upload.finish(cache)
+        acts, seen = Rival(rivals[rival], (), ()), list[object]()
+        action = strike(acts, cache, upload.copy(), seen)
+        site.arm((moment, "act"), action=action)
+        opened[-1].unstage("file", upload.parts)
+        site.disarm()
+        moments += len(seen)
+        data = result(lambda: cache.get("file"))
+        replaced = {"set": b"whole" * 50, "delete": "FileNotFound"}.get(rival, DATA)
+        missing = replaced if rival == "set" and seen else "FileNotFound"
+        assert data == ((replaced if seen else DATA) if is_published else missing)
+        check(server, cache)
+    counts["others at a command of unstage"] += moments
+    assert moments > 10
 
 
-@pytest.mark.parametrize("same", [True, False])
-def test_patch_at_any_command(race: Race, same: bool) -> None:
-    bodies = [race.data, race.data if same else race.other]
-    for number in range(1000):
-        path, last, seen = race.run(
-            number, lambda path: patch(race.racer, path, 4000, bodies[1][4000:])
-        )
-        if seen is None:
-            break
-        assert {last.status_code, seen.status_code} <= {204, 409}
-        stored = race.racer.get("/files/a")
-        if same:
-            complete(race.racer, path, race.data, 4000)
-            assert race.racer.get("/files/a").data == race.data
-        elif 204 in (last.status_code, seen.status_code):
-            assert stored.data == bodies[seen.status_code == 204]
-        else:
-            assert stored.status_code == 404  # each is in the other's way
-            counts["PATCHes that ended each other"] += 1
-        assert race.racer.delete(path, headers=TUS).status_code == 204
-        assert race.racer.get("/files/a").status_code == 404
-        race.memcached.flush()
-        counts["PATCH at a command of the last piece"] += 1
-    assert number > 30
+def test_many_go_on_at_one_place(server: Memcached, cache: FileCache) -> None:
+    """Each a worker of its own: one publishes, and its bytes, whatever the order."""
+    workers = [
+        connected(server, chunk_size=CHUNK, lease=LEASE)
+        if number % 2
+        else FileCache(server.server, chunk_size=CHUNK, lease=LEASE)
+        for number in range(8)
+    ]
+    opened.extend(workers)
+    for turn in range(40 * TURNS):
+        server.flush()
+        upload = staged(cache, DATA, 8 * CHUNK)
+        bodies = [
+            DATA[: 8 * CHUNK] + random.Random(f"{turn} {number}").randbytes(5 * CHUNK)
+            for number in range(len(workers))
+        ]
+        uploads = [upload.copy() for _ in workers]
+        outcomes = race_of(workers, uploads, bodies)
+        assert sorted(outcomes) == ["FileExists"] * (len(workers) - 1) + ["done"]
+        assert cache.get("file") == bodies[outcomes.index("done")]
+        check(server, cache, *uploads)
+        counts["races at one place"] += 1
+
+
+def race_of(
+    workers: list[FileCache], uploads: list[Upload], bodies: list[bytes]
+) -> list[Any]:
+    """Each worker goes on with the upload by its body, at once; return the outcomes."""
+    outcomes: list[Any] = [None] * len(workers)
+    gate = threading.Barrier(len(workers))
+
+    def work(index: int) -> None:
+        gate.wait()
+        uploads[index].go_on(workers[index], bodies[index])
+        outcomes[index] = result(lambda: uploads[index].finish(workers[index]))
+
+    threads = [threading.Thread(target=work, args=[n]) for n in range(len(workers))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcomes
+
+
+def test_a_flood_of_tiny_pieces(server: Memcached, cache: FileCache) -> None:
+    """There is no limit to their number, but that of a manifest's size."""
+    upload = Upload()
+    for at in range(len(DATA)):
+        upload.add(cache, DATA[at : at + 1])
+    info = upload.finish(cache)
+    assert cache.get("file") == DATA
+    audit(server, info, parts=tuple(upload.parts), exact=True)
+    counts["tiny pieces"] += len(DATA)
 
 
 def pieces(name: str) -> list[int]:
@@ -220,66 +382,44 @@ def slab_classes(memcached: Memcached) -> set[str]:
         for key, value in memcached.stats("slabs").items()
         if key.endswith(":chunk_size")
     }
-    items = {key.split(":")[1] for key in memcached.stats("items") if key.endswith(":number")}
+    numbers = (key for key in memcached.stats("items") if key.endswith(":number"))
+    items = {key.split(":")[1] for key in numbers}
     return {number for number in items if sizes[number] >= 100_000}
 
 
+@pytest.fixture
+def load() -> Iterator[None]:
+    """A busy machine."""
+    spin = [sys.executable, "-c", "while True: pass"]
+    spinning = [subprocess.Popen(spin) for _ in range(os.cpu_count() or 1)]
+    yield
+    for process in spinning:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.usefixtures("load")
+@pytest.mark.parametrize("client", ["mcpool", "address"])
 @pytest.mark.parametrize("name", ["odd", "65537", str(4 * MIB), str(50 * MIB)])
-def test_50_mib_on_a_stock_memcached(memcached: Memcached, name: str) -> None:
+def test_50_mib_on_a_stock_memcached(
+    memcached: Memcached, name: str, client: str
+) -> None:
     """Of 64 MB, which holds another such file: it can't keep both."""
-    client = make(memcached, chunk_size=None)
-    for _ in range(TURNS):
-        memcached.flush()
-        assert client.put("/files/other", data=os.urandom(50 * MIB)).status_code == 201
-        classes = slab_classes(memcached)
-        data, begin = os.urandom(50 * MIB), 0
-        path = start(client, len(data))
-        for piece in pieces(name):
-            last = patch(client, path, begin, data[begin : begin + piece])
-            assert last.status_code == 204, last.text
-            begin += piece
-        assert client.get(last.headers["Content-Location"]).data == data
-        assert slab_classes(memcached) == classes
-        assert len(classes) == 1
-        counts["uploads of 50 MiB on -m 64"] += 1
-
-
-def test_a_flood_of_tiny_pieces(memcached: Memcached) -> None:
-    """There is no limit to their number."""
-    client = make(memcached)
-    data = content(1000)
-    last = complete(client, start(client, len(data)), data, 1)
-    assert client.get(last.headers["Content-Location"]).data == data
-    counts["tiny pieces"] += len(data)
-
-
-def test_many_patches_at_one_offset(memcached: Memcached) -> None:
-    """In threads, each a worker of its own: one 204, and its bytes, whatever the order."""
-    workers = [make(memcached) for _ in range(8)]
-    for turn in range(40 * TURNS):
-        length = (5000, 20_000)[turn % 2]
-        path = start(workers[0], length)
-        bodies = [content(5000, seed) for seed in range(len(workers))]
-        statuses = race_of(workers, path, bodies)
-        counts["races at one offset"] += 1
-        assert sorted(statuses) == [204] + [409] * (len(workers) - 1)
-        data = bodies[statuses.index(204)] + content(length - 5000, 99)
-        complete(workers[1], path, data, length)
-        url = head(workers[2], path).headers["Content-Location"]
-        assert workers[3].get(url).data == data
-
-
-def race_of(workers: list[Any], path: str, bodies: list[bytes]) -> list[int]:
-    """Each worker sends its body to the start of the upload at once; return the statuses."""
-    statuses, gate = [0] * len(workers), threading.Barrier(len(workers))
-
-    def work(index: int) -> None:
-        gate.wait()
-        statuses[index] = patch(workers[index], path, 0, bodies[index]).status_code
-
-    threads = [threading.Thread(target=work, args=[index]) for index in range(len(workers))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return statuses
+    is_fast = client == "mcpool"
+    with connected(memcached) if is_fast else FileCache(memcached.server) as cache:
+        for _ in range(TURNS):
+            memcached.flush()
+            cache.set("other", os.urandom(50 * MIB))
+            classes = slab_classes(memcached)
+            data, upload, begin = os.urandom(50 * MIB), Upload("new"), 0
+            for size in pieces(name):
+                piece, begin = data[begin : begin + size], begin + size
+                if len(upload.rest) + size < MIB // 2:  # less than a chunk
+                    upload.rest += piece
+                else:
+                    upload.add(cache, piece)
+            upload.finish(cache)
+            assert cache.get("new") == data
+            assert slab_classes(memcached) == classes
+            assert len(classes) == 1
+            counts[f"uploads of 50 MiB on -m 64 over {client}"] += 1
