@@ -1,0 +1,327 @@
+"""Servers that can't keep a file, or hardly: what is refused, and what survives."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pymemcache.client.base import Client
+from pymemcache.exceptions import MemcacheUnexpectedCloseError as ClosedError
+from pymemcache.exceptions import MemcacheUnknownCommandError as UnknownError
+
+import memchunk
+from memchunk import FileCache
+from tests.faults import Once, Wrapped
+from tests.support import MIB, Memcached, Start, wait_for
+
+CHUNK = 1000
+OLD = bytes(range(256)) * 10
+BIG = os.urandom(50 * MIB)
+
+
+def full(
+    cache: FileCache, data: Any, name: str = "file", **options: Any
+) -> memchunk.CacheFull:
+    with pytest.raises(memchunk.CacheFull) as caught:
+        cache.set(name, data, **options)
+    assert caught.value.name == name
+    return caught.value
+
+
+def sets(memcached: Memcached) -> int:
+    return int(memcached.stats()["cmd_set"])
+
+
+def in_pieces(data: bytes) -> Iterator[bytes]:
+    return (data[start : start + MIB] for start in range(0, len(data), MIB))
+
+
+# --- A stock server, and smaller ones -------------------------------------------------
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_stock_server_holds_50_mib_and_replaces_them_ten_times(
+    start_memcached: Start, is_known: bool
+) -> None:
+    memcached = start_memcached("-m", "64")
+    with FileCache(memcached.server) as cache:
+        for turn in range(11):
+            data = bytes([turn]) + BIG[1:]
+            cache.set("file", data if is_known else in_pieces(data))
+            assert cache.get("file") == data
+            assert len(memcached.keys()) == 1 + cache.stat("file").chunks
+
+
+def test_a_stock_server_holds_one_file_after_another(start_memcached: Start) -> None:
+    """A cache evicts old files. It must never refuse new ones for them."""
+    with FileCache(start_memcached("-m", "64").server) as cache:
+        for turn in range(30):
+            data = bytes([turn]) + BIG[1 : 20 * MIB]
+            cache.add(str(turn), data)
+            assert cache.get(str(turn)) == data
+        cache.set("large", BIG)
+        assert cache.get("large") == BIG
+
+
+@pytest.mark.parametrize("verb", ["set", "add", "cas"])
+def test_a_file_larger_than_memory_is_refused_and_the_old_one_stays(
+    start_memcached: Start, verb: str
+) -> None:
+    memcached = start_memcached("-m", "16")
+    with FileCache(memcached.server) as cache:
+        version = [cache.set("file", BIG[: 10 * MIB]).version] * (verb == "cas")
+        before, name = sets(memcached), "other" if verb == "add" else "file"
+        with pytest.raises(memchunk.CacheFull) as caught:
+            getattr(cache, verb)(name, BIG[: 17 * MIB], *version)
+        assert (caught.value.cause, caught.value.missing) == ("memory", [])
+        assert sets(memcached) == before
+        assert cache.get("file") == BIG[: 10 * MIB]
+
+
+def test_a_source_of_unknown_length_ends_a_write_if_memory_ends(
+    start_memcached: Start,
+) -> None:
+    memcached, count = start_memcached("-m", "16"), itertools.count()
+    with FileCache(memcached.server) as cache:
+        assert full(cache, (bytes(100_000) for _ in count)).cause == "memory"
+    assert next(count) < 220
+    assert memcached.keys() == []
+
+
+def test_a_replacement_makes_room_only_if_it_needs_it(start_memcached: Start) -> None:
+    memcached, left = start_memcached("-m", "64"), list[int]()
+    with FileCache(memcached.server) as cache:
+        old = cache.set("file", BIG)
+
+        def source() -> Iterator[bytes]:
+            for piece in in_pieces(BIG[::-1]):
+                yield piece
+                keys = memcached.keys()
+                left.append(sum(old.version in key for key in keys))
+
+        cache.set("file", source(), size=len(BIG))
+        assert cache.get("file") == BIG[::-1]
+    assert (left[0], left[-1]) == (old.chunks, 0)
+
+
+def test_readers_do_not_keep_writers_out(start_memcached: Start) -> None:
+    """Chunks that were read are active, and memcached evicts others first."""
+    with FileCache(start_memcached("-m", "64").server) as cache:
+        stop = threading.Event()
+
+        def read() -> None:
+            for name in itertools.cycle("abc"):
+                if stop.is_set():
+                    return
+                with contextlib.suppress(memchunk.CacheMiss):
+                    assert len(cache.get(name)) == 15 * MIB
+
+        for name in "abc":
+            cache.set(name, BIG[: 15 * MIB])
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            for turn in range(5):
+                cache.set("file", data := bytes([turn]) + BIG[1 : 40 * MIB])
+                assert cache.get("file") == data
+        finally:
+            stop.set()
+            reader.join()
+
+
+# --- Why a server did not keep a file -------------------------------------------------
+
+
+def test_a_cache_of_small_items_says_no_until_it_has_room(
+    start_memcached: Start,
+) -> None:
+    memcached = start_memcached("-m", "64", "-o", "slab_automove=0")
+    memcached.fill(60_000, 1000)
+    with FileCache(memcached.server) as cache:
+        error = full(cache, BIG)
+        assert (error.cause, "items of other sizes" in str(error)) == ("slabs", True)
+        assert "memchunk" not in "".join(memcached.keys())
+        assert memcached.command("slabs automove 2") == b"OK\r\n"
+
+        def is_stored() -> bool:
+            try:
+                return cache.set("file", BIG).size == len(BIG)
+            except memchunk.CacheFull:
+                return False
+
+        wait_for(is_stored, "room for 50 MiB")
+        assert cache.get("file") == BIG
+
+
+OPTIONS = ["-o no_modern", "-I 4m", "-I 512k", "-I 128k -o slab_chunk_max=65536"]
+OPTIONS += ["-I 16k -o slab_chunk_max=8192", "-I 2m -o slab_chunk_max=131072"]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("size", [0, 1, 500, 40_000, 3 * MIB + 1])
+def test_files_are_cut_as_the_server_keeps_items(
+    start_memcached: Start, options: str, size: int
+) -> None:
+    memcached = start_memcached(*options.split())
+    with FileCache(memcached.server) as cache:
+        cache.set("file", BIG[:size])
+        assert cache.get("file") == BIG[:size]
+        assert int(memcached.stats()["bytes"]) < 1.2 * size + 2000
+
+
+def test_chunks_of_other_files_are_no_items_of_other_sizes(
+    start_memcached: Start,
+) -> None:
+    """Without the modern options, memcached refuses chunks while others are active."""
+    memcached = start_memcached("-m", "64", "-o", "no_modern")
+    with FileCache(memcached.server) as cache:
+        cache.set("file", BIG)
+        flush = Once("touch", memcached.flush)
+        client = Wrapped(Client(memcached.address, timeout=5), before=flush)
+        with FileCache(client) as flushed:
+            assert full(flushed, BIG[: 30 * MIB], "other").cause != "slabs"
+
+
+def test_a_chunk_size_larger_than_an_item_is_refused(start_memcached: Start) -> None:
+    memcached = start_memcached()
+    with FileCache(memcached.server, chunk_size=2 * MIB) as cache:
+        error = full(cache, BIG[: 3 * MIB])
+        assert (error.cause, "-I" in str(error)) == ("item size", True)
+    assert memcached.keys() == []
+
+
+def test_metadata_larger_than_an_item_are_refused_before_payload_is_sent(
+    start_memcached: Start,
+) -> None:
+    memcached = start_memcached("-I", "32k", "-o", "slab_chunk_max=32768")
+    with FileCache(memcached.server) as cache:
+        before = sets(memcached)
+        for data in (BIG[:MIB], b"small", iter([BIG[:MIB]])):
+            assert full(cache, data, metadata=bytes(40_000)).cause == "item size"
+        assert sets(memcached) == before
+        cache.set("file", BIG[:MIB], metadata=bytes(20_000))
+        assert cache.stat("file").metadata == bytes(20_000)
+
+
+def test_a_smaller_limit_after_a_restart_is_noticed(start_memcached: Start) -> None:
+    memcached = start_memcached()
+    with FileCache(memcached.server) as cache:
+        cache.set("file", BIG[: 2 * MIB])
+        memcached.kill()
+        memcached.options = "-I", "128k", "-o", "slab_chunk_max=65536"
+        memcached.start()
+        assert full(cache, BIG[: 2 * MIB]).cause == "item size"
+        assert cache.set("file", BIG[: 2 * MIB]).chunks >= 32
+
+
+def test_a_lease_that_ran_out_is_the_cause(memcached: Memcached) -> None:
+    def source() -> Iterator[bytes]:
+        yield BIG[: 5 * MIB]
+        wait_for(lambda: not memcached.keys(), "the lease to run out")
+        yield BIG[: 5 * MIB]
+
+    with FileCache(memcached.server, lease=2) as cache:
+        error = full(cache, source())
+    assert (error.cause, len(error.missing) > 5) == ("lease", True)
+    assert len(str(error)) < 300
+    assert memcached.keys() == []
+
+
+# --- What `stats` tells ---------------------------------------------------------------
+
+
+class Telling:
+    """A client whose `stats` are changed, or raise."""
+
+    def __init__(self, memcached: Memcached, changes: Any) -> None:
+        self.client, self.changes, self.asked = Client(memcached.address), changes, 0
+
+    def stats(self, *args: str) -> dict[bytes, Any]:
+        self.asked += 1
+        if isinstance(self.changes, Exception):
+            raise self.changes
+        told = {**self.client.stats(*args), **self.changes}
+        return {key: value for key, value in told.items() if value is not None}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.client, name)
+
+
+TOLD: list[Any] = [
+    {b"item_size_max": b"a lot", b"maxbytes": b"", b"slab_chunk_max": b"1.5"},
+    {b"item_size_max": None, b"maxbytes": None, b"slab_chunk_max": None},
+    {b"item_size_max": 0, b"maxbytes": 0},
+    {b"slab_chunk_max": 512},  # KiB, as memcached counts from 1.6.24 on
+    {b"item_size_max": -1, b"slab_chunk_max": -1},
+    *[
+        UnknownError("stats"),
+        ClosedError(),
+        {b"proxy_enabled": b"yes", b"maxbytes": 1000},
+    ],
+]
+
+
+@pytest.mark.parametrize("told", TOLD, ids=str)
+def test_stats_that_tell_nothing_do_not_hinder(memcached: Memcached, told: Any) -> None:
+    with FileCache(Telling(memcached, told)) as cache:
+        for _ in range(2):
+            assert cache.set("file", BIG[: 5 * MIB]).chunks in range(5, 12)
+        assert cache.get("file") == BIG[: 5 * MIB]
+
+
+@pytest.mark.parametrize("error", [UnknownError("stats"), ClosedError()])
+def test_a_server_that_refuses_stats_is_not_asked_again(
+    memcached: Memcached, error: Exception
+) -> None:
+    client = Telling(memcached, error)
+    with FileCache(client) as cache:
+        for turn in range(5):
+            cache.set(str(turn), BIG[:MIB], expire=40 * 24 * 3600)
+    assert client.asked <= 2  # a closed connection is tried once more
+
+
+@pytest.mark.parametrize("told", [{b"proxy_enabled": b"yes"}, UnknownError("stats")])
+def test_a_server_that_does_not_tell_its_memory_leaves_the_cause_unknown(
+    start_memcached: Start, told: Any
+) -> None:
+    client = Telling(start_memcached("-m", "16"), told)
+    with FileCache(client) as cache:
+        assert full(cache, BIG[: 40 * MIB]).cause == "unknown"
+
+
+def test_a_server_without_cas_is_a_clear_error(start_memcached: Start) -> None:
+    refusal = pytest.raises(memchunk.CacheUnavailable, match="without cas")
+    with FileCache(start_memcached("-C").server) as cache:
+        with contextlib.suppress(memchunk.CacheUnavailable):
+            cache.set("file", BIG[:MIB])  # as long as there is nothing, nothing tells
+        for call in (cache.get, cache.stat, cache.delete, cache.__contains__):
+            with refusal:
+                call("file")
+        with refusal:
+            cache.set("file", b"small")
+
+
+@pytest.mark.parametrize("verb", ["set", "touch", "delete"])
+def test_a_manifest_that_others_keep_changing_is_contention(
+    memcached: Memcached, verb: str
+) -> None:
+    with FileCache(memcached.server, chunk_size=CHUNK) as other:
+        other.set("file", b"0")
+
+        def overtake(command: str) -> None:
+            if command == "cas":
+                other.set("file", b"1")
+
+        client = Wrapped(Client(memcached.address, timeout=5), before=overtake)
+        options: dict[str, Any] = {"set": {"source": OLD}, "touch": {"expire": 60}}
+        refusal = pytest.raises(memchunk.CacheFull)
+        with FileCache(client, chunk_size=CHUNK) as cache, refusal as caught:
+            getattr(cache, verb)("file", **options.get(verb, {}))
+        assert caught.value.cause == "contention"
+        assert other.get("file") == b"1"
+    assert len(memcached.keys()) == 1
