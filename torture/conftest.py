@@ -14,8 +14,8 @@ from torture.tools import LONG, counts
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Memcached]:
-    """A memcached for the tests that don't hurt it, with a hash table as small as it gets, since
-    `keys()` walks all of it."""
+    """A memcached for the tests that don't hurt it. Its hash table is as small as it
+    gets, because `keys()` walks all of it."""
     memcached = Memcached(tmp_path_factory.mktemp("m"), "-o", "hashpower=13")
     yield memcached
     memcached.kill()
@@ -25,7 +25,7 @@ modules: Counter[str] = Counter()
 
 
 def cases() -> int:
-    """All that was counted, but schedules, of which many lead through one state, and MiB."""
+    """All that was counted, except MiB, and schedules: many lead through one state."""
     return sum(
         n for what, n in counts.items() if not re.search("^schedules|MiB of", what)
     )

@@ -169,7 +169,8 @@ def test_random_mutations() -> None:
     counts["random mutations"] += MUTATIONS
 
 
-ODD: list[Any] = [None, True, -1, 0, 1, 1.5, 2**31, 2**64, 1e300, "", "1", "x", [], [1], {}]
+NUMBERS = [-1, 0, 1, 1.5, 2**31, 2**64, 1e300]
+ODD: list[Any] = [*NUMBERS, None, True, "", "1", "x", [], [1], {}]
 VERSION = "0123456789abcdef"
 EXTREMES: dict[str, list[Any]] = {
     "format": [*ODD, 3, "2"],

@@ -1,6 +1,6 @@
 """Processes that fork, threads that share a cache, and interrupts in mid-reply.
 
-The next operation is right: no process, thread or call gets the reply of another; and no
+The next operation is right: no process, thread or call gets the reply of another. No
 connection is left open.
 """
 
@@ -58,13 +58,13 @@ def connections(server: Memcached) -> int:
 def no_connection_left(server: Memcached) -> Iterator[None]:
     before, files = connections(server), len(os.listdir("/proc/self/fd"))
     yield
-    gc.collect()  # what an interrupt struck while it was made is in a cycle with the traceback
+    gc.collect()  # what was being made at an interrupt is in a cycle with its traceback
     wait_for(lambda: connections(server) <= before, "connections to be closed")
     assert len(os.listdir("/proc/self/fd")) == files
 
 
 def work(cache: FileCache, worker: str, turns: int) -> None:
-    """Files of a worker's own, and one that all share, whose bytes tell whole from mixed."""
+    """Files of a worker's own, and one that all share. Its bytes show a mixture."""
     for turn in range(turns):
         own = f"{worker} {turn} ".encode() * 60
         shared = worker.encode()[-1:] * random.randrange(1, 900)
@@ -185,7 +185,8 @@ def interrupting(error: type[BaseException]) -> Iterator[None]:
         signal.signal(signal.SIGALRM, old)
 
 
-# An interrupt between the making of a socket and its keeping leaves it to the garbage collector.
+# An interrupt between the making of a socket and its keeping leaves it to the garbage
+# collector.
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, GeventTimeout])
@@ -218,8 +219,8 @@ def test_an_interrupt_at_any_moment(
                     maybe += [data] * writes
                 found = result(lambda: cache.get("file"))
                 assert found in (stored, *maybe)
-                # What was interrupted before another file was published can't be any more: its
-                # cas is of an older version. Else the server may do it yet.
+                # Once another file is published, what was interrupted before can't be
+                # any more: its cas is of an older version. Else the server may do it.
                 if found != stored:
                     stored, maybe = found, []
         counts[f"interrupts of {kind}"] += struck
@@ -230,7 +231,7 @@ def test_an_interrupt_at_any_moment(
 def test_an_interrupt_of_a_command_that_is_done_late(
     server: Memcached, kind: str
 ) -> None:
-    """The server has the command, and does it when its sender is already cleaning up."""
+    """The server does the command when its sender is already cleaning up."""
     proxy, old, new = Late(server), b"o" * 350, b"n" * 450
     with closing(proxy), closing(KINDS["mcpool"](server)) as direct:
         for moment in itertools.count():
@@ -253,8 +254,8 @@ def test_an_interrupt_of_a_command_that_is_done_late(
                 proxy.disarm()
             proxy.drain()
             assert direct.get("file") in (old, new)
-            # Nothing is cleaned up by who is told to stop: it ends with its lease, unless all of
-            # it was stored, and given its own end.
+            # Who is told to stop cleans nothing up. The lease ends what it stored,
+            # unless all of that was touched with its own end.
             audit(server, direct.stat("file"), spare="" if sealed else "-")
             if not fired:
                 break
@@ -266,7 +267,7 @@ def test_an_interrupt_of_a_command_that_is_done_late(
 def test_an_interrupt_while_the_server_is_stopped(
     start_memcached: Any, kind: str
 ) -> None:
-    """The signal comes while a call waits for a reply; the reply comes when it has gone."""
+    """The signal comes while a call waits for a reply, and the reply after it."""
     server = start_memcached()
     with closing(KINDS[kind](server)) as cache:
         cache.set("file", b"file" * 200)

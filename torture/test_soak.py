@@ -1,9 +1,9 @@
-"""Sixteen clients, many of them rude, on a WSGI host whose memcached is killed twice: ten minutes
-in the long form.
+"""Sixteen clients, many of them rude, on a WSGI host whose memcached is killed twice: ten
+minutes in the long form.
 
-No wrong byte, no 500, no other error without its cause, nothing lost that was promised while
-memcached ran and had room; and at the end no process, thread or open file is left over, and no
-memory.
+No wrong byte, no 500, no other error without its cause. Nothing is lost that was
+promised while memcached ran and had room. At the end no process, thread or open file is
+left over, and no memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,17 @@ from urllib.parse import urljoin, urlsplit
 
 import pytest
 
-from tests.support import MIB, Answer, Host, Memcached, Server, Start, form, running, wait_for
+from tests.support import (
+    MIB,
+    Answer,
+    Host,
+    Memcached,
+    Server,
+    Start,
+    form,
+    running,
+    wait_for,
+)
 from tests.test_hosts import RULE_BREAKERS
 from torture.tools import LONG, counts
 
@@ -36,20 +46,29 @@ PHASES, SECONDS = (6, 100) if LONG else (3, 2)  # between them the host is looke
 KILLS = (PHASES // 2, PHASES - 1)  # the phases in whose middle memcached is killed
 DOWN = 0.5  # seconds that it then stays away
 TIMEOUT = 2  # seconds that the host waits for memcached
-SLOW = 2 * TIMEOUT  # seconds that a slow client takes, at the least, and a stalled one waits
+SLOW = (
+    2 * TIMEOUT
+)  # seconds that a slow client takes, at the least, and a stalled one waits
 
 THREADS = 16  # of a host, in all its processes
 GUNICORN = Host(
-    f"{{python}} -m gunicorn -w 2 --threads {THREADS // 2} -b 127.0.0.1:{{port}} wsgi:application"
+    f"{{python}} -m gunicorn -w 2 --threads {THREADS // 2} "
+    "-b 127.0.0.1:{port} wsgi:application"
 )
 WAITRESS = Host(
-    f"{{python}} -m waitress --threads {THREADS} --listen 127.0.0.1:{{port}} wsgi:application"
+    f"{{python}} -m waitress --threads {THREADS} "
+    "--listen 127.0.0.1:{port} wsgi:application"
 )
 GROWTH = 96 * MIB  # of a process, since it has begun to work
-# By itself glibc keeps up to 64 MiB of freed memory for each thread, which would hide a leak.
+# By itself glibc keeps up to 64 MiB of freed memory for each thread. That would hide a
+# leak.
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": "1048576", "MALLOC_MMAP_THRESHOLD_": "4194304"}
 TROUBLE = (404, 410, 503, 507)  # what may be said while memcached is away, or just back
-NO_ROOM = (404, 410, 507)  # what may be said of files in a cache that is too small for them all
+NO_ROOM = (
+    404,
+    410,
+    507,
+)  # what may be said of files in a cache that is too small for them all
 
 NOISE = os.urandom(64 * MIB)
 SEED = struct.Struct(">Q")  # begins every file, and tells all of it
@@ -59,7 +78,9 @@ SEED = struct.Struct(">Q")  # begins every file, and tells all of it
 def content(seed: int) -> bytes:
     """A file: most are small, some have 50 MiB."""
     dice = random.Random(seed)
-    size = int((50 * MIB - SEED.size) * dice.random() ** dice.choice([0.1, 4, 20, 20, 20]))
+    size = int(
+        (50 * MIB - SEED.size) * dice.random() ** dice.choice([0.1, 4, 20, 20, 20])
+    )
     start = dice.randrange(len(NOISE) - size)
     return SEED.pack(seed) + NOISE[start : start + size]
 
@@ -67,12 +88,15 @@ def content(seed: int) -> bytes:
 def seed_of(data: bytes) -> int:
     """Which file this is. Fails unless it is one, to the last byte."""
     (seed,) = SEED.unpack(data[: SEED.size])
-    assert data == content(seed), f"these {len(data)} bytes are not those of file {seed}"
+    assert data == content(seed), (
+        f"these {len(data)} bytes are not those of file {seed}"
+    )
     return int(seed)
 
 
 class Load:
-    """What the clients share. epoch: odd while memcached is away. roomy: it evicts nothing."""
+    """What the clients share. epoch: odd while memcached is away. roomy: it evicts
+    nothing."""
 
     def __init__(self, server: Server, memcached: Memcached, roomy: bool) -> None:
         self.server, self.memcached, self.roomy = server, memcached, roomy
@@ -106,7 +130,7 @@ class Load:
 
 
 class Known(NamedTuple):
-    """Which files a name may stand for, None for no file, as far as was seen in an epoch."""
+    """Which files a name may stand for, None for no file, as seen in an epoch."""
 
     seeds: frozenset[Optional[int]] = frozenset([None])
     epoch: int = 0
@@ -141,8 +165,9 @@ class Client:
         pauses: int = 0,
         most: Optional[int] = None,
     ) -> Answer:
-        """Send a request, with `pauses` in the body that take SLOW seconds together; hang up after
-        `most` bytes of the body. Return the answer, or one of status 0."""
+        """Send a request, with `pauses` in the body that take SLOW seconds together;
+        hang up after `most` bytes of the body. Return the answer, or one of status 0.
+        """
         lines = {"Host": "x", "Connection": "close", "Content-Length": str(len(body))}
         if chunked:
             lines["Transfer-Encoding"] = "chunked"
@@ -156,7 +181,9 @@ class Client:
             pieces = [b"%x\r\n%b\r\n" % (len(piece), piece) for piece in [*pieces, b""]]
         self.epoch, answer = self.load.epoch, Answer(0, {}, b"")
         with self.load.server.connect() as connection:
-            with contextlib.suppress(ConnectionError):  # it may have answered, and closed
+            with contextlib.suppress(
+                ConnectionError
+            ):  # it may have answered, and closed
                 connection.sendall(f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode())
                 for number, piece in enumerate(pieces):
                     connection.sendall(piece)
@@ -167,7 +194,9 @@ class Client:
                 response.begin()
                 answer = Answer(response.status, response.headers, response.read())
             elif self.dice.random() < 0.5:  # with a reset, or politely
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                connection.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                )
         self.calm = self.epoch == self.load.epoch and self.epoch % 2 == 0
         self.statuses[answer.status] += 1
         return answer
@@ -176,8 +205,16 @@ class Client:
         """Whether the answer has an expected status. Fails on one without a cause."""
         if answer.status in expected:
             return True
-        causes = {*(() if self.calm else TROUBLE), *(() if self.load.roomy else NO_ROOM)}
-        assert answer.status in causes, (answer.status, answer.data[:500], expected, self.calm)
+        causes = {
+            *(() if self.calm else TROUBLE),
+            *(() if self.load.roomy else NO_ROOM),
+        }
+        assert answer.status in causes, (
+            answer.status,
+            answer.data[:500],
+            expected,
+            self.calm,
+        )
         return False
 
     # Files of its own, of which it knows what they are
@@ -196,7 +233,9 @@ class Client:
     def learn(self, name: str, *seeds: Optional[int]) -> None:
         self.files[name] = Known(frozenset(seeds), self.epoch)
 
-    def store(self, chunked: bool = False, is_form: bool = False, pauses: int = 0) -> None:
+    def store(
+        self, chunked: bool = False, is_form: bool = False, pauses: int = 0
+    ) -> None:
         name, seed = self.own(), self.dice.getrandbits(64)
         body, headers = form(content(seed)) if is_form else (content(seed), {})
         answer = self.ask("PUT", f"/files/{name}", body, headers, chunked, pauses)
@@ -229,7 +268,12 @@ class Client:
         answer = self.ask("GET", f"/files/{name}")
         if self.is_fine(answer, 200, 404):
             seed = seed_of(answer.data) if answer.status == 200 else None
-            assert seed in self.possible(name), (name, seed, self.files.get(name), self.epoch)
+            assert seed in self.possible(name), (
+                name,
+                seed,
+                self.files.get(name),
+                self.epoch,
+            )
             self.learn(name, seed)
 
     def read_a_part(self) -> None:
@@ -239,7 +283,10 @@ class Client:
         span = {"Range": f"bytes={start}-{stop - 1}"}
         answer = self.ask("GET", f"/files/{name}", b"", span)
         if self.is_fine(answer, 206, 404, 416):
-            parts = [None if file is None else file[start:stop] for file in self.contents(name)]
+            parts = [
+                None if file is None else file[start:stop]
+                for file in self.contents(name)
+            ]
             expected = {206: answer.data, 416: b"", 404: None}[answer.status]
             assert expected in parts
 
@@ -247,7 +294,9 @@ class Client:
         name = self.own()
         answer = self.ask("HEAD", f"/files/{name}")
         if self.is_fine(answer, 200, 404):
-            sizes = [None if file is None else str(len(file)) for file in self.contents(name)]
+            sizes = [
+                None if file is None else str(len(file)) for file in self.contents(name)
+            ]
             found = answer.headers["Content-Length"] if answer.status == 200 else None
             assert found in sizes
 
@@ -267,7 +316,9 @@ class Client:
     def resume(self) -> None:
         """A tus upload that breaks off again and again."""
         data, tus = content(self.dice.getrandbits(64)), {"Tus-Resumable": "1.0.0"}
-        answer = self.ask("POST", "/uploads", b"", {**tus, "Upload-Length": str(len(data))})
+        answer = self.ask(
+            "POST", "/uploads", b"", {**tus, "Upload-Length": str(len(data))}
+        )
         if not self.is_fine(answer, 201):
             return
         path, hung_up = urljoin("/uploads", answer.headers["Location"]), False
@@ -280,7 +331,9 @@ class Client:
             answer = self.ask("PATCH", path, piece, headers, most=most)
             # What came before it hung up may be stored only now.
             hung_up |= most is not None
-            if most is None and not self.is_fine(answer, 204, *([409] if hung_up else [])):
+            if most is None and not self.is_fine(
+                answer, 204, *([409] if hung_up else [])
+            ):
                 return
             answer = self.ask("HEAD", path, b"", tus)
             if not self.is_fine(answer, 200):
@@ -366,8 +419,8 @@ def usage(server: Server) -> dict[int, Usage]:
 
 
 def rest(server: Server, idle: dict[int, Usage]) -> dict[int, Usage]:
-    """What the host has once it is at rest: no other processes than when it was `idle`, and of
-    files no more than then, and a connection to memcached for each thread."""
+    """What the host has once it is at rest: the processes of when it was `idle`, and no
+    more files than then, and a connection to memcached for each thread."""
 
     def is_at_rest() -> bool:
         now = usage(server)
@@ -384,7 +437,9 @@ def check_memory(idle: dict[int, Usage], seen: list[dict[int, Usage]]) -> None:
         memory = [usages[pid].memory for usages in seen]
         assert max(memory) <= before.memory + GROWTH
         if LONG:
-            assert max(memory[PHASES // 2 :]) <= max(memory[: PHASES // 2]) + GROWTH // 4
+            assert (
+                max(memory[PHASES // 2 :]) <= max(memory[: PHASES // 2]) + GROWTH // 4
+            )
     threads = sum(each.threads for each in seen[-1].values())
     assert threads <= THREADS + 2 * len(idle)
 
