@@ -1,5 +1,5 @@
-"""Sixteen clients, many of them rude, on a WSGI host whose memcached is killed twice: ten
-minutes in the long form.
+"""Sixteen clients, many of them rude, on a WSGI host whose memcached is killed twice:
+ten minutes in the long form.
 
 No wrong byte, no 500, no other error without its cause. Nothing is lost that was
 promised while memcached ran and had room. At the end no process, thread or open file is
