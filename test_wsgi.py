@@ -884,7 +884,9 @@ def test_readyz_tells_the_state_of_each_server(start_memcached: Start) -> None:
     assert set(problem["servers"].values()) == {"no answer"}
 
 
-def test_a_file_of_an_unknown_format_stays(client: Any, memcached: Memcached, caplog: Any) -> None:
+def test_a_file_of_an_unknown_format_stays(
+    client: Any, memcached: Memcached, caplog: Any
+) -> None:
     client.put("/files/a", data=b"x")
     [key] = memcached.keys()
     body = memcached.read(key)[4:].replace(b'"format":2', b'"format":3')
@@ -1025,6 +1027,31 @@ def test_not_longer_than_seconds(client: Any, monkeypatch: Any) -> None:
     stream = io.BytesIO(bytes(60 * MIB))
     send(client, "PUT", "/files/a", stream, 60 * MIB).close()
     assert stream.tell() < MIB
+
+
+class Recorder(io.BytesIO):
+    """A body that notes how many bytes are asked for at a time."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.sizes: list[int] = []
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.sizes.append(size or 0)
+        return super().read(size)
+
+
+@pytest.mark.parametrize(("fast", "largest"), [(WAIT, wsgi.PIECE), (0, 1)])
+def test_reads_of_a_refused_body_are_small_while_it_comes_slowly(
+    client: Any, monkeypatch: Any, fast: float, largest: int
+) -> None:
+    """Hosts wait for all bytes of a read: a sender that drips must not hold a thread."""
+    monkeypatch.setattr(wsgi, "FAST", fast)
+    monkeypatch.setattr(wsgi, "DRAIN_SECONDS", WAIT)
+    stream = Recorder(bytes(1_000_000 if fast else 1000))
+    send(client, "PUT", "/nowhere", stream, len(stream.getvalue())).close()
+    assert (stream.sizes[0], max(stream.sizes)) == (1, largest)
+    assert stream.tell() == len(stream.getvalue())
 
 
 def test_any_refused_body_is_read_after_the_answer(memcached: Memcached) -> None:

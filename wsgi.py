@@ -26,7 +26,6 @@ import hashlib
 import hmac
 import html
 import importlib.util
-import io
 import ipaddress
 import itertools
 import json
@@ -450,7 +449,8 @@ class Body:
         self._environ, self._stream = environ, environ["wsgi.input"]
         length = environ.get("CONTENT_LENGTH") or ""
         coding = environ.get("HTTP_TRANSFER_ENCODING")
-        ends = _ends(environ)
+        # a2wsgi's stream ends with the body too, but does not say so.
+        ends = environ.get("wsgi.input_terminated") or "asgi.scope" in environ
         self.problem: Problem | None = None
         self.size: int | None = (
             None if ends else 0
@@ -472,6 +472,8 @@ class Body:
             self.size = int(length)
         elif length:
             self.problem = Problem(400, "The Content-Length is not a number.")
+        elif _announces_bodies(environ):
+            self.size = 0
         self._left = self.size
 
     def __iter__(self) -> Iterator[bytes]:
@@ -536,13 +538,17 @@ class Body:
             size = min(size * 2, PIECE) if now - start < FAST else 1
 
 
-def _ends(environ: WSGIEnvironment) -> bool:
-    """Whether the stream ends with the body, so that no length is needed to read it."""
-    if environ.get("wsgi.input_terminated") or "asgi.scope" in environ:  # a2wsgi's does
-        return True
-    # uvicorn's own WSGI mode has read the body to its end, or to where it broke off.
-    has_digest = {"HTTP_REPR_DIGEST", "HTTP_CONTENT_DIGEST"} & environ.keys()
-    return bool(has_digest) and isinstance(environ["wsgi.input"], io.BytesIO)
+def _announces_bodies(environ: WSGIEnvironment) -> bool:
+    """Whether a request with a body has one of two fields, as HTTP/1 demands, and the host
+    is known to pass both on. In HTTP/2 a body may come without a word."""
+    is_a2wsgi = "asgi.scope" in environ and not _is_event(environ)
+    passes_on = is_a2wsgi or environ.get("SERVER_SOFTWARE") == "Granian"
+    return passes_on and environ["SERVER_PROTOCOL"].startswith("HTTP/1")
+
+
+def _is_event(environ: WSGIEnvironment) -> bool:
+    """Whether mangum made the request of an event of AWS Lambda, which has the body whole."""
+    return "aws.event" in environ.get("asgi.scope", {})
 
 
 def _check_end(environ: WSGIEnvironment) -> None:
@@ -552,15 +558,6 @@ def _check_end(environ: WSGIEnvironment) -> None:
     is_cheroot = environ.get("SERVER_SOFTWARE", "").startswith("Cheroot")
     if is_cheroot and not environ["wsgi.input"].rfile.peek(1):
         raise EOFError("there is no line after the last chunk")
-
-
-def _is_known_whole(environ: WSGIEnvironment) -> bool:
-    """Whether a body that the stream ends is known to be whole, or raises if it is not."""
-    if RAISING_HOSTS.match(environ.get("SERVER_SOFTWARE", "")):
-        return True
-    return "aws.event" in environ.get(
-        "asgi.scope", {}
-    )  # an event comes whole, if at all
 
 
 @dataclasses.dataclass
@@ -1269,7 +1266,8 @@ def refuse_unproved(request: Request, body: Body) -> None:
     """Raise Problem for a body that may be cut off without a sign of it."""
     if body.problem:
         raise body.problem
-    if body.size is not None or _is_known_whole(request.environ):
+    is_known_host = RAISING_HOSTS.match(request.environ.get("SERVER_SOFTWARE", ""))
+    if body.size is not None or is_known_host or _is_event(request.environ):
         return
     fields = ("Repr-Digest", "Content-Digest")
     if not any(

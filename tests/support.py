@@ -32,7 +32,9 @@ SECONDS = 240  # that any answer may take; only a hang takes as long
 BOUNDARY = "no-file-of-the-tests-has-this-in-it"
 WAIT = 120  # seconds for what takes a moment on any machine that is not stuck
 CLOCK = 60  # seconds that may go by between a write, the look at it, and the look at the clock
-INSTALL = "'apt-get install memcached', 'dnf install memcached' or 'brew install memcached'"
+INSTALL = (
+    "'apt-get install memcached', 'dnf install memcached' or 'brew install memcached'"
+)
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -60,12 +62,18 @@ class Memcached:
         self._program = program
         self._unix = str(folder / "memcached.sock") if unix else None
         self._port_file = folder / "port"
-        self._port = -1  # memcached takes -1 for "any free port" and writes it to the port file
+        self._port = (
+            -1
+        )  # memcached takes -1 for "any free port" and writes it to the port file
         self.start()
 
     def start(self) -> None:
         """Start the process, after `kill` on the same address, and wait until it answers."""
-        listen = ["-s", self._unix] if self._unix else ["-l", "127.0.0.1", "-p", str(self._port)]
+        listen = (
+            ["-s", self._unix]
+            if self._unix
+            else ["-l", "127.0.0.1", "-p", str(self._port)]
+        )
         self._port_file.unlink(missing_ok=True)
         user = ["-u", "root"] if os.geteuid() == 0 else []
         self.process = subprocess.Popen(
@@ -100,14 +108,19 @@ class Memcached:
         try:
             connection.connect(self.address)
             if self._tls:
-                connection = self._tls.wrap_socket(connection, server_hostname="localhost")
+                connection = self._tls.wrap_socket(
+                    connection, server_hostname="localhost"
+                )
         except OSError:
             connection.close()
             raise
         return connection
 
     def command(
-        self, line: str, value: bytes | None = None, until: bytes | tuple[bytes, ...] = b"\r\n"
+        self,
+        line: str,
+        value: bytes | None = None,
+        until: bytes | tuple[bytes, ...] = b"\r\n",
     ) -> bytes:
         """Send one raw command; return the reply up to and including `until`, or one of them."""
         with self.connection() as connection:
@@ -124,9 +137,13 @@ class Memcached:
     def _items(self) -> list[list[str]]:
         """The fields `key=...`, `exp=...` and so on of all items, neither expired nor deleted."""
         dump = b"BUSY"
-        while dump.startswith(b"BUSY"):  # memcached has one crawler, and may be at work with it
+        while dump.startswith(
+            b"BUSY"
+        ):  # memcached has one crawler, and may be at work with it
             # "all" would walk the LRU lists, and miss items that memcached moves between them.
-            dump = self.command("lru_crawler metadump hash", until=(b"END\r\n", b"request\r\n"))
+            dump = self.command(
+                "lru_crawler metadump hash", until=(b"END\r\n", b"request\r\n")
+            )
         lines = dump.decode().splitlines()
         return [line.split() for line in lines if line.startswith("key=")]
 
@@ -173,12 +190,17 @@ class Memcached:
     def stats(self, what: str = "") -> dict[str, str]:
         reply = self.command(f"stats {what}".strip(), until=b"END\r\n").decode()
         lines = [line.split(" ", 2) for line in reply.splitlines()]
-        return {name: value for _, name, value in (line for line in lines if line[0] == "STAT")}
+        return {
+            name: value
+            for _, name, value in (line for line in lines if line[0] == "STAT")
+        }
 
     def pause(self) -> None:
         """SIGSTOP: connections are accepted by the kernel and never answered."""
         self.process.send_signal(signal.SIGSTOP)
-        os.waitpid(self.process.pid, os.WUNTRACED)  # until all of its threads have stopped
+        os.waitpid(
+            self.process.pid, os.WUNTRACED
+        )  # until all of its threads have stopped
 
     def resume(self) -> None:
         self.process.send_signal(signal.SIGCONT)
@@ -220,13 +242,15 @@ Start = Callable[..., Memcached]
 class Host:
     """A WSGI host: the command that serves on {port}, and where it differs from the others.
 
-    chunked: whether it reads chunked uploads. early: whether it answers before the body has come.
+    chunked: whether it is known to raise if a chunked body is cut off. early: whether it
+    answers before the body has come. ends: whether its stream ends with a chunked body.
     """
 
     command: str
     chunked: bool = True
     early: bool = True
     streams: bool = True
+    ends: bool = True
 
 
 HOSTS = {
@@ -247,30 +271,30 @@ HOSTS = {
     "gunicorn-gevent": Host(
         "{python} -m gunicorn -w 2 -k gevent -b 127.0.0.1:{port} wsgi:application"
     ),
+    "gevent": Host(
+        "{python} -m gunicorn -w 2 -k gevent_pywsgi -b 127.0.0.1:{port} wsgi:application"
+    ),
     "granian": Host(
         "{python} -m granian --interface wsgi --host 127.0.0.1 --port {port} wsgi:application",
         chunked=False,
-        early=False,
     ),
     "uvicorn": Host(
         "{python} -m uvicorn --interface wsgi --host 127.0.0.1 --port {port} wsgi:application",
         chunked=False,
-        early=False,
     ),
     "uvicorn-a2wsgi": Host(
         "{python} -m uvicorn --host 127.0.0.1 --port {port} tests.asgi:application",
         chunked=False,
-        early=False,
     ),
     "hypercorn-a2wsgi": Host(
-        "{python} -m hypercorn --bind 127.0.0.1:{port} tests.asgi:application",
+        "{python} -m hypercorn --keep-alive 1 --bind 127.0.0.1:{port} tests.asgi:application",
         chunked=False,
-        early=False,
     ),
     "uwsgi": Host(
         "{uwsgi} --master --need-app --processes 2 --buffer-size 16384 --die-on-term "
         "--http 127.0.0.1:{port} --http-manage-expect --http-keepalive --module wsgi:application",
         chunked=False,
+        ends=False,
     ),
 }
 
@@ -284,7 +308,9 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         uwsgi = pathlib.Path(sys.executable).with_name("uwsgi")
-        command = host.command.format(python=sys.executable, uwsgi=uwsgi, port=self.port)
+        command = host.command.format(
+            python=sys.executable, uwsgi=uwsgi, port=self.port
+        )
         if "{uwsgi}" in host.command and not uwsgi.exists():
             pytest.fail("these tests need uWSGI; install it: 'pip install uwsgi'")
         with log.open("wb") as output:
@@ -328,7 +354,12 @@ class Server:
         return socket.create_connection(("127.0.0.1", self.port), timeout=SECONDS)
 
     def request(
-        self, method: str, path: str, body: Any = None, headers: Any = None, **options: Any
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        headers: Any = None,
+        **options: Any,
     ) -> Answer:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
         with contextlib.closing(connection):
@@ -351,7 +382,9 @@ class Server:
     def pids(self) -> list[int]:
         """Of all its processes."""
         group = subprocess.run(
-            ["ps", "-o", "pid=", "-s", str(self.process.pid)], capture_output=True, check=True
+            ["ps", "-o", "pid=", "-s", str(self.process.pid)],
+            capture_output=True,
+            check=True,
         )
         return [int(pid) for pid in group.stdout.split()]
 
@@ -361,7 +394,9 @@ class Server:
         for pid in self.pids():
             with contextlib.suppress(FileNotFoundError):
                 status = pathlib.Path(f"/proc/{pid}/status").read_text()
-                peaks += [int(kib) * 1024 for kib in re.findall(r"VmHWM:\s+(\d+)", status)]
+                peaks += [
+                    int(kib) * 1024 for kib in re.findall(r"VmHWM:\s+(\d+)", status)
+                ]
         return max(peaks)
 
 
@@ -400,9 +435,7 @@ def running(
 
 def form(data: bytes, name: str = "a b.bin") -> tuple[bytes, dict[str, str]]:
     """A multipart/form-data body, and the header that goes with it."""
-    head = (
-        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="{name}"\r\n\r\n'
-    )
+    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="{name}"\r\n\r\n'
     tail = f"\r\n--{BOUNDARY}--\r\n"
     headers = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
     return head.encode() + data + tail.encode(), headers
@@ -446,7 +479,9 @@ class Proxy:
     def _up(self, client: socket.socket, server: socket.socket) -> None:
         self._pass(client, server, count=True)
 
-    def _pass(self, source: socket.socket, target: socket.socket, count: bool = False) -> None:
+    def _pass(
+        self, source: socket.socket, target: socket.socket, count: bool = False
+    ) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 self.passed += count and len(data)
