@@ -471,7 +471,7 @@ class FileCache:
         `lock` seconds, and then run it, too. If the cache is down, full, or has a
         damaged file, callers still get bytes; the file is stored if it can be.
         """
-        entry, deadline = self._entry(name), time.monotonic() + lock
+        entry, deadline = self._entry(name), time.monotonic() + _lease(lock)
         is_mine = False
         with contextlib.suppress(CacheUnavailable, CacheFull):
             while not is_mine and time.monotonic() < deadline:
@@ -646,8 +646,10 @@ class _Manifest:
         sound = sound and size >= 0 and 0 <= chunks <= _MAX_CHUNKS
         sound = sound and chunks == -(-size // self.chunk_size)
         sound = sound and not (chunks and self.data)
-        sound = sound and all(map(_SEGMENT.fullmatch, dict(self.segments)))
-        if not sound or any(count < 0 for _, count in self.segments):
+        keys = dict(self.segments)
+        sound = sound and len(keys) == len(self.segments)
+        sound = sound and all(map(_SEGMENT.fullmatch, keys))
+        if not sound or any(count < 0 for count in keys.values()):
             raise ValueError("the manifest contradicts itself")
 
 
@@ -656,8 +658,8 @@ def _parsed(parts: Sequence[str]) -> tuple[_Segments, int]:
     ValueError for parts that don't belong together."""
     matches = [] if isinstance(parts, str) else list(map(_PART.fullmatch, parts))
     found = [(each[1], int(each[2]), int(each[3])) for each in matches if each]
-    sizes = {size for _, _, size in found}
-    if len(found) != len(parts) or len(sizes) > 1 or 0 in sizes:
+    sizes, keys = {size for _, _, size in found}, {key for key, _, _ in found}
+    if len(keys) != len(parts) or len(sizes) > 1 or 0 in sizes:
         raise ValueError("these are no parts of one upload, from `stage`")
     return [(key, count) for key, count, _ in found if count], max(sizes, default=0)
 
@@ -683,7 +685,7 @@ class _Segment:
 
     def plan(self, size: int) -> None:
         """Decide how to cut a file of up to `size` bytes."""
-        item, self.largest, self.memory = self.entry.server.limits()
+        item, self.largest, self.memory = self.entry.server.limits(self.entry.name)
         self.small = (self.cache._chunk_size or item) // _SMALL
         if not self.chunk_size:
             around = len(_chunk_key(self.entry.key, self.key, _MAX_CHUNKS))
@@ -1057,7 +1059,7 @@ class CachedFile(io.RawIOBase):
                 for offset, piece in self._pieces(start, stop, target):
                     end = offset + len(piece)
                     target[offset:end] = piece
-        self._position = stop
+        self._position += stop - start
         return stop - start
 
     def read(self, size: int | None = -1) -> bytes:
@@ -1140,8 +1142,7 @@ class _Entry:
         if value is None:
             return _Found(self.name, now)
         if token == b"0":
-            reason = "it runs without cas (-C), which memchunk needs"
-            raise CacheUnavailable(self.name, self.server.name, reason)
+            raise CacheUnavailable(self.name, self.server.name, _NO_CAS)
         try:
             manifest = _Manifest.unpack(self.name, value)
             return _Found(self.name, now, value, token, manifest)
@@ -1314,6 +1315,8 @@ class _Command(NamedTuple):
                 return _STORED if done else _NOT_STORED
             done = client.cas(self.key, value, self.token, **options)
             return _NOT_FOUND if done is None else _STORED if done else _EXISTS
+        except MemcacheClosed:  # a MemcacheServerError, too, but no reply
+            raise
         except MemcacheServerError as error:
             return b"SERVER_ERROR %b" % str(error).encode()
 
@@ -1376,10 +1379,12 @@ class _Server:
                     self.client.close()
                 raise
 
-    def limits(self) -> tuple[int, int, float]:
+    def limits(self, name: str) -> tuple[int, int, float]:
         """Bytes of the largest item that it keeps in one piece, of the largest that it
         takes, and of its memory (infinite if unknown), or memcached's defaults."""
-        told = self._settings = self._settings or self.stats("", "settings")
+        told = self._settings = self._settings or self.stats(name, "settings")
+        if not told.get("cas_enabled", True):
+            raise CacheUnavailable(name, self.name, _NO_CAS)
         value = told.get("item_size_max", _PAGE)
         item = min(_LARGEST_ITEM, value, told.get("slab_chunk_max", _LARGEST_ITEM))
         return item, value, told.get("maxbytes", math.inf)
@@ -1415,7 +1420,7 @@ class _Server:
         with contextlib.suppress(CacheUnavailable):
             self._settings = self.stats(name, "settings")
             slabs = self.stats(name, "slabs")
-        item, largest, memory = self.limits() if slabs else (0, 0, math.inf)
+        item, largest, memory = self.limits(name) if slabs else (0, 0, math.inf)
         sizes = {  # of the items of each slab class, and its pages
             slabs.get(key.replace("total_pages", "chunk_size"), 0): pages
             for key, pages in slabs.items()
@@ -1435,6 +1440,7 @@ class _Server:
         return "pressure", f"{has}, and other items fill it"
 
 
+_NO_CAS = "it runs without cas (-C), which memchunk needs"
 _OLD = "it does not know a command (memchunk needs memcached 1.4.8 or newer)"
 _REASONS = {
     "lease": "the upload took longer than its lease",
@@ -1534,6 +1540,8 @@ def _read_file(file: Any, size: int) -> Iterator[memoryview]:
     buffer = memoryview(bytearray(size))
     while count := file.readinto(buffer):
         yield buffer[:count]
+    if count is None:
+        raise BlockingIOError("the file does not block, and has no bytes yet")
 
 
 def _batches(pieces: Iterable[Any], size: int) -> Iterator[memoryview]:
