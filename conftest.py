@@ -19,11 +19,15 @@ def _close() -> Iterator[None]:
 
 @pytest.fixture
 def start_memcached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Start any number of memcached processes: `start_memcached("-m", "64", unix=False)`."""
+    """Start any number of memcached processes: `start_memcached("-m", "64",
+    unix=False)`."""
     started: list[Memcached] = []
 
-    def start(*options: str, unix: bool = False, tls: ssl.SSLContext | None = None) -> Memcached:
-        # Unix socket paths end at 108 bytes: pytest's own folders may be longer, these are not.
+    def start(
+        *options: str, unix: bool = False, tls: ssl.SSLContext | None = None
+    ) -> Memcached:
+        # Unix socket paths end at 108 bytes: pytest's own folders may be longer, these
+        # are not.
         folder = tmp_path_factory.mktemp("m")
         started.append(Memcached(folder, *options, unix=unix, tls=tls))
         return started[-1]
@@ -51,7 +55,8 @@ def memcached(_stock: Memcached) -> Memcached:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Memcached]:
-    """A memcached with room for several large files, which the tests of a module share."""
+    """A memcached with room for several large files, which the tests of a module
+    share."""
     memcached = Memcached(tmp_path_factory.mktemp("m"), "-m", "512")
     yield memcached
     memcached.kill()

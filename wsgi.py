@@ -1,18 +1,21 @@
 """An HTTP API for files of up to 50 MiB in memcached, for any WSGI host.
 
     python wsgi.py                  a first try: brings a memcached of its own
-    gunicorn wsgi:application       for work: settings come from the environment, see Settings
+    gunicorn wsgi:application       for work: settings come from the environment, see
+    Settings
 
-    POST    /files           store under a new name     PUT     /files/<name>   create or replace
+    POST    /files           store under a new name     PUT     /files/<name>   create
+    or replace
     POST    /files/<name>    create only                DELETE  /files/<name>   delete
-    GET     /files/<name>    the bytes                  GET     /               page to upload from
-    GET     /healthz         this process is alive      GET     /readyz         memcached answers
-    POST, HEAD, PATCH, DELETE  /uploads    in pieces that resume, with tus.py beside this file
+    GET     /files/<name>    the bytes                  GET     /               page to
+    upload from GET     /healthz         this process is alive      GET     /readyz
+    memcached answers POST, HEAD, PATCH, DELETE  /uploads    in pieces that resume, with
+    tus.py beside this file
 
-The promise: no byte of a file is sent before all that were asked for are verified, so that a file
-that memcached evicted or damaged is an error status, never a short or wrong 200; and a refused
-upload stores nothing. Errors are application/problem+json (RFC 9457), or words for a browser.
-"""
+The promise: no byte of a file is sent before all that were asked for are verified, so
+that a file that memcached evicted or damaged is an error status, never a short or wrong
+200; and a refused upload stores nothing. Errors are application/problem+json (RFC
+9457), or words for a browser."""
 
 from __future__ import annotations
 
@@ -108,7 +111,8 @@ TYPES = mimetypes.MimeTypes()  # Python's own table, not that of the machine
 NO_CONTENT_TYPES = ("", "application/x-www-form-urlencoded")
 CONTENT_TYPE_PATTERN = re.compile(r"[\w!#$&^.+-]+/[\w!#$&^.+-]+(;[ -~]*)?", re.ASCII)
 
-# Characters that make a file name look like another: https://www.unicode.org/reports/tr36
+# Characters that make a file name look like another:
+# https://www.unicode.org/reports/tr36
 BIDI_CONTROLS = (
     "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 )
@@ -130,17 +134,21 @@ DIGESTS = {
     "sha-512": hashlib.sha512,
 }  # RFC 9530's active ones
 
-# A byte sequence of a structured field (RFC 9651), and the parameters that may follow it.
+# A byte sequence of a structured field (RFC 9651), and the parameters that may follow
+# it.
 BYTE_SEQUENCE = re.compile(r":([A-Za-z0-9+/]*)=*: *(;.*)?")
 
 # What a page elsewhere may read of an answer, besides what every page may.
 SHARED_HEADERS = (
-    "Accept-Ranges, Allow, Content-Disposition, Content-Length, Content-Location, Content-Range, "
+    "Accept-Ranges, Allow, Content-Disposition, Content-Length, Content-Location, "
+    "Content-Range, "
     "ETag, Location, Repr-Digest, Retry-After, Tus-Checksum-Algorithm, Tus-Extension, "
-    "Tus-Max-Size, Tus-Resumable, Tus-Version, Upload-Expires, Upload-Length, Upload-Metadata, "
+    "Tus-Max-Size, Tus-Resumable, Tus-Version, Upload-Expires, Upload-Length, "
+    "Upload-Metadata, "
     "Upload-Offset"
 )
-# Of bodies that a page may POST to any site without asking that site first, in a form or a script.
+# Of bodies that a page may POST to any site without asking that site first, in a form
+# or a script.
 SIMPLE_TYPES = (
     "",
     "application/x-www-form-urlencoded",
@@ -155,11 +163,12 @@ PREFLIGHT_AGE = (
 # Others, such as granian, uvicorn and hypercorn, end such a body like a whole one.
 RAISING_HOSTS = re.compile("(gunicorn|Werkzeug|waitress|Cheroot|gevent)(?![a-z])")
 
-# These Lambda adapters send a text/* body as text, so that bytes that are not UTF-8 break them,
-# unless it has a Content-Encoding.
+# These Lambda adapters send a text/* body as text, so that bytes that are not UTF-8
+# break them, unless it has a Content-Encoding.
 TEXT_DECODERS = ("apig_wsgi.full_event", "serverless.event")
 
-# What a browser may do with a stored file: keep it. Whatever runs in it, runs without this origin.
+# What a browser may do with a stored file: keep it. Whatever runs in it, runs without
+# this origin.
 STORED_FILE_POLICY = "sandbox; default-src 'none'"
 NO_STORE = {"Cache-Control": "no-store"}
 
@@ -170,7 +179,8 @@ EXPIRES = (
     30 * 86400,
 )  # seconds that the page offers to keep a file
 
-# Status and advice for each error of the library. What it says of servers stays in the log.
+# Status and advice for each error of the library. What it says of servers stays in the
+# log.
 ERRORS: dict[type[memchunk.MemchunkError], tuple[int, str]] = {
     memchunk.InvalidName: (400, "A name is 1 to 1024 bytes of UTF-8."),
     memchunk.SizeMismatch: (
@@ -214,8 +224,8 @@ HTML = """<!doctype html>
 <meta name="color-scheme" content="light dark">
 <title>{{title}}</title>
 <style>
-body { font: 1rem/1.5 system-ui, sans-serif; max-width: 40rem; margin: 3rem auto; padding: 0 1rem;
-  overflow-wrap: anywhere; background: Canvas; color: CanvasText }
+body { font: 1rem/1.5 system-ui, sans-serif; max-width: 40rem; margin: 3rem auto;
+  padding: 0 1rem; overflow-wrap: anywhere; background: Canvas; color: CanvasText }
 </style>
 <main>
 <h1>{{title}}</h1>
@@ -228,11 +238,13 @@ log = logging.getLogger("memchunk.wsgi")
 
 
 class SettingError(RuntimeError):
-    """A setting in the environment is bad; the message says which and why, in one sentence."""
+    """A setting in the environment is bad; the message says which and why, in one
+    sentence."""
 
 
 class Problem(Exception):
-    """An answer that is an error: status, what to do about it, headers, members of the JSON."""
+    """An answer that is an error: status, what to do about it, headers, members of the
+    JSON."""
 
     def __init__(
         self,
@@ -255,24 +267,29 @@ class CutOff(Problem):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How the API behaves; each is `MEMCHUNK_` and its name in capitals in the environment.
+    """How the API behaves; each is `MEMCHUNK_` and its name in capitals in the
+    environment.
 
-    servers: memcached servers, "host:port" or "unix:/path", separated by commas. "tls://" and
-        "user:password@" may stand before a host. By default memcached's own default port on this
-        machine.
+    servers: memcached servers, "host:port" or "unix:/path", separated by commas.
+        "tls://" and "user:password@" may stand before a host. By default memcached's
+        own default port on this machine.
     namespace: prefix of the keys, for several applications on one memcached.
     max_size: largest file in bytes, 50 MiB by default.
-    expire: seconds that a file is kept unless its upload says otherwise, 0 (default) for no end.
+    expire: seconds that a file is kept unless its upload says otherwise, 0 (default)
+    for no end.
     timeout: seconds to wait for memcached, 5 by default.
-    token: what clients must send as bearer token, or as password of HTTP Basic; none by default.
-        Several have commas between them.
-    max_response: most bytes of a file in one answer, for hosts with a limit, 0 (default) for none.
-    max_expire: most seconds that an upload may ask for, and most of `expire`, 0 (default) for any.
-    origins: other sites whose pages may use the API ("https://example.com"), separated by commas,
-        or "*" for all; none by default.
-    public_read: 1 asks for the token on uploads and changes only, 0 (default) on reads, too.
-    proxies: how many proxies in front set X-Forwarded-For, -Proto, -Host, -Port and -Prefix, 0 by
-        default. A client can set these itself where fewer do.
+    token: what clients must send as bearer token, or as password of HTTP Basic; none by
+        default. Several have commas between them.
+    max_response: most bytes of a file in one answer, for hosts with a limit, 0
+    (default) for none.
+    max_expire: most seconds that an upload may ask for, and most of `expire`, 0
+    (default) for any.
+    origins: other sites whose pages may use the API ("https://example.com"), separated
+        by commas, or "*" for all; none by default.
+    public_read: 1 asks for the token on uploads and changes only, 0 (default) on reads,
+    too.
+    proxies: how many proxies in front set X-Forwarded-For, -Proto, -Host, -Port and
+        -Prefix, 0 by default. A client can set these itself where fewer do.
     hosts: host names that the API answers for, separated by commas; ".example.com" has
         all below it, too. By default any.
     token_file: a file with tokens, one a line or with commas between them, which may
@@ -439,11 +456,12 @@ def _tokens(variable: str, text: str) -> list[bytes]:
 
 
 class Body:
-    """The request's body in pieces, up to the end that its framing announces and no further.
+    """The request's body in pieces, up to the end that its framing announces and no
+    further.
 
-    size: bytes, None where only the end of the host's stream will tell. Iterating raises Problem
-    on a body that is cut off: hosts differ in how they end one, some like a complete one.
-    """
+    size: bytes, None where only the end of the host's stream will tell. Iterating
+    raises Problem on a body that is cut off: hosts differ in how they end one, some
+    like a complete one."""
 
     def __init__(self, environ: WSGIEnvironment) -> None:
         self._environ, self._stream = environ, environ["wsgi.input"]
@@ -515,8 +533,9 @@ class Body:
 
     def drain(self) -> None:
         """Read what a refused upload still sends, and drop it. A host that closes on it
-        would reset the connection, and the sender, or a proxy, would see that instead of
-        the answer. The rest is the host's business: its connection is never touched."""
+        would reset the connection, and the sender, or a proxy, would see that instead
+        of the answer. The rest is the host's business: its connection is never
+        touched."""
         # Without these there is no body, even if the host's stream tells no length.
         announced = {"CONTENT_LENGTH", "HTTP_TRANSFER_ENCODING"} & self._environ.keys()
         if announced:
@@ -539,22 +558,23 @@ class Body:
 
 
 def _announces_bodies(environ: WSGIEnvironment) -> bool:
-    """Whether a request with a body has one of two fields, as HTTP/1 demands, and the host
-    is known to pass both on. In HTTP/2 a body may come without a word."""
+    """Whether a request with a body has one of two fields, as HTTP/1 demands, and the
+    host is known to pass both on. In HTTP/2 a body may come without a word."""
     is_a2wsgi = "asgi.scope" in environ and not _is_event(environ)
     passes_on = is_a2wsgi or environ.get("SERVER_SOFTWARE") == "Granian"
     return passes_on and environ["SERVER_PROTOCOL"].startswith("HTTP/1")
 
 
 def _is_event(environ: WSGIEnvironment) -> bool:
-    """Whether mangum made the request of an event of AWS Lambda, which has the body whole."""
+    """Whether mangum made the request of an event of AWS Lambda, which has the body
+    whole."""
     return "aws.event" in environ.get("asgi.scope", {})
 
 
 def _check_end(environ: WSGIEnvironment) -> None:
     """Raise EOFError if the sender went away before the end of a chunked body. cheroot
-    takes a size of which only leading zeros came for the last one, which is 0. There must
-    be a line after that, which is the host's to read."""
+    takes a size of which only leading zeros came for the last one, which is 0. There
+    must be a line after that, which is the host's to read."""
     is_cheroot = environ.get("SERVER_SOFTWARE", "").startswith("Cheroot")
     if is_cheroot and not environ["wsgi.input"].rfile.peek(1):
         raise EOFError("there is no line after the last chunk")
@@ -574,8 +594,8 @@ class SentFile:
 class Form:
     """A multipart/form-data body (RFC 7578), read as a stream.
 
-    Werkzeug's decoder (3.1.9) adds a byte to a file when a piece ends within the last "--".
-    """
+    Werkzeug's decoder (3.1.9) adds a byte to a file when a piece ends within the last
+    "--"."""
 
     def __init__(self, pieces: Iterable[bytes], boundary: str) -> None:
         self._pieces = itertools.chain(
@@ -601,7 +621,8 @@ class Form:
         raise Problem(400, NO_FILE)
 
     def _file(self) -> Iterator[bytes]:
-        """The file's bytes. Then read the form to its end: only then it is known to be whole."""
+        """The file's bytes. Then read the form to its end: only then it is known to be
+        whole."""
         yield from self._until(self._delimiter)
         while (part := self._part()) is not None:
             if part[1]:
@@ -615,11 +636,13 @@ class Form:
             self._text(self._delimiter)
 
     def _part(self) -> tuple[str, str, str] | None:
-        """Name, file name and content type of the part that starts here, None at the end."""
+        """Name, file name and content type of the part that starts here, None at the
+        end."""
         start = self._text(b"\r\n").strip()
         if start == "--":
             # What follows means nothing, but must arrive: else the body was cut off.
-            for piece in itertools.chain([self._buffer[self._at :]], self._pieces):
+            at = self._at
+            for piece in itertools.chain([self._buffer[at:]], self._pieces):
                 self._count(piece)
             return None
         if start:
@@ -634,7 +657,8 @@ class Form:
         return name, filename, headers.get("content-type", "")
 
     def _headers(self) -> dict[str, str]:
-        self._at -= 2  # where there are no headers, their end begins with that of the line before
+        # where there are no headers, their end begins with that of the line before
+        self._at -= 2
         lines = self._text(b"\r\n\r\n").split("\r\n")
         fields = (line.partition(":") for line in lines)
         return {key.strip().lower(): value.strip() for key, _, value in fields}
@@ -656,18 +680,21 @@ class Form:
             raise Problem(400, detail, limit=MAX_FORM_OVERHEAD)
 
     def _until(self, end: bytes) -> Iterator[bytes]:
-        """Yield what comes before `end`, and step over it. Raises Problem where none comes."""
+        """Yield what comes before `end`, and step over it. Raises Problem where none
+        comes."""
         while (found := self._buffer.find(end, self._at)) < 0:
             # What is at the end of the buffer may be the start of `end`.
             start, self._at = self._at, max(self._at, len(self._buffer) - len(end) + 1)
             if self._at > start:
-                yield self._buffer[start : self._at]
+                stop = self._at
+                yield self._buffer[start:stop]
             piece = next(self._pieces, None)
             if piece is None:
                 raise Problem(
                     400, "The form ended before its last boundary. Send it again."
                 )
-            self._buffer, self._at = self._buffer[self._at :] + piece, 0
+            at = self._at
+            self._buffer, self._at = self._buffer[at:] + piece, 0
         start, self._at = self._at, found + len(end)
         if found > start:
             yield self._buffer[start:found]
@@ -686,8 +713,8 @@ class NameConverter(BaseConverter):
 class Application:
     """The WSGI application.
 
-    cache: where the files are. settings: those of them that the cache doesn't take care of.
-    """
+    cache: where the files are. settings: those of them that the cache doesn't take care
+    of."""
 
     def __init__(
         self, cache: memchunk.FileCache, settings: Settings | None = None
@@ -742,7 +769,8 @@ class Application:
         if self.uploads and _is_upload(request):
             response.headers.update(self.uploads.headers)
         self.share(request, response)
-        # After the answer, not before it: a client may wait for it and send nothing more.
+        # After the answer, not before it: a client may wait for it and send nothing
+        # more.
         response.call_on_close(body.drain)
         return response(environ, start_response)
 
@@ -791,27 +819,31 @@ class Application:
             raise Problem(421, "This server has another name, by MEMCHUNK_HOSTS.")
 
     def authorize(self, request: Request) -> None:
-        """Raise Problem unless the request may go on. An upload's address is no link to a file."""
+        """Raise Problem unless the request may go on. An upload's address is no link to
+        a file."""
         is_read = request.method in READS and not _is_upload(request)
         if self.has_token(request) or (is_read and self.settings.public_read):
             return
-        # A browser that follows a link asks its user; in a script's request it must not.
+        # A browser that follows a link asks its user; in a script's request it must
+        # not.
         scheme = "Basic" if _wants_html(request) else "Bearer"
         raise Problem(
             401,
-            "Send the token: 'Authorization: Bearer TOKEN', or as password of any user.",
+            "Send the token: 'Authorization: Bearer TOKEN', or as any user's password.",
             {"WWW-Authenticate": f'{scheme} realm="memchunk"'},
         )
 
     def shared_origin(self, request: Request) -> str | None:
-        """What to call the origin of a page that may use the API from elsewhere; else None."""
+        """What to call the origin of a page that may use the API from elsewhere; else
+        None."""
         origin = request.headers.get("Origin", "")
         if origin and "*" in self.origins:
             return "*"
         return origin if origin.lower() in self.origins else None
 
     def share(self, request: Request, response: Response) -> None:
-        """Let a page of MEMCHUNK_ORIGINS see the answer: https://fetch.spec.whatwg.org/#cors."""
+        """Let a page of MEMCHUNK_ORIGINS see the answer:
+        https://fetch.spec.whatwg.org/#cors."""
         origin = self.shared_origin(request)
         if origin:
             response.headers["Access-Control-Allow-Origin"] = origin
@@ -820,7 +852,8 @@ class Application:
             response.vary.add("Origin")
 
     def is_preflight(self, request: Request) -> bool:
-        """Whether a browser asks, without the token, if a page of MEMCHUNK_ORIGINS may go on."""
+        """Whether a browser asks, without the token, if a page of MEMCHUNK_ORIGINS may
+        go on."""
         asks = (
             request.method == "OPTIONS"
             and "Access-Control-Request-Method" in request.headers
@@ -828,8 +861,8 @@ class Application:
         return asks and self.shared_origin(request) is not None
 
     def refuse_foreign_site(self, request: Request) -> None:
-        """Raise Problem where a page of another site made the browser send this: a form there may
-        post to any address, with the user's credentials."""
+        """Raise Problem where a page of another site made the browser send this: a form
+        there may post to any address, with the user's credentials."""
         site = request.headers.get("Sec-Fetch-Site") or _site(request)
         if site not in ("same-origin", "none") and not self.shared_origin(request):
             raise Problem(403, "A page of another site may not change files here.")
@@ -909,8 +942,8 @@ class Application:
             raise Problem(412, "Meanwhile another request deleted the file.") from error
 
     def current(self, request: Request, name: str) -> memchunk.FileInfo | None:
-        """The file that an upload may replace. For If-None-Match: *, which `add` decides, one that
-        lost chunks is none."""
+        """The file that an upload may replace. For If-None-Match: *, which `add`
+        decides, one that lost chunks is none."""
         try:
             info = self.cache.stat(name)
         except (memchunk.FileNotFound, memchunk.FileCorrupt):
@@ -1040,7 +1073,8 @@ class Application:
         raise Problem(503, detail, {"Retry-After": RETRY_AFTER})
 
     def check(self, info: memchunk.FileInfo) -> None:
-        """Raise where a part of the file is gone; what is there is neither read nor verified."""
+        """Raise where a part of the file is gone; what is there is neither read nor
+        verified."""
         if info.name not in self.cache:
             self.cache.stat(info.name)  # it may be gone altogether
             raise Problem(410, ERRORS[memchunk.FileEvicted][1])
@@ -1069,7 +1103,8 @@ class Application:
         span = self.span(request, info)
         start, stop = span or (0, info.size)
         headers["Content-Length"] = str(stop - start)
-        # All, and verified, before the first byte is sent; in pieces, since some hosts copy each.
+        # All, and verified, before the first byte is sent; in pieces, since some hosts
+        # copy each.
         content = [bytes(piece) for piece in file.chunks(start, stop)]
         if span:
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{info.size}"
@@ -1085,12 +1120,13 @@ class Application:
         return Response(content, 200, headers)
 
     def span(self, request: Request, info: memchunk.FileInfo) -> tuple[int, int] | None:
-        """Start and stop of the range to send, None for the whole file. Raises Problem."""
+        """Start and stop of the range to send, None for the whole file. Raises
+        Problem."""
         span = _range(request, info)
         limit = self.settings.max_response or info.size
         if span is None and info.size > limit:
             detail = (
-                f"This server sends up to {limit} bytes in one answer, and the file has "
+                f"This server sends up to {limit} bytes in one answer. The file has "
                 f"{info.size}. Ask for ranges, 'Range: bytes=0-' first: each answer's "
                 "Content-Range says how far it got."
             )
@@ -1109,8 +1145,8 @@ class Application:
         return empty({})
 
     def url(self, request: Request, endpoint: str, **arguments: str) -> str:
-        """Relative to the request's own address: only the client knows what proxies put before it,
-        another scheme, host, port or prefix."""
+        """Relative to the request's own address: only the client knows what proxies put
+        before it, another scheme, host, port or prefix."""
         path = self.url_map.bind("").build(endpoint, arguments)
         if (
             "//" in path
@@ -1177,12 +1213,14 @@ def _duration(seconds: int) -> str:
 
 
 def _expiry_options(settings: Settings) -> str:
-    """What the page offers as time to keep a file, as HTML: no longer than the settings allow."""
+    """What the page offers as time to keep a file, as HTML: no longer than the settings
+    allow."""
     most, default = settings.max_expire or MAX_EXPIRE, settings.default_expire
     offers = sorted({default, *(seconds for seconds in EXPIRES if seconds <= most)})
     return "\n".join(
         f'<option value="{seconds}"{" selected" if seconds == default else ""}>'
-        f"{'for ' + _duration(seconds) if seconds else 'as long as there is room'}</option>"
+        f"{'for ' + _duration(seconds) if seconds else 'as long as there is room'}"
+        "</option>"
         for seconds in offers
     )
 
@@ -1194,8 +1232,9 @@ def _fill(template: str, **values: str) -> str:
 
 @functools.lru_cache(maxsize=2)
 def _page_headers(page: str) -> dict[str, str]:
-    """What a browser may do with a page of ours: run the style and the script that stand in it,
-    which it knows by their hashes, and send what the script or a form does to this server."""
+    """What a browser may do with a page of ours: run the style and the script that
+    stand in it, which it knows by their hashes, and send what the script or a form does
+    to this server."""
 
     def hashes(tag: str) -> str:
         blocks = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
@@ -1206,7 +1245,8 @@ def _page_headers(page: str) -> dict[str, str]:
         return " ".join(sources) or "'none'"
 
     policy = (
-        f"default-src 'none'; style-src {hashes('style')}; script-src {hashes('script')}; "
+        f"default-src 'none'; style-src {hashes('style')}; "
+        f"script-src {hashes('script')}; "
         "img-src data:; connect-src 'self'; form-action 'self'; base-uri 'none'; "
         "frame-ancestors 'none'"
     )
@@ -1287,11 +1327,12 @@ def refuse_coding(request: Request) -> None:
 
 
 def _site(request: Request) -> str:
-    """What a browser that doesn't send Sec-Fetch-Site, as over plain HTTP, would say there.
+    """What a browser that doesn't send Sec-Fetch-Site, as over plain HTTP, would say
+    there.
 
-    Proxies may change our port, so that none counts, and our host as well. Then what a page may
-    not send to other sites without asking, to which we say no, comes from ours all the same.
-    """
+    Proxies may change our port, so that none counts, and our host as well. Then what a
+    page may not send to other sites without asking, to which we say no, comes from ours
+    all the same."""
     origin, host = request.headers.get("Origin"), request.headers.get("Host", "")
     if origin is None:
         return "none"
@@ -1334,8 +1375,8 @@ def _is_address(host: str) -> bool:
 
 
 def _sent_token(request: Request) -> str:
-    """The token in the request, "" without one. Werkzeug's parser takes "=" for a parameter, and
-    raises on bytes that are not ASCII."""
+    """The token in the request, "" without one. Werkzeug's parser takes "=" for a
+    parameter, and raises on bytes that are not ASCII."""
     scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return credentials.strip()
@@ -1351,7 +1392,8 @@ def _is_conditional(request: Request) -> bool:
 
 
 def _check_preconditions(request: Request, info: memchunk.FileInfo | None) -> int:
-    """304 where the client has this file, 0 to go on; raises Problem 412. RFC 9110, 13.2.2."""
+    """304 where the client has this file, 0 to go on; raises Problem 412. RFC 9110,
+    13.2.2."""
     headers, reads = request.headers, request.method in ("GET", "HEAD")
     if "If-Match" in headers:
         if info is None:
@@ -1381,8 +1423,9 @@ def _before(date: Any, created: int) -> bool:
 
 
 def _range(request: Request, info: memchunk.FileInfo) -> tuple[int, int] | None:
-    """Start and stop of the one range that is asked for, None for the whole file: other kinds of
-    ranges are to be ignored. Raises Problem. Werkzeug's parser takes "bytes=-0" for all bytes."""
+    """Start and stop of the one range that is asked for, None for the whole file: other
+    kinds of ranges are to be ignored. Raises Problem. Werkzeug's parser takes
+    "bytes=-0" for all bytes."""
     header = request.headers.get("Range", "")
     match = re.fullmatch(
         r"bytes *= *([0-9]{0,99})-([0-9]{0,99})", header, re.IGNORECASE
@@ -1393,7 +1436,8 @@ def _range(request: Request, info: memchunk.FileInfo) -> tuple[int, int] | None:
     if not first:
         start, stop = max(0, info.size - int(last)), info.size
         if info.size == 0 and int(last):
-            return None  # satisfiable, but there are no bytes that Content-Range could name
+            # satisfiable, but there are no bytes that Content-Range could name
+            return None
     else:
         start, stop = int(first), min(int(last or info.size) + 1, info.size)
         if last and int(last) < int(first):
@@ -1405,8 +1449,9 @@ def _range(request: Request, info: memchunk.FileInfo) -> tuple[int, int] | None:
 
 
 def _if_range(request: Request, info: memchunk.FileInfo) -> bool:
-    """Whether the client's part is one of this version. Only a strong ETag says so: a file can
-    change twice in the second of a date. Werkzeug's parser drops the mark of a weak one."""
+    """Whether the client's part is one of this version. Only a strong ETag says so: a
+    file can change twice in the second of a date. Werkzeug's parser drops the mark of a
+    weak one."""
     return request.headers.get("If-Range") in (None, f'"{info.version}"')
 
 
@@ -1415,12 +1460,15 @@ def _file_headers(info: memchunk.FileInfo) -> dict[str, str]:
     plain, extended = _ascii_filename(filename), quote(filename, safe="")
     return {
         "Content-Type": content_type,
-        "Content-Disposition": f"attachment; filename=\"{plain}\"; filename*=UTF-8''{extended}",
+        "Content-Disposition": (
+            f"attachment; filename=\"{plain}\"; filename*=UTF-8''{extended}"
+        ),
         "Content-Security-Policy": STORED_FILE_POLICY,
         "ETag": f'"{info.version}"',
         "Last-Modified": http_date(info.created),
         "Accept-Ranges": "bytes",
-        "Cache-Control": "no-cache",  # keep it, but ask before using it: names can be replaced
+        # keep it, but ask before using it: names can be replaced
+        "Cache-Control": "no-cache",
     }
 
 
@@ -1433,14 +1481,16 @@ def _ascii_filename(filename: str) -> str:
 
 
 def pack_metadata(content_type: str, filename: str, **more: str) -> bytes:
-    """A file's metadata, as they came: _metadata cleans them, as it must those by others."""
+    """A file's metadata, as they came: _metadata cleans them, as it must those by
+    others."""
     return json.dumps(
         {"type": content_type[:256], "filename": filename[-255:], **more}
     ).encode()
 
 
 def _metadata(info: memchunk.FileInfo) -> tuple[str, str]:
-    """Content type and file name. Others may have written the metadata: take nothing on trust."""
+    """Content type and file name. Others may have written the metadata: take nothing on
+    trust."""
     try:
         stored = json.loads(info.metadata)
         content_type, filename = str(stored["type"]), str(stored["filename"])
@@ -1474,8 +1524,9 @@ def _guessed_type(filename: str) -> str:
 
 
 def _clean_filename(text: str) -> str:
-    """The last part of a path, without what could deceive a person or a file system. Characters
-    that only look different are made the same first: some systems do, and find a path then."""
+    """The last part of a path, without what could deceive a person or a file system.
+    Characters that only look different are made the same first: some systems do, and
+    find a path then."""
     text = re.split(r"[/\\]", unicodedata.normalize("NFKC", text))[-1]
     kept = (
         character
@@ -1487,12 +1538,13 @@ def _clean_filename(text: str) -> str:
 
 
 def expected_digests(header: str, field: str = "Repr-Digest") -> dict[str, bytes]:
-    """What a field of RFC 9530 says, by algorithm. Raises Problem. Algorithms that aren't known
-    are no reason to refuse a file."""
+    """What a field of RFC 9530 says, by algorithm. Raises Problem. Algorithms that
+    aren't known are no reason to refuse a file."""
     text = header.strip()
     try:
         members = parse_dict_header(text)
-        # It finds nothing in a field that breaks off in mid-string, and lets commas end one.
+        # It finds nothing in a field that breaks off in mid-string, and lets commas end
+        # one.
         if text and (not members or text != text.strip(",")):
             raise ValueError(text)
         return {key: _bytes(members[key]) for key in DIGESTS.keys() & members}
@@ -1503,8 +1555,8 @@ def expected_digests(header: str, field: str = "Repr-Digest") -> dict[str, bytes
 def verified(
     pieces: Iterable[Any], header: str, field: str = "Repr-Digest"
 ) -> Iterator[Any]:
-    """The pieces; raises Problem after the last where they haven't the digests in `header`, and
-    at once, unlike a generator, where that is none."""
+    """The pieces; raises Problem after the last where they haven't the digests in
+    `header`, and at once, unlike a generator, where that is none."""
     return _compared(pieces, expected_digests(header, field), field)
 
 
@@ -1532,7 +1584,8 @@ def _bytes(item: str | None) -> bytes:
 
 
 def _wanted_digest(header: str) -> str | None:
-    """The algorithm that the client likes best of those we have (Want-Repr-Digest, RFC 9530)."""
+    """The algorithm that the client likes best of those we have (Want-Repr-Digest, RFC
+    9530)."""
     with contextlib.suppress(ValueError):  # a wish that isn't understood is none
         wanted = parse_dict_header(header)
         weights = {key: int(wanted[key] or "") for key in DIGESTS.keys() & wanted}
@@ -1567,13 +1620,14 @@ def empty(headers: Mapping[str, str], status: int = 204) -> Response:
 
 @contextlib.contextmanager
 def own_memcached() -> Iterator[str]:
-    """A memcached on a Unix socket that only this user sees, for as long as the `with` block runs;
-    yields its name for `mcpool.connect`. Raises SettingError."""
+    """A memcached on a Unix socket that only this user sees, for as long as the `with`
+    block runs; yields its name for `mcpool.connect`. Raises SettingError."""
     program = shutil.which("memcached")
     if program is None:
         raise SettingError(
-            "MEMCHUNK_SERVERS is not set, and there is no memcached to start; install it: "
-            "'apt-get install memcached', 'dnf install memcached' or 'brew install memcached'"
+            "MEMCHUNK_SERVERS is not set, and there is no memcached to start; install "
+            "it: 'apt-get install memcached', 'dnf install memcached' or 'brew install "
+            "memcached'"
         )
     with tempfile.TemporaryDirectory(prefix="memchunk") as folder:
         path = pathlib.Path(folder, "memcached")
@@ -1597,7 +1651,8 @@ def own_memcached() -> Iterator[str]:
 
 
 def main() -> None:
-    """`python wsgi.py`: Werkzeug's development server, and a memcached where none is set."""
+    """`python wsgi.py`: Werkzeug's development server, and a memcached where none is
+    set."""
     parser = argparse.ArgumentParser(description="Serve the API for a first try.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", default=8000, type=int)
@@ -1642,4 +1697,5 @@ if __name__ == "__main__":
 else:
     _settings = Settings.from_environment(os.environ)
     application = Application(_settings.connect(), _settings)
-    """What WSGI hosts look for: `gunicorn wsgi:application`. A bad setting stops the import."""
+    """WSGI hosts look for it: `gunicorn wsgi:application`. A bad setting stops the
+    import."""

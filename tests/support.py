@@ -1,4 +1,5 @@
-"""What the tests share: memcached, WSGI hosts and proxies, for real, each on a port of its own."""
+"""What the tests share: memcached, WSGI hosts and proxies, for real, each on a port of
+its own."""
 
 from __future__ import annotations
 
@@ -31,21 +32,22 @@ FOLDER = pathlib.Path(memchunk.__file__).parent
 SECONDS = 240  # that any answer may take; only a hang takes as long
 BOUNDARY = "no-file-of-the-tests-has-this-in-it"
 WAIT = 120  # seconds for what takes a moment on any machine that is not stuck
-CLOCK = 60  # seconds that may go by between a write, the look at it, and the look at the clock
+# seconds that may go by between a write, the look at it, and the look at the clock
+CLOCK = 60
 INSTALL = (
     "'apt-get install memcached', 'dnf install memcached' or 'brew install memcached'"
 )
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and all that they start.
+# A shell that starts the tests in the background has them ignore Ctrl-C, and all that
+# they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Memcached:
     """A memcached process that a test owns, may damage, stop and kill.
 
-    `server` is its address in the form that `mcpool.connect` takes. `unix=True` listens on a
-    Unix socket instead of a free TCP port of the loopback interface.
-    """
+    `server` is its address in the form that `mcpool.connect` takes. `unix=True` listens
+    on a Unix socket instead of a free TCP port of the loopback interface."""
 
     def __init__(
         self,
@@ -68,7 +70,8 @@ class Memcached:
         self.start()
 
     def start(self) -> None:
-        """Start the process, after `kill` on the same address, and wait until it answers."""
+        """Start the process, after `kill` on the same address, and wait until it
+        answers."""
         listen = (
             ["-s", self._unix]
             if self._unix
@@ -122,7 +125,8 @@ class Memcached:
         value: bytes | None = None,
         until: bytes | tuple[bytes, ...] = b"\r\n",
     ) -> bytes:
-        """Send one raw command; return the reply up to and including `until`, or one of them."""
+        """Send one raw command; return the reply up to and including `until`, or one of
+        them."""
         with self.connection() as connection:
             payload = b"" if value is None else value + b"\r\n"
             connection.sendall(line.encode() + b"\r\n" + payload)
@@ -135,12 +139,14 @@ class Memcached:
             return reply
 
     def _items(self) -> list[list[str]]:
-        """The fields `key=...`, `exp=...` and so on of all items, neither expired nor deleted."""
+        """The fields `key=...`, `exp=...` and so on of all items, neither expired nor
+        deleted."""
         dump = b"BUSY"
         while dump.startswith(
             b"BUSY"
         ):  # memcached has one crawler, and may be at work with it
-            # "all" would walk the LRU lists, and miss items that memcached moves between them.
+            # "all" would walk the LRU lists, and miss items that memcached moves
+            # between them.
             dump = self.command(
                 "lru_crawler metadump hash", until=(b"END\r\n", b"request\r\n")
             )
@@ -240,11 +246,12 @@ Start = Callable[..., Memcached]
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """A WSGI host: the command that serves on {port}, and where it differs from the others.
+    """A WSGI host: the command that serves on {port}, and where it differs from the
+    others.
 
-    chunked: whether it is known to raise if a chunked body is cut off. early: whether it
-    answers before the body has come. ends: whether its stream ends with a chunked body.
-    """
+    chunked: whether it is known to raise if a chunked body is cut off. early: whether
+    it answers before the body has come. ends: whether its stream ends with a chunked
+    body."""
 
     command: str
     chunked: bool = True
@@ -272,14 +279,17 @@ HOSTS = {
         "{python} -m gunicorn -w 2 -k gevent -b 127.0.0.1:{port} wsgi:application"
     ),
     "gevent": Host(
-        "{python} -m gunicorn -w 2 -k gevent_pywsgi -b 127.0.0.1:{port} wsgi:application"
+        "{python} -m gunicorn -w 2 -k gevent_pywsgi "
+        "-b 127.0.0.1:{port} wsgi:application"
     ),
     "granian": Host(
-        "{python} -m granian --interface wsgi --host 127.0.0.1 --port {port} wsgi:application",
+        "{python} -m granian --interface wsgi --host 127.0.0.1 --port {port} "
+        "wsgi:application",
         chunked=False,
     ),
     "uvicorn": Host(
-        "{python} -m uvicorn --interface wsgi --host 127.0.0.1 --port {port} wsgi:application",
+        "{python} -m uvicorn --interface wsgi --host 127.0.0.1 --port {port} "
+        "wsgi:application",
         chunked=False,
     ),
     "uvicorn-a2wsgi": Host(
@@ -287,12 +297,14 @@ HOSTS = {
         chunked=False,
     ),
     "hypercorn-a2wsgi": Host(
-        "{python} -m hypercorn --keep-alive 1 --bind 127.0.0.1:{port} tests.asgi:application",
+        "{python} -m hypercorn --keep-alive 1 --bind 127.0.0.1:{port} "
+        "tests.asgi:application",
         chunked=False,
     ),
     "uwsgi": Host(
         "{uwsgi} --master --need-app --processes 2 --buffer-size 16384 --die-on-term "
-        "--http 127.0.0.1:{port} --http-manage-expect --http-keepalive --module wsgi:application",
+        "--http 127.0.0.1:{port} --http-manage-expect --http-keepalive "
+        "--module wsgi:application",
         chunked=False,
         ends=False,
     ),
@@ -364,13 +376,15 @@ class Server:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
         with contextlib.closing(connection):
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                # The answer may be there before all of the body is sent; curl reads it, too.
+                # The answer may be there before all of the body is sent; curl reads it,
+                # too.
                 connection.request(method, path, body, headers or {}, **options)
             response = connection.getresponse()
             return Answer(response.status, response.headers, response.read())
 
     def raw(self, *parts: bytes, end: bool = True) -> bytes:
-        """Send bytes, end the sending side, return all that comes back until the host closes."""
+        """Send bytes, end the sending side, return all that comes back until the host
+        closes."""
         with self.connect() as connection:
             with contextlib.suppress(OSError):  # it may have closed already
                 for part in parts:
@@ -412,7 +426,8 @@ class Answer:
 
 
 def receive(connection: socket.socket) -> bytes:
-    """All that comes until the other side closes. A time-out, which is a hang, fails the test."""
+    """All that comes until the other side closes. A time-out, which is a hang, fails
+    the test."""
     received = b""
     with contextlib.suppress(ConnectionResetError):
         while piece := connection.recv(65536):
@@ -435,15 +450,16 @@ def running(
 
 def form(data: bytes, name: str = "a b.bin") -> tuple[bytes, dict[str, str]]:
     """A multipart/form-data body, and the header that goes with it."""
-    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="{name}"\r\n\r\n'
+    disposition = f'form-data; name="file"; filename="{name}"'
+    head = f"--{BOUNDARY}\r\nContent-Disposition: {disposition}\r\n\r\n"
     tail = f"\r\n--{BOUNDARY}--\r\n"
     headers = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
     return head.encode() + data + tail.encode(), headers
 
 
 class Proxy:
-    """Passes TCP connections on to a port; where `cuts` says that so many bytes have come from
-    clients in all, it breaks the connection that they came by."""
+    """Passes TCP connections on to a port; where `cuts` says that so many bytes have
+    come from clients in all, it breaks the connection that they came by."""
 
     def __init__(self, port: int, *cuts: int) -> None:
         self.cuts, self.passed, self._target = list(cuts), 0, port

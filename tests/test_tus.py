@@ -95,9 +95,10 @@ def complete(client: Any, path: str, data: bytes, piece: int) -> TestResponse:
     """Go on from where the upload is, in pieces; return the last answer."""
     here, response = offset(client, path), head(client, path)
     while here < len(data):
-        response = patch(client, path, here, data[here : here + piece])
+        end = here + piece
+        response = patch(client, path, here, data[here:end])
         assert response.status_code == 204, response.text
-        here += len(data[here : here + piece])
+        here += len(data[here:end])
         assert response.headers["Upload-Offset"] == str(here)
     return response
 

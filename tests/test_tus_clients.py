@@ -407,7 +407,7 @@ def test_tuspy_through_lambda(gateway: Gateway, stream: Any, big: bytes) -> None
     uploader.upload()
     assert gateway.lost
     url = stored(uploader)
-    assert download(gateway.url(url[url.index("/files/") :])) == big
+    assert download(gateway.url("/files/" + url.partition("/files/")[2])) == big
 
 
 @pytest.mark.parametrize("gateway", [rest_event, http_event], indirect=True)
@@ -419,7 +419,7 @@ def test_tus_js_client_through_lambda(
     for options in ({}, {"uploadDataDuringCreation": True}):
         done = node(gateway.url("/uploads"), file, tmp_path, chunkSize=PIECE, **options)
         url = done["stored"]
-        assert download(gateway.url(url[url.index("/files/") :])) == data
+        assert download(gateway.url("/files/" + url.partition("/files/")[2])) == data
     assert gateway.lost
 
 
