@@ -1,283 +1,280 @@
-"""What is measured: each section yields the figures of a table, its docstring stands above that.
-
-A section leaves out what the machine lacks, and says so."""
+"""The sections of the report: each yields the figures of a table, and its docstring
+stands above it. A section leaves out what the machine lacks, and says so."""
 
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import contextlib
 import functools
+import importlib
 import itertools
 import multiprocessing
 import os
 import pathlib
 import random
+import signal
 import ssl
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Callable
 
 from pymemcache.client.base import Client
 from pymemcache.exceptions import MemcacheServerError
 
+import mcpool
 import memchunk
-from bench.measure import (
-    HOSTS,
-    KIB,
-    MB,
-    MIB,
-    ROOT,
-    Figure,
-    Missing,
-    Options,
-    Site,
-    Task,
-    compare,
-    growth,
-    in_turn,
-    memcached,
-    served,
-)
-from bench.peers import PEERS, BareSocket, ByHand, Memchunk, optional, other_version, peers
+from bench import measure, peers
+from bench.measure import KIB, MIB, Figure, Options, Task, compare, in_turn, memcached
 
-API = "wsgi:application"
-TRANSPORTS = ("TCP", "Unix socket")
-VERBS = {"set": "`set` from bytes", "chunks": "`chunks()` drained", "get": "`get` to bytes"}
-BARE_AIMS = {"set": "≤ 1.3", "chunks": "≤ 1.2", "get": "≤ 1.3"}
+API, FILE = "wsgi:application", "/files/bench"
+SIZES = [KIB << power for power in (0, 4, 5, 6, 7, 8, 10, 12, 14)] + [50 * MIB]
+VERBS = {"set": "`set`", "get": "`get`", "chunks": "`chunks()`"}
+BARE_AIMS = {"set": "≤ 1.1", "chunks": "≤ 1.15", "get": "≤ 1.05"}
+LEAST, MB = "empty app + bare socket", 1_000_000
 
 
-def calls(peer: Any, verb: str, data: bytes, times: int = 1) -> Task:
-    """A task: one verb of one peer on one file, so many times."""
+def task(peer: Any, verb: str, data: bytes, calls: int = 1) -> Task:
+    """One verb of one peer on one file, so many times."""
     arguments = ("file", data) if verb == "set" else ("file",)
+    call = getattr(peer, verb)
 
-    def task() -> None:
-        for _ in range(times):
-            getattr(peer, verb)(*arguments)
+    def run() -> object:
+        for _ in range(calls):
+            result = call(*arguments)
+        return result
 
-    return task
+    return run
+
+
+def compared(
+    ready: Mapping[str, Any], suffix: str, size: int, rounds: int, aims: Any
+) -> Iterator[Figure]:
+    """The first of the peers beside the others, with files of one size."""
+    data, calls = os.urandom(size), max(1, min(50, 2 * MIB // size))
+    for peer in ready.values():
+        peer.set("file", data)
+    for verb in VERBS if size == SIZES[-1] else ("set", "get"):
+        tasks = {label: task(peer, verb, data, calls) for label, peer in ready.items()}
+        times, what = in_turn(tasks, rounds), VERBS[verb] + suffix
+        yield from compare(what, times, aims(verb, size), size, calls)
+
+
+def speed_aims(verb: str, size: int) -> dict[str, str]:
+    """The aims for each peer: for smaller files only beside the same work by hand."""
+    if size == SIZES[-1]:
+        aims = dict.fromkeys(peers.PEERS, "< 1")
+        return {**aims, peers.STOCK: "", peers.BARE: BARE_AIMS[verb]}
+    aim = "≤ 1.5" if size <= 128 * KIB else "< 1"
+    return {peers.HAND: "≤ 1.05" if size <= 32 * KIB else aim}
 
 
 def speed(options: Options) -> Iterator[Figure]:
-    """One file, one client. `set` has all steps of a write in it. The bare socket sends and
-    receives items of the same sizes, with a CRC-32 over each: the least that any client can do."""
-    data = os.urandom(options.size)
-    for transport in TRANSPORTS:
-        with peers(unix=transport != "TCP") as (ready, reasons):
-            yield from (Figure(transport, label, note=note) for label, note in reasons.items())
-            for peer in ready.values():
-                peer.set("file", data)
-            for verb, what in VERBS.items():
-                tasks = {label: calls(peer, verb, data) for label, peer in ready.items()}
-                aims = {**dict.fromkeys(PEERS, "≤ 1"), "bare socket": BARE_AIMS[verb]}
-                yield from compare(f"{what}, {transport}", in_turn(tasks, options.rounds), aims)
-
-
-def throughput(options: Options) -> Iterator[Figure]:
-    """One client over TCP, MiB/s against the size of the file."""
-    with peers(unix=False) as (ready, _):
-        sizes = [KIB * 4**power for power in range(8)] + [50 * MIB]
-        for size in [each for each in sizes if each <= options.size]:
-            data, times = os.urandom(size), max(1, min(50, 2 * MIB // size))
-            for peer in ready.values():
-                peer.set("file", data)
-            for verb in ("set", "get"):
-                tasks = {label: calls(peer, verb, data, times) for label, peer in ready.items()}
-                for label, taken in in_turn(tasks, -(-options.rounds // 3)).items():
-                    rate = size * times / statistics.median(taken) / MIB
-                    yield Figure(verb, label, rate, "MiB/s", size=size)
+    """One client, one file of each size; the plot shows the same figures. `set` has all
+    steps of a write in it, and replaces the file. The bare socket moves the very items
+    that memchunk stores, with a look at the manifest and a CRC-32 of each item: no
+    client can do less. Files by hand lie in chunks of 1,000,000 bytes."""
+    with peers.peers() as ready:
+        for size in SIZES[1::4] if options.quick else SIZES:
+            yield from compared(ready, " over TCP", size, options.rounds, speed_aims)
 
 
 def tls(options: Options) -> Iterator[Figure]:
-    """The same over TLS, to a memcached with -Z."""
-    authority, data = optional("trustme").CA(), os.urandom(options.size)
+    """The same over TLS, to a memcached with -Z, beside a bare TLS socket."""
+    authority, size = importlib.import_module("trustme").CA(), SIZES[-1]
     context = ssl.create_default_context()
     authority.configure_trust(context)
     certificate = authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem
-    with certificate.tempfile() as chain, contextlib.ExitStack() as stack:
-        plain = stack.enter_context(memcached())
-        secured = ("-Z", "-o", f"ssl_chain_cert={chain},ssl_key={chain}")
-        over_tls = stack.enter_context(memcached(*secured))
-        caches = {"TLS": Memchunk(over_tls, tls=context), "plain TCP": Memchunk(plain)}
-        for verb, what in VERBS.items():
-            tasks = {label: calls(cache, verb, data) for label, cache in caches.items()}
-            yield from compare(what, in_turn(tasks, options.rounds), {})
+    with contextlib.ExitStack() as stack:
+        chain = stack.enter_context(certificate.tempfile())
+        secured = memcached(f"-Z -o ssl_chain_cert={chain},ssl_key={chain}")
+        address, bare = stack.enter_context(secured), "bare TLS socket + CRC"
+        ours = peers.over_mcpool(address, context)
+        ready = {peers.OURS: ours, bare: peers.BareSocket(address, context)}
+        aims, rounds = {bare: "≤ 1.3"}, options.rounds
+        yield from compared(ready, " over TLS", size, rounds, lambda *_: aims)
 
 
-def resume(options: Options) -> Iterator[Figure]:
-    """The last step of an upload that was resumed, `resume(state)` and `close()`, beside the last
-    two steps of a `set`, the `close()` of a writer that has sent its chunks already."""
-    with memcached() as address, memchunk.connect(address) as cache:
-        states: dict[str, Any] = {}
+def frozen(options: Options) -> Iterator[Figure]:
+    """Ten memcacheds behind gunicorn with four threads; eight clients ask for files of
+    16 KiB at random. Then one server is stopped by SIGSTOP. Counted are the requests
+    for files of the other nine, from that moment on, before any call timed out."""
+    seconds, timeout = (3, "0.5") if options.quick else (20, "5")
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(memcached("-m64")) for _ in range(10)]
+        pool = mcpool.connect(servers)
+        cache, names = memchunk.FileCache(pool), [f"file{each}" for each in range(200)]
+        for name in names:
+            cache.set(name, os.urandom(16 * KIB))
+        keys = {name: peers.file_key("memchunk2", name) for name in names}
+        lost = pool.servers[servers[0]]
+        others = {name for name in names if pool.for_key(keys[name]) is not lost}
+        listed = {"MEMCHUNK_SERVERS": ",".join(servers), "MEMCHUNK_TIMEOUT": timeout}
+        site = stack.enter_context(measure.served("gunicorn, threads", API, **listed))
+        healthy = loaded(site, names, others, seconds)
+        os.kill(int(lost.stats()[b"pid"]), signal.SIGSTOP)
+        stopped = loaded(site, names, others, seconds)
+    rate = len(stopped) / len(healthy)
+    slow, fast = statistics.median(stopped), statistics.median(healthy)
+    yield Figure("rate of requests", "healthy", rate, aim="≥ 0.5")
+    yield Figure("median", "healthy", slow / fast, "x", "≤ 2", slow, fast)
 
-        def write() -> None:
-            for name in ("resumed", "set"):
-                with contextlib.suppress(memchunk.CacheMiss):
-                    cache.delete(name)
-                states[name] = writer = cache.create(name)
-                whole = options.size - options.size % writer.batch_size
-                writer.write(bytes(whole))  # so that nothing is left to be sent
-            states["resumed"] = states["resumed"].suspend()
 
-        tasks: dict[str, Task] = {
-            "resumed": lambda: cache.resume(states.pop("resumed")).close(),
-            "last two steps of `set`": lambda: states.pop("set").close(),
-        }
-        times = in_turn(tasks, options.rounds, write)
-        yield from compare("last step of a resumed upload", times, {})
+def loaded(
+    site: measure.Site, names: Sequence[str], counted: set[str], seconds: float
+) -> list[float]:
+    """How long requests for the counted files took, from eight clients at once."""
+    taken: list[float] = []
+    end = time.monotonic() + seconds
+
+    def client() -> None:
+        while (start := time.monotonic()) < end:
+            name = random.choice(names)
+            with contextlib.suppress(OSError):  # 503 from the frozen server
+                site.ask("GET", f"/files/{name}")
+                taken.extend([time.monotonic() - start] if name in counted else [])
+
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        for done in [threads.submit(client) for _ in range(8)]:
+            done.result()
+    return taken
 
 
-def requests(data: bytes) -> dict[str, Callable[[Site], None]]:
+def requests(data: bytes) -> dict[str, Callable[[measure.Site], object]]:
     """What is measured over HTTP; the first two on every host."""
     return {
-        "PUT": lambda site: site.put(data),
-        "GET": lambda site: site.get(),
+        "PUT": lambda site: site.ask("PUT", FILE, data),
+        "GET": lambda site: site.ask("GET", FILE),
         "form": lambda site: site.form(data),
         "tus, 4 MiB a request": lambda site: site.tus(data, 4 * MIB),
-        "tus, 8 MiB a request": lambda site: site.tus(data, 8 * MIB),
     }
 
 
 def http(options: Options) -> Iterator[Figure]:
-    """Over TCP, with one process, beside the same host with an application that only reads the
-    body, or sends constant bytes, plus the bare socket's time to memcached. The page uploads by
-    tus, 4 MiB a request."""
+    """Over TCP, with one process, beside the same host with an application that only
+    reads the body, or sends constant bytes, plus the bare socket's time to memcached.
+    The page uploads by tus, 4 MiB a request."""
     data = os.urandom(options.size)
     with memcached() as address:
-        bare = BareSocket(address)
-        for host in HOSTS:
+        bare = peers.BareSocket(address)
+        bare.set("file", data)
+        for host in measure.HOSTS:
             try:
-                with sites(host, address, len(data)) as (ours, empty):
-                    chosen = list(requests(data).items())[: None if host == "gunicorn" else 2]
-                    for what, request in chosen:
-                        tasks: dict[str, Task] = {
-                            "memchunk": functools.partial(request, ours),
-                            "empty": functools.partial(request, empty),
-                            "bare": calls(bare, "get" if what == "GET" else "set", data),
-                        }
-                        yield beside_empty(f"{what}, {host}", in_turn(tasks, options.rounds))
-            except Missing as error:
+                yield from on_host(host, address, bare, data, options.rounds)
+            except measure.Missing as error:
                 yield Figure(host, "", note=str(error))
 
 
-@contextlib.contextmanager
-def sites(host: str, address: str, size: int) -> Iterator[tuple[Site, Site]]:
-    """Our API and the application that does nothing."""
-    ours = served(host, API, MEMCHUNK_SERVERS=address)
-    with ours as first, served(host, "bench.peers:empty", BENCH_SIZE=str(size)) as second:
-        yield first, second
-
-
-def beside_empty(what: str, times: Mapping[str, Sequence[float]]) -> Figure:
-    least = [sum(pair) for pair in zip(times["empty"], times["bare"])]
-    beside = "empty app + bare socket"
-    (figure,) = compare(what, {"": times["memchunk"], beside: least}, {beside: "≤ 1.25"})
-    return figure
+def on_host(
+    host: str, address: str, bare: peers.BareSocket, data: bytes, rounds: int
+) -> Iterator[Figure]:
+    idle = measure.served(host, "bench.peers:empty", BENCH_SIZE=str(len(data)))
+    with measure.served(host, API, MEMCHUNK_SERVERS=address) as ours, idle as empty:
+        chosen = list(requests(data).items())
+        for what, request in chosen[: None if host == "gunicorn" else 2]:
+            tasks: dict[str, Task] = {
+                "ours": functools.partial(request, ours),
+                "empty": functools.partial(request, empty),
+                "bare": task(bare, "get" if what == "GET" else "set", data),
+            }
+            times = in_turn(tasks, rounds)
+            least = [sum(pair) for pair in zip(times["empty"], times["bare"])]
+            series, aim = {"": times["ours"], LEAST: least}, {LEAST: "≤ 1.25"}
+            yield from compare(f"{what}, {host}", series, aim)
 
 
 def memory(options: Options) -> Iterator[Figure]:
-    """The peak beyond what the same process held idle, after one small file: of a process of its
-    own for the library, of gunicorn's for HTTP."""
+    """The peak beyond what the same process held idle, after one small file: a process
+    of its own for the library, gunicorn for HTTP."""
     data, limit = os.urandom(options.size), options.size // MIB + 8
     with tempfile.TemporaryDirectory() as folder, memcached() as address:
         path = pathlib.Path(folder, "file")
         path.write_bytes(data)
-        Memchunk(address).set("file", data)
+        peers.over_mcpool(address).set("file", data)
         for what in LIBRARY:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 value = pool.apply(child, (what, address, path))
             aim = f"≤ {limit if 'get' in what else 8}"
             yield Figure(what, "idle process", value, "MiB", aim)
         for what, request in requests(data).items():
-            # A fresh host for each: what a process has freed may still be its own, and idle.
-            with served("gunicorn", API, MEMCHUNK_SERVERS=address) as site:
-                site.put(bytes(KIB))
-                site.get()
-                Memchunk(address).set("bench", data)
-                value = growth(site.pids(), functools.partial(request, site))
+            # A fresh host for each: a process keeps some of what it has freed.
+            with measure.served("gunicorn", API, MEMCHUNK_SERVERS=address) as site:
+                site.ask("PUT", FILE, bytes(KIB))
+                site.ask("GET", FILE)
+                peers.over_mcpool(address).set("bench", data)
+                value = measure.growth(site.pids(), functools.partial(request, site))
             aim = f"≤ {limit if what == 'GET' else 8}"
             yield Figure(f"{what}, gunicorn", "idle process", value, "MiB", aim)
 
 
 LIBRARY: dict[str, Callable[[memchunk.FileCache, pathlib.Path], object]] = {
     "`set` from a file": lambda cache, path: cache.set("child", path),
-    "`chunks()` drained": lambda cache, _: collections.deque(cache.open("file").chunks(), 0),
-    "`get` to bytes": lambda cache, _: cache.get("file"),
+    "`chunks()`": lambda cache, _: collections.deque(cache.open("file").chunks(), 0),
+    "`get`": lambda cache, _: cache.get("file"),
 }
 
 
 def child(what: str, address: str, path: pathlib.Path) -> float:
-    with memchunk.connect(address) as cache:
+    with memchunk.FileCache(mcpool.connect(address)) as cache:
         cache.set("small", bytes(KIB))
         cache.get("small")
-        return growth([os.getpid()], lambda: LIBRARY[what](cache, path))
+        return measure.growth([os.getpid()], lambda: LIBRARY[what](cache, path))
 
 
 def space(options: Options) -> Iterator[Figure]:
-    """Bytes of memcached's memory per byte of a file: all slab chunks that it takes, as `stats
-    slabs` counts them, with keys, headers, the manifest, and what is left empty in each."""
-    source, count = random.Random(options.seeds[0]), 5 if options.quick else 40
+    """Bytes of memcached's memory per byte of a file: all slab chunks that it takes, as
+    `stats slabs` counts them, with keys, headers and the manifest."""
+    source, count = random.Random(1), 5 if options.quick else 40
     sizes = {f"{size} MB": [size * MB] for size in (1, 2, 5, 10, 20, 50)}
     worst = f"worst of {count} of 5-50 MB"
     sizes[worst] = [source.randint(5 * MB, 50 * MB) for _ in range(count)]
-    for (what, drawn), (how, store) in itertools.product(sizes.items(), STORES.items()):
-        ratio = max(taken(store, size) / size for size in drawn)
-        aim = "≤ 1.02" if "memchunk" in how and drawn[0] >= 5 * MB else ""
-        yield Figure(f"{what}, {how}", "file bytes", ratio, "bytes", aim)
+    for what, drawn in sizes.items():
+        ratio = max(taken(size) / size for size in drawn)
+        yield Figure(
+            what, "file bytes", ratio, "", "≤ 1.05" if drawn[0] >= 5 * MB else ""
+        )
 
 
-STORES: dict[str, Callable[[str, bytes], object]] = {
-    "memchunk": lambda address, data: Memchunk(address).set("file", data),
-    "memchunk, size unknown": lambda address, data: Memchunk(address).set("file", iter([data])),
-    "1,000,000-byte chunks": lambda address, data: ByHand(address).set("file", data),
-}
-
-
-def taken(store: Callable[[str, bytes], object], size: int) -> int:
-    with memcached(unix=True) as address:
-        before = slab_bytes(address)
-        store(address, bytes(size))
-        return slab_bytes(address) - before
-
-
-def slab_bytes(address: str) -> int:
-    """Of all slab chunks in use."""
-    with contextlib.closing(Client(address)) as client:
-        stats = {key.decode(): value for key, value in client.stats("slabs").items()}
-    return sum(
-        int(stats[key]) * int(stats[key.replace("chunk_size", "used_chunks")])
-        for key in stats
-        if key.endswith(":chunk_size")
-    )
+def taken(size: int) -> int:
+    """Bytes of the slab chunks in use, of a memcached that has one file."""
+    with memcached() as address, contextlib.closing(Client(address)) as client:
+        peers.over_mcpool(address).set("file", bytes(size))
+        stats = {key.decode(): int(n) for key, n in client.stats("slabs").items()}
+        sizes = [key for key in stats if key.endswith(":chunk_size")]
+        used = [stats[key.replace("chunk_size", "used_chunks")] for key in sizes]
+        return sum(stats[key] * count for key, count in zip(sizes, used))
 
 
 def eviction(options: Options) -> Iterator[Figure]:
-    """Files of random sizes, in all five times the cache. Then the shares of -m that hold intact
-    files, and the newest files up to the first that is not intact. memchunk: the worst of all
-    seeds."""
-    megabytes = 128 if options.quick else 1024
+    """Files of random sizes, in all five times the cache. Then the shares of -m that
+    hold intact files, and the newest files up to the first that is not intact: for
+    memchunk, the worst of all seeds."""
+    megabytes, seeds = (128, (1,)) if options.quick else (1024, (1, 2, 3))
     for low, high in ((0, 50), (5, 50)):
-        ours = [pressed(Memchunk, megabytes, low, high, seed) for seed in options.seeds]
-        hand = pressed(ByHand, megabytes, low, high, options.seeds[0])
+        press = functools.partial(pressed, megabytes, range(low * MB, high * MB + 1))
+        ours = [press(seed, peers.over_mcpool) for seed in seeds]
+        hand = press(seeds[0], peers.by_hand)
         for how, series, aim in (("memchunk", ours, "≥ 0.95"), ("by hand", [hand], "")):
             kept, run, refused = zip(*series)
             what, beside = f"{how}, {low}-{high} MB", f"-m {megabytes}"
             yield Figure(f"{what}: all intact files", beside, min(kept), "of -m", aim)
             yield Figure(f"{what}: newest intact files", beside, min(run), "of -m", aim)
-            yield Figure(f"{what}: refused writes", beside, max(refused), "writes")
+            yield Figure(f"{what}: refused writes", beside, max(refused), "")
 
 
 def pressed(
-    connect: Callable[[str], Any], megabytes: int, low: int, high: int, seed: int
+    megabytes: int, sizes: range, seed: int, connect: Callable[[str], Any]
 ) -> tuple[float, float, int]:
-    """Shares of -m that intact files hold, and the newest ones of them; writes refused."""
-    source, pool = random.Random(seed), memoryview(os.urandom(high * MB))
+    """Shares of -m that intact files, and the newest of them, hold; writes refused."""
+    source, pool = random.Random(seed), memoryview(os.urandom(sizes[-1]))
     total, written, refused = megabytes * MIB, 0, 0
     stored: list[tuple[str, int]] = []
-    with memcached("-m", str(megabytes), unix=True) as address:
+    with memcached(f"-m {megabytes}") as address:
         peer = connect(address)
         while written < 5 * total:
-            name, size = f"file{len(stored) + refused}", source.randint(low * MB, high * MB)
+            name, size = f"file{len(stored) + refused}", source.choice(sizes)
             written += size
             try:
                 peer.set(name, pool[:size])
@@ -297,32 +294,15 @@ def intact(peer: Any, name: str, size: int) -> bool:
 
 
 def against(options: Options) -> Iterator[Figure]:
-    """This memchunk.py beside another one and, where a wsgi.py lies beside that, over HTTP."""
-    aims, module = {"before": "≤ 1.05"}, other_version(options.against)
-    for transport in TRANSPORTS:
-        with memcached(unix=transport != "TCP") as address:
-            before = Memchunk(address, module, namespace="before")
-            versions = {"now": Memchunk(address), "before": before}
-            for size, times in ((options.size, 1), (MIB, 10), (KIB, 200)):
-                for verb, what in VERBS.items():
-                    data, text = os.urandom(size), f"{what}, {size // KIB:,} KiB, {transport}"
-                    tasks = {who: calls(each, verb, data, times) for who, each in versions.items()}
-                    yield from compare(text, in_turn(tasks, options.rounds), aims)
-    if options.against.with_name("wsgi.py").exists():
-        yield from against_http(options, aims)
+    """This memchunk.py beside another one, both on connections of their own and on a
+    stock PooledClient."""
+    sizes = SIZES[1::4] if options.quick else SIZES
+    with memcached() as address:
+        versions = peers.versions(options.against, address)
+        for (kind, pair), size in itertools.product(versions.items(), sizes):
+            text = f" over TCP, {kind}"
+            yield from compared(pair, text, size, options.rounds, lambda *_: NO_SLOWER)
 
 
-def against_http(options: Options, aims: Mapping[str, str]) -> Iterator[Figure]:
-    folders = {"now": ROOT, "before": options.against.parent.resolve()}
-    with memcached() as address, contextlib.ExitStack() as stack:
-        environ = {"MEMCHUNK_SERVERS": address}
-        versions = {
-            who: stack.enter_context(served("gunicorn", API, folder, **environ))
-            for who, folder in folders.items()
-        }
-        for what, request in requests(os.urandom(options.size)).items():
-            tasks = {who: functools.partial(request, each) for who, each in versions.items()}
-            yield from compare(f"{what}, gunicorn", in_turn(tasks, options.rounds), aims)
-
-
-ALL = ("speed", "throughput", "tls", "resume", "http", "memory", "space", "eviction")
+NO_SLOWER = {"before": "≤ 1.05"}
+ALL = ("speed", "tls", "frozen", "http", "memory", "space", "eviction")
