@@ -632,10 +632,13 @@ class _Manifest:
             number, length = fields.pop("format"), fields.pop("metadata")
             if number != _FORMAT:
                 raise _UnknownFormat(name, number)
+            fields["segments"] = [tuple(each) for each in fields["segments"]]
             found = cls(**fields, metadata=rest[:length], data=rest[length:])
             found._check(name)
             return found
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except FileCorrupt:
+            raise
+        except Exception as error:  # of many kinds, for JSON that no writer wrote
             raise FileCorrupt(name, None) from error
 
     def _check(self, name: str) -> None:
@@ -649,6 +652,8 @@ class _Manifest:
         keys = dict(self.segments)
         sound = sound and len(keys) == len(self.segments)
         sound = sound and all(map(_SEGMENT.fullmatch, keys))
+        numbers = self.size, self.chunk_size, self.created, self.expires or 0
+        sound = sound and {int} == set(map(type, [*numbers, *keys.values()]))
         if not sound or any(count < 0 for count in keys.values()):
             raise ValueError("the manifest contradicts itself")
 
@@ -853,7 +858,7 @@ class _Write(_Segment):
                 if tries_left == 0:
                     raise self.entry.cache_full(self.length, cause="contention")
         # 5. Delete the chunks of the replaced file.
-        self._tidy(found, chunks_end)
+        self._tidy(found, manifest, chunks_end)
         return manifest.info
 
     def _begin(self, known: int | None) -> _Found:
@@ -942,12 +947,15 @@ class _Write(_Segment):
             raise self.cache_full(missing)
         return end, chunks_end
 
-    def _tidy(self, found: _Found, end: int) -> None:
+    def _tidy(self, found: _Found, manifest: _Manifest, end: int) -> None:
         """Delete the old file's chunks, except those that the new one has, too."""
         if self.parts:
             # A `stage` that saw no published file may have put parts on a lease since.
             with contextlib.suppress(CacheUnavailable):
                 self.entry.touch(self.entry.keys(self.parts), end)
+                # If another gave the file a later end meanwhile: no end.
+                if self.entry.lookup().manifest not in (None, manifest):
+                    self.entry.touch(self.entry.keys(self.parts), 0)
         self.entry.delete_segments(found.segments, self.parts, quick=True)
 
 
@@ -1207,8 +1215,9 @@ class _Entry:
         """
         verb = "delete quickly" if quick and len(keys) <= _FEW else "delete"
         for _ in range(2):
-            with contextlib.suppress(CacheUnavailable):
-                self._run([_Command(verb, key) for key in keys])
+            with contextlib.suppress(CacheUnavailable, CacheFull):
+                replies = self._run([_Command(verb, key) for key in keys])
+                self._check(replies, _DELETED, _NOT_FOUND)
                 return
 
     def delete_segments(

@@ -425,6 +425,25 @@ class Answer:
         return json.loads(self.data)
 
 
+def refusal(
+    port: int,
+    method: str,
+    path: str,
+    body: bytes,
+    headers: dict[str, str] | None = None,
+) -> object:
+    """The status that a client sees that sends all of a body before it reads."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
+    with contextlib.closing(connection):
+        try:
+            connection.request(method, path, body, headers or {})
+            response = connection.getresponse()
+            response.read()
+        except OSError as error:
+            return repr(error)
+        return response.status
+
+
 def receive(connection: socket.socket) -> bytes:
     """All that comes until the other side closes. A time-out, which is a hang, fails
     the test."""

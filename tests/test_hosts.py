@@ -1,8 +1,9 @@
-"""The HTTP API on real WSGI hosts, in front of real clients, and behind Lambda adapters.
+"""The HTTP API on real WSGI hosts, in front of real clients, and behind Lambda
+adapters.
 
-Every host runs in a process of its own, started by the command that the README gives, and gets the
-same requests. What a host can't do is named here, in HOSTS, and in the README's table.
-"""
+Every host runs in a process of its own, started by the command that the README gives,
+and gets the same requests. What a host can't do is named here, in HOSTS, and in the
+README's table."""
 
 from __future__ import annotations
 
@@ -32,8 +33,10 @@ from tests.support import (
     SECONDS,
     Memcached,
     Server,
+    Start,
     form,
     receive,
+    refusal,
     running,
     snippet,
 )
@@ -79,8 +82,8 @@ def test_50_mib_in_a_form(server: Server, big: bytes) -> None:
 def test_memory(
     name: str, is_form: bool, cache: Memcached, tmp_path: pathlib.Path, big: bytes
 ) -> None:
-    """What an upload takes in a process that had none of that size: less than three of the
-    library's batches, with what malloc keeps."""
+    """What an upload takes in a process that had none of that size: less than three of
+    the library's batches, with what malloc keeps."""
     with running(HOSTS[name], cache, tmp_path) as server:
         for _ in range(8):  # so that each worker has done once what it does
             assert server.request("PUT", "/files/m", big[:MIB]).status in (200, 201)
@@ -209,6 +212,23 @@ def test_other_refusals_can_be_read(server: Server, big: bytes) -> None:
     assert server.request("GET", "/files/there").data == b"x"
 
 
+@pytest.mark.parametrize("name", HOSTS)
+def test_an_upload_without_memcached_is_told_so(
+    start_memcached: Start, tmp_path: pathlib.Path, name: str
+) -> None:
+    """Its sender sees the answer, and no broken connection instead."""
+    memcached = start_memcached()
+    with running(HOSTS[name], memcached, tmp_path) as server:
+        memcached.kill()
+        body = bytes(4_000_000)
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            sent = [
+                pool.submit(refusal, server.port, "PUT", "/files/a", body)
+                for _ in range(32)
+            ]
+        assert {each.result() for each in sent} == {503}
+
+
 def test_a_body_is_never_taken_for_a_request(server: Server) -> None:
     """Pieces of an announced body, each the text of a request, get no answer (RFC 9112,
     6.3). Else a page of another site could delete files with plain POSTs."""
@@ -285,7 +305,8 @@ def test_a_name_that_is_none(server: Server) -> None:
 
 
 def test_a_connection_that_stays(server: Server) -> None:
-    """What follows a refused upload on the same connection is read as a request of its own."""
+    """What follows a refused upload on the same connection is read as a request of its
+    own."""
     inner = b"GET /files/none HTTP/1.1\r\nHost: x\r\n\r\n"
     with requests.Session() as session:  # connects again where the host has closed
         session.mount("http://", requests.adapters.HTTPAdapter(max_retries=2))

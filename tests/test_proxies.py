@@ -1,7 +1,10 @@
-"""The HTTP API behind a real nginx, as Debian packages it: prefixes, TLS, buffering, Host."""
+"""The HTTP API behind a real nginx and Apache, as Debian packages them: prefixes, TLS,
+buffering, Host, refusals."""
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import contextlib
 import http.client
 import os
@@ -22,9 +25,12 @@ from tests.support import (
     MIB,
     SECONDS,
     Answer,
+    Host,
     Memcached,
     Server,
+    Start,
     form,
+    refusal,
     running,
     snippet,
     wait_for,
@@ -76,6 +82,23 @@ http {{
 """
 
 
+APACHE = """
+ServerName 127.0.0.1
+Listen 127.0.0.1:{port}
+PidFile {folder}/pid
+ErrorLog {folder}/error.log
+User www-data
+Group www-data
+LoadModule mpm_event_module {modules}/mod_mpm_event.so
+LoadModule authz_core_module {modules}/mod_authz_core.so
+LoadModule env_module {modules}/mod_env.so
+LoadModule headers_module {modules}/mod_headers.so
+LoadModule proxy_module {modules}/mod_proxy.so
+LoadModule proxy_http_module {modules}/mod_proxy_http.so
+{documented}
+"""
+
+
 class Nginx:
     """An nginx in front of a server: ours at `plain` and `tls`, the docs' at
     `documented` and, below a prefix, at `prefixed`."""
@@ -83,7 +106,9 @@ class Nginx:
     def __init__(self, folder: pathlib.Path, port: int) -> None:
         program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
         if program is None:
-            pytest.fail("these tests need nginx; install it: 'apt-get install nginx-light'")
+            pytest.fail(
+                "these tests need nginx; install it: 'apt-get install nginx-light'"
+            )
         authority = trustme.CA()
         self.context = ssl.create_default_context()
         authority.configure_trust(self.context)
@@ -130,21 +155,31 @@ class Nginx:
         if self.process.poll() is not None:
             pytest.fail(f"nginx ended with status {self.process.returncode}")
         with contextlib.suppress(OSError):
-            return self.request("GET", f"http://127.0.0.1:{self.plain}/healthz").status == 200
+            return (
+                self.request("GET", f"http://127.0.0.1:{self.plain}/healthz").status
+                == 200
+            )
         return False
 
     def sites(self) -> Iterator[str]:
         """Where a client finds the API."""
-        for origin in (f"http://127.0.0.1:{self.plain}", f"https://127.0.0.1:{self.tls}"):
+        for origin in (
+            f"http://127.0.0.1:{self.plain}",
+            f"https://127.0.0.1:{self.tls}",
+        ):
             for prefix in ("/", "/unbuffered/", "/told/"):
                 yield origin + prefix
         yield f"http://127.0.0.1:{self.documented}/"
         yield f"https://127.0.0.1:{self.prefixed}/store/"
 
-    def request(self, method: str, url: str, body: Any = None, **headers: str) -> Answer:
+    def request(
+        self, method: str, url: str, body: Any = None, **headers: str
+    ) -> Answer:
         parts = urlsplit(url)
         assert parts.port
-        connection = http.client.HTTPConnection("127.0.0.1", parts.port, timeout=SECONDS)
+        connection = http.client.HTTPConnection(
+            "127.0.0.1", parts.port, timeout=SECONDS
+        )
         if parts.scheme == "https":
             connection = http.client.HTTPSConnection(
                 "127.0.0.1", parts.port, timeout=SECONDS, context=self.context
@@ -162,7 +197,9 @@ class Nginx:
 
 
 @pytest.fixture(scope="module")
-def server(cache: Memcached, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(
+    cache: Memcached, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("host")
     host = HOSTS["gunicorn-threads"]
     with running(host, cache, folder, MEMCHUNK_PROXIES="1") as server:
@@ -217,7 +254,10 @@ def test_50_mib(nginx: Nginx, prefix: str, is_form: bool) -> None:
     data = os.urandom(50 * MIB)
     body, headers = form(data) if is_form else (data, {})
     site = f"https://127.0.0.1:{nginx.tls}{prefix}"
-    assert nginx.request("PUT", site + "files/big", body, **headers).status in (200, 201)
+    assert nginx.request("PUT", site + "files/big", body, **headers).status in (
+        200,
+        201,
+    )
     assert nginx.request("GET", site + "files/big").data == data
 
 
@@ -228,7 +268,9 @@ def test_the_page_of_the_site_itself(nginx: Nginx) -> None:
         body, headers = form(b"x")
         own = nginx.request("POST", site + "files", body, Origin=origin, **headers)
         assert own.status == 201
-        evil = nginx.request("POST", site + "files", body, Origin="http://evil.test", **headers)
+        evil = nginx.request(
+            "POST", site + "files", body, Origin="http://evil.test", **headers
+        )
         assert evil.status == 403
 
 
@@ -282,3 +324,128 @@ def test_etags_that_nginx_weakens_with_gzip(nginx: Nginx) -> None:
         assert etag.startswith("W/") == (status == 412)
         replaced = nginx.request("PUT", site + "files/z", b"x", If_Match=etag, **text)
         assert replaced.status == status
+
+
+# Refusals
+
+TOKEN = {"Authorization": "Bearer t"}
+SIZE = 4_000_000  # bytes of a file at most, and of each body
+
+
+class Apache:
+    """An Apache with the docs' configuration, in front of a server."""
+
+    def __init__(self, folder: pathlib.Path, port: int) -> None:
+        program = shutil.which("apache2", path=f"{os.environ['PATH']}:/usr/sbin")
+        if program is None:
+            pytest.fail(
+                "these tests need Apache; install it: 'apt-get install apache2'"
+            )
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        documented = snippet("docs/deployment.md", "apache")
+        documented = documented.replace("*:80>", f"127.0.0.1:{self.port}>")
+        documented = documented.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+        modules = "/usr/lib/apache2/modules"
+        text = APACHE.format(
+            port=self.port, folder=folder, modules=modules, documented=documented
+        )
+        (folder / "apache.conf").write_text(text)
+        command = [program, "-D", "FOREGROUND", "-f", str(folder / "apache.conf")]
+        self.process = subprocess.Popen(command)
+        wait_for(self.answers, "Apache to answer")
+
+    def answers(self) -> bool:
+        if self.process.poll() is not None:
+            pytest.fail(f"Apache ended with status {self.process.returncode}")
+        with contextlib.suppress(OSError):
+            return refusal(self.port, "GET", "/healthz", b"", {}) == 200
+        return False
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+@pytest.fixture
+def small(start_memcached: Start) -> Memcached:
+    """A memcached that refuses a file of SIZE, and takes small ones."""
+    return start_memcached("-m", "2")
+
+
+REFUSALS: dict[int, tuple[str, str, int, dict[str, str]]] = {
+    401: ("PUT", "/files/a", SIZE, {"Authorization": "Bearer no"}),
+    403: ("POST", "/files", SIZE, {"Sec-Fetch-Site": "cross-site"}),
+    409: ("POST", "/files/there", SIZE, {}),
+    413: ("PUT", "/files/a", SIZE + 1, {}),
+    507: ("PUT", "/files/a", SIZE, {}),
+}
+
+
+def refusals(port: int, at_a_time: int) -> dict[int, collections.Counter[object]]:
+    """What 16 uploads got, by the status that is right for them."""
+    seen = {}
+    with concurrent.futures.ThreadPoolExecutor(at_a_time) as pool:
+        for status, (method, path, size, more) in REFUSALS.items():
+            body, headers = bytes(size), {**TOKEN, **more}
+            sent = [
+                pool.submit(refusal, port, method, path, body, headers)
+                for _ in range(16)
+            ]
+            seen[status] = collections.Counter(each.result() for each in sent)
+    return seen
+
+
+PROXIES = [
+    *(("nginx", name) for name in ("gunicorn", "gunicorn-threads", "gunicorn-gevent")),
+    *(("nginx", name) for name in ("waitress", "cheroot", "uwsgi")),
+    ("Apache", "gunicorn-threads"),
+]
+
+
+@pytest.mark.parametrize(("proxy", "name"), PROXIES)
+def test_refusals_come_through(
+    small: Memcached, tmp_path: pathlib.Path, proxy: str, name: str
+) -> None:
+    """A host that closes while a proxy still sends is a 502, and a failed server."""
+    settings = {"TOKEN": "t", "MAX_SIZE": str(SIZE), "PROXIES": "1"}
+    environ = {f"MEMCHUNK_{key}": value for key, value in settings.items()}
+    with running(HOSTS[name], small, tmp_path, **environ) as server:
+        front = (Nginx if proxy == "nginx" else Apache)(tmp_path, server.port)
+        try:
+            port = front.documented if isinstance(front, Nginx) else front.port
+            assert refusal(port, "PUT", "/files/there", b"x", TOKEN) == 201
+            seen = [refusals(port, at_a_time) for at_a_time in (1, 8)]
+        finally:
+            front.close()
+    cells = [
+        ", ".join(str(each[status][status]) for each in seen) for status in REFUSALS
+    ]
+    print(f"| {proxy}, {name} |", " | ".join(cells), "|")
+    assert seen == 2 * [{status: {status: 16} for status in REFUSALS}]
+
+
+def test_clients_that_drip_are_held_by_nginx(
+    cache: Memcached, tmp_path: pathlib.Path
+) -> None:
+    """Forty of them leave a worker's four threads to others."""
+    host = Host("{python} -m gunicorn --threads 4 -b 127.0.0.1:{port} wsgi:application")
+    environ = {"MEMCHUNK_PROXIES": "1", "MEMCHUNK_TOKEN": "t"}
+    with (
+        running(host, cache, tmp_path, **environ) as server,
+        contextlib.ExitStack() as stack,
+    ):
+        nginx = Nginx(tmp_path, server.port)
+        stack.callback(nginx.close)
+        for request in ("PUT /files/a", "PUT /nowhere", "GET /healthz", "HEAD /"):
+            for framing in ("Content-Length: 100000", "Transfer-Encoding: chunked"):
+                for _ in range(5):
+                    address = ("127.0.0.1", nginx.documented)
+                    client = stack.enter_context(
+                        socket.create_connection(address, SECONDS)
+                    )
+                    head = f"{request} HTTP/1.1\r\nHost: x\r\n{framing}\r\n\r\n"
+                    client.sendall(head.encode() + b"4000\r\n")
+        for _ in range(8):
+            assert refusal(nginx.documented, "GET", "/healthz", b"", {}) == 200
