@@ -154,15 +154,13 @@ Source = Union[_Bytes, IO[bytes], Iterable[_Bytes], "os.PathLike[str]"]
 class MemchunkError(Exception):
     """Root of all errors of this module. `name` is the file's."""
 
-    def __init__(self, message: str, name: str) -> None:
+    def __init__(self, message: str, *args: Any) -> None:
         super().__init__(message)
-        self.message, self.name = message, name
+        # Pickling makes an error again from its constructor's arguments.
+        self.message, self.name, self.args = message, args[0], args
 
-    def __str__(self) -> str:  # KeyError would show the message's repr
+    def __str__(self) -> str:
         return self.message
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self).__new__, (type(self), self.message), self.__dict__
 
 
 class InvalidName(MemchunkError, ValueError):
@@ -193,7 +191,8 @@ class FileEvicted(CacheMiss):
         self.info, self.missing = info, missing
         first = ", ".join(map(str, missing[:5])) + (", ..." if missing[5:] else "")
         lost = f"{len(missing)} of its {info.chunks} chunks are gone ({first})"
-        super().__init__(f"{name!r} was evicted in part: {lost}", name)
+        text = f"{name!r} was evicted in part: {lost}"
+        super().__init__(text, name, info, missing)
 
 
 class FileExists(MemchunkError, FileExistsError):
@@ -201,7 +200,7 @@ class FileExists(MemchunkError, FileExistsError):
 
     def __init__(self, name: str, info: FileInfo) -> None:
         self.info = info
-        super().__init__(f"a file named {name!r} is already stored", name)
+        super().__init__(f"a file named {name!r} is already stored", name, info)
 
 
 class FileChanged(MemchunkError):
@@ -210,7 +209,8 @@ class FileChanged(MemchunkError):
     def __init__(self, name: str, version: str, current: str | None) -> None:
         self.version, self.current = version, current
         now = f"it is version {current}" if current else "it is gone"
-        super().__init__(f"{name!r} is not version {version} any more: {now}", name)
+        text = f"{name!r} is not version {version} any more: {now}"
+        super().__init__(text, name, version, current)
 
 
 class FileTooLarge(MemchunkError, ValueError):
@@ -218,9 +218,8 @@ class FileTooLarge(MemchunkError, ValueError):
 
     def __init__(self, name: str, size: int, limit: int) -> None:
         self.size, self.limit = size, limit
-        super().__init__(
-            f"{name!r} has {size} bytes or more; the limit is {limit}", name
-        )
+        text = f"{name!r} has {size} bytes or more; the limit is {limit}"
+        super().__init__(text, name, size, limit)
 
 
 class SizeMismatch(MemchunkError, ValueError):
@@ -228,7 +227,8 @@ class SizeMismatch(MemchunkError, ValueError):
 
     def __init__(self, name: str, size: int, received: int) -> None:
         self.size, self.received = size, received
-        super().__init__(f"{name!r} has {received} bytes instead of {size}", name)
+        text = f"{name!r} has {received} bytes instead of {size}"
+        super().__init__(text, name, size, received)
 
 
 class FileCorrupt(MemchunkError):
@@ -237,7 +237,8 @@ class FileCorrupt(MemchunkError):
     def __init__(self, name: str, index: int | None, reason: str = "") -> None:
         self.index = index
         place = "its manifest" if index is None else f"chunk {index}"
-        super().__init__(f"{name!r} is damaged: {reason or f'{place} is wrong'}", name)
+        text = f"{name!r} is damaged: {reason or f'{place} is wrong'}"
+        super().__init__(text, name, index, reason)
 
 
 class _UnknownFormat(FileCorrupt):
@@ -245,6 +246,7 @@ class _UnknownFormat(FileCorrupt):
 
     def __init__(self, name: str, number: object) -> None:
         super().__init__(name, None, f"its format {number} is unknown to this memchunk")
+        self.args = name, number
 
 
 class CacheFull(MemchunkError):
@@ -259,7 +261,8 @@ class CacheFull(MemchunkError):
 
     def __init__(self, name: str, cause: str, reason: str, missing: list[int]) -> None:
         self.cause, self.missing = cause, missing
-        super().__init__(f"memcached would not keep {name!r}: {reason}", name)
+        text = f"memcached would not keep {name!r}: {reason}"
+        super().__init__(text, name, cause, reason, missing)
 
 
 class CacheUnavailable(MemchunkError, ConnectionError):
@@ -267,7 +270,8 @@ class CacheUnavailable(MemchunkError, ConnectionError):
 
     def __init__(self, name: str, server: str, reason: str) -> None:
         self.server, self.reason = server, reason
-        super().__init__(f"memcached at {server} is not available: {reason}", name)
+        text = f"memcached at {server} is not available: {reason}"
+        super().__init__(text, name, server, reason)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -629,9 +633,10 @@ class _Manifest:
                 raise ValueError("the CRC is another")
             line, _, rest = body.partition(b"\n")
             fields = json.loads(line)
-            number, length = fields.pop("format"), fields.pop("metadata")
+            number = fields.pop("format")
             if number != _FORMAT:
                 raise _UnknownFormat(name, number)
+            length = fields.pop("metadata")
             fields["segments"] = [tuple(each) for each in fields["segments"]]
             found = cls(**fields, metadata=rest[:length], data=rest[length:])
             found._check(name)
@@ -1459,8 +1464,8 @@ _REASONS = {
 
 def _own_client(address: str) -> PooledClient:
     """A client for an address. Raises ValueError."""
-    is_plain = not re.search("://|,|@", address)
-    if not is_plain or not re.fullmatch(r"unix:.+|/.+|[^/\s]+?(:\d{1,5})?", address):
+    form = r"unix:.+|/.+|([^][/\s:,@]+|\[[\w:.%]+\])(:\d{1,5})?"
+    if not re.fullmatch(form, address):
         forms = "host, host:port, [ipv6]:port or unix:/path"
         advice = "mcpool.connect(...) takes several servers, TLS and passwords"
         raise ValueError(f"{address!r} is not one server, {forms}; {advice}")

@@ -115,7 +115,7 @@ def write(found: dict[str, Any], folder: pathlib.Path) -> None:
     if folder == DOCS:
         readme = ROOT / "README.md"
         before, mark, rest = readme.read_text("utf-8").partition(plots.MARK)
-        after = rest[rest.index("![") :]
+        after = rest[slice(rest.index("!["), None)]
         text = f"{before}{mark}{plots.summary(found)}\n\n{after}"
         readme.write_text(text, "utf-8")
 

@@ -229,7 +229,7 @@ class Site:
         """Upload as the page does: a request that starts it, and one for each piece."""
         path = self.ask("POST", "/uploads", Upload_Length=str(len(data)))
         for at in range(0, len(data), piece):
-            body = data[at : at + piece]
+            body = data[slice(at, at + piece)]
             self.ask("PATCH", path, body, Upload_Offset=str(at), Content_Type=TUS_TYPE)
 
     def ask(self, method: str, path: str, body: Any = b"", **fields: str) -> str:

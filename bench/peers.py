@@ -205,7 +205,7 @@ class BareSocket:
         for number, (key, value) in enumerate(items, 1):
             head = len(b"VALUE %b 0 %d\r\n" % (key, len(value)))
             tail = head + len(b"\r\n" if number < len(items) else b"\r\nEND\r\n")
-            payload = target[offset : offset + len(value)]
+            payload = target[slice(offset, offset + len(value))]
             self._transfer(self._receive, [marks[:head], payload, marks[head:tail]])
             zlib.crc32(payload)
             offset += len(value)

@@ -38,7 +38,7 @@ def sets(memcached: Memcached) -> int:
 
 
 def in_pieces(data: bytes) -> Iterator[bytes]:
-    return (data[start : start + MIB] for start in range(0, len(data), MIB))
+    return (data[slice(start, start + MIB)] for start in range(0, len(data), MIB))
 
 
 # --- A stock server, and smaller ones -------------------------------------------------
@@ -61,7 +61,7 @@ def test_a_stock_server_holds_one_file_after_another(start_memcached: Start) -> 
     """A cache evicts old files. It must never refuse new ones for them."""
     with FileCache(start_memcached("-m", "64").server) as cache:
         for turn in range(30):
-            data = bytes([turn]) + BIG[1 : 20 * MIB]
+            data = bytes([turn]) + BIG[slice(1, 20 * MIB)]
             cache.add(str(turn), data)
             assert cache.get(str(turn)) == data
         cache.set("large", BIG)
@@ -127,7 +127,7 @@ def test_readers_do_not_keep_writers_out(start_memcached: Start) -> None:
         reader.start()
         try:
             for turn in range(5):
-                cache.set("file", data := bytes([turn]) + BIG[1 : 40 * MIB])
+                cache.set("file", data := bytes([turn]) + BIG[slice(1, 40 * MIB)])
                 assert cache.get("file") == data
         finally:
             stop.set()

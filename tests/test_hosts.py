@@ -102,8 +102,10 @@ def test_small_files(server: Server, big: bytes, size: int) -> None:
 
 
 def test_chunked_transfer_coding(server: Server, big: bytes) -> None:
-    pieces = (big[start : start + 99_999] for start in range(0, 5 * MIB, 99_999))
-    data = b"".join(big[start : start + 99_999] for start in range(0, 5 * MIB, 99_999))
+    pieces = (big[slice(start, start + 99_999)] for start in range(0, 5 * MIB, 99_999))
+    data = b"".join(
+        big[slice(start, start + 99_999)] for start in range(0, 5 * MIB, 99_999)
+    )
     headers = {"Transfer-Encoding": "chunked"}
     if not server.host.chunked:
         refused = server.request(
@@ -133,8 +135,8 @@ def test_a_chunked_body_over_the_limit(server: Server) -> None:
 def test_expect_100_continue(server: Server) -> None:
     with server.connect() as connection:
         connection.sendall(
-            b"PUT /files/e HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nExpect: 100-continue\r\n"
-            b"Connection: close\r\n\r\n"
+            b"PUT /files/e HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n"
+            b"Expect: 100-continue\r\nConnection: close\r\n\r\n"
         )
         assert connection.recv(65536).startswith(b"HTTP/1.1 100 ")
         connection.sendall(b"hello")
@@ -319,7 +321,7 @@ def test_a_connection_that_stays(server: Server) -> None:
 
 def test_many_at_once(server: Server, big: bytes) -> None:
     def there_and_back(index: int) -> bool:
-        data = big[index : index + 3 * MIB]
+        data = big[slice(index, index + 3 * MIB)]
         assert server.request("PUT", f"/files/many{index}", data).status in (200, 201)
         return server.request("GET", f"/files/many{index}").data == data
 

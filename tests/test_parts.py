@@ -37,7 +37,7 @@ def staged(cache: FileCache, data: bytes, piece: int) -> tuple[list[str], bytes]
     parts: list[str] = []
     rest = b""
     for start in range(0, len(data), piece):
-        rest += data[start : start + piece]
+        rest += data[slice(start, start + piece)]
         part, taken = cache.stage("file", rest, parts=parts)
         parts, rest = json.loads(json.dumps([*parts, part])), rest[taken:]
     return parts, rest
@@ -72,7 +72,7 @@ def test_a_file_of_parts_comes_back_however_long_its_rest_is(
 ) -> None:
     first, taken = cache.stage("file", DATA[:2500])
     assert taken == 2000
-    cache.set("file", DATA[2000 : 2000 + size], parts=[first])
+    cache.set("file", DATA[slice(2000, 2000 + size)], parts=[first])
     assert cache.get("file") == DATA[: 2000 + size]
     with cache.open("file") as file:
         assert b"".join(file.chunks(1500, 3500)) == DATA[: 2000 + size][1500:3500]

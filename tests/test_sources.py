@@ -51,7 +51,7 @@ def pieces(data: bytes, *lengths: int) -> Iterator[bytes]:
     start = 0
     while start < len(data):
         for length in lengths:
-            yield data[start : start + length]
+            yield data[slice(start, start + length)]
             start += length
 
 

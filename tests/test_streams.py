@@ -80,7 +80,7 @@ def test_every_slice_at_a_chunk_edge_can_be_read(cache: FileCache, size: int) ->
     ends = {end for end in ends if end <= size}
     with cache.open("file") as file:
         for start, count in itertools.product(ends, {*ends, size + 5}):
-            expected, buffer = data[start : start + count], bytearray(count)
+            expected, buffer = data[slice(start, start + count)], bytearray(count)
             assert b"".join(file.chunks(start, start + count)) == expected
             assert file.tell() == 0
             assert file.seek(start) == start

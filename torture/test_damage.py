@@ -201,14 +201,14 @@ def forged(value: bytes) -> Iterator[bytes]:
     fields = json.loads(line)
     singles = [{field: odd} for field, values in EXTREMES.items() for odd in values]
     for number, first in enumerate(singles):
-        for second in [{}, *singles[number % STRIDE :: STRIDE]]:
+        for second in [{}, *singles[slice(number % STRIDE, None, STRIDE)]]:
             yield sealed({**fields, **first, **second}, rest)
     for field in fields:
         yield sealed({key: fields[key] for key in fields if key != field}, rest)
     for body in (b"", b"\n", b"[" * 10**5, b"9" * 10**4, b"NaN\n", b"\xff\n"):
         yield struct.pack(">I", zlib.crc32(body)) + body
     for length in range(len(value) - 4):
-        body = value[4 : 4 + length]
+        body = value[slice(4, 4 + length)]
         yield struct.pack(">I", zlib.crc32(body)) + body
 
 

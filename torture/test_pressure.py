@@ -65,7 +65,7 @@ def busy(
 ) -> Iterator[bytes]:
     """A source, while whose pieces are taken other users store theirs."""
     for start in range(0, len(data), MIB):
-        yield data[start : start + MIB]
+        yield data[slice(start, start + MIB)]
         size = dice.choice([100, 1000, 10_000, 200_000])
         server.fill(churn // size, size)
 

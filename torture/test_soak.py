@@ -82,7 +82,7 @@ def content(seed: int) -> bytes:
         (50 * MIB - SEED.size) * dice.random() ** dice.choice([0.1, 4, 20, 20, 20])
     )
     start = dice.randrange(len(NOISE) - size)
-    return SEED.pack(seed) + NOISE[start : start + size]
+    return SEED.pack(seed) + NOISE[slice(start, start + size)]
 
 
 def seed_of(data: bytes) -> int:
@@ -176,7 +176,9 @@ class Client:
         head = "".join(f"{key}: {value}\r\n" for key, value in lines.items())
         step = len(body) // (pauses + 1) + 1
         body = body[:most]
-        pieces = [body[start : start + step] for start in range(0, len(body), step)]
+        pieces = [
+            body[slice(start, start + step)] for start in range(0, len(body), step)
+        ]
         if chunked:
             pieces = [b"%x\r\n%b\r\n" % (len(piece), piece) for piece in [*pieces, b""]]
         self.epoch, answer = self.load.epoch, Answer(0, {}, b"")
@@ -324,7 +326,9 @@ class Client:
         path, hung_up = urljoin("/uploads", answer.headers["Location"]), False
         while "Content-Location" not in answer.headers:
             offset = int(answer.headers["Upload-Offset"])
-            piece = data[offset : offset + self.dice.choice([MIB, 5 * MIB, 6 * MIB])]
+            piece = data[
+                slice(offset, offset + self.dice.choice([MIB, 5 * MIB, 6 * MIB]))
+            ]
             headers = {**tus, "Upload-Offset": str(offset)}
             headers["Content-Type"] = "application/offset+octet-stream"
             most = self.dice.randrange(len(piece)) if self.dice.random() < 0.2 else None
@@ -438,7 +442,8 @@ def check_memory(idle: dict[int, Usage], seen: list[dict[int, Usage]]) -> None:
         assert max(memory) <= before.memory + GROWTH
         if LONG:
             assert (
-                max(memory[PHASES // 2 :]) <= max(memory[: PHASES // 2]) + GROWTH // 4
+                max(memory[slice(PHASES // 2, None)])
+                <= max(memory[: PHASES // 2]) + GROWTH // 4
             )
     threads = sum(each.threads for each in seen[-1].values())
     assert threads <= THREADS + 2 * len(idle)

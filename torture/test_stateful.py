@@ -142,7 +142,7 @@ class Machine(RuleBasedStateMachine):
     @rule(name=NAMES, data=DATA, expire=EXPIRES, pieces=st.integers(0, 300))
     def set(self, name: str, data: bytes, expire: int, pieces: int) -> None:
         steps = range(0, len(data), pieces) if pieces else ()
-        source: Any = (data[at : at + pieces] for at in steps) if pieces else data
+        source: Any = (data[slice(at, at + pieces)] for at in steps) if pieces else data
         self.write(name, data, lambda: self.cache.set(name, source, expire=expire))
 
     @rule(name=NAMES, data=DATA, right=st.booleans())

@@ -67,7 +67,7 @@ class Upload:
         """Store what does not count yet, piece by piece."""
         sizes = itertools.cycle(PIECES)
         while self.length < len(data):
-            self.add(cache, data[self.length : self.length + next(sizes)])
+            self.add(cache, data[slice(self.length, self.length + next(sizes))])
 
     def finish(self, cache: FileCache, verb: str = "add") -> FileInfo:
         write: Callable[..., FileInfo] = getattr(cache, verb)
@@ -359,7 +359,7 @@ def test_a_flood_of_tiny_pieces(server: Memcached, cache: FileCache) -> None:
     """There is no limit to their number, but that of a manifest's size."""
     upload = Upload()
     for at in range(len(DATA)):
-        upload.add(cache, DATA[at : at + 1])
+        upload.add(cache, DATA[slice(at, at + 1)])
     info = upload.finish(cache)
     assert cache.get("file") == DATA
     audit(server, info, parts=tuple(upload.parts), exact=True)
@@ -413,7 +413,7 @@ def test_50_mib_on_a_stock_memcached(
             classes = slab_classes(memcached)
             data, upload, begin = os.urandom(50 * MIB), Upload("new"), 0
             for size in pieces(name):
-                piece, begin = data[begin : begin + size], begin + size
+                piece, begin = data[slice(begin, begin + size)], begin + size
                 if len(upload.rest) + size < MIB // 2:  # less than a chunk
                     upload.rest += piece
                 else:
