@@ -326,7 +326,7 @@ class FileCache:
         if operator.index(max_size) < 0:
             raise ValueError("max_size is a number of bytes")
         self.namespace, self.max_size, self.lease = namespace, max_size, _lease(lease)
-        self._chunk_size = chunk_size
+        self._chunk_size = chunk_size and int(chunk_size)
         self._given = client
         self._connect()
         longest = len(getattr(self.client, "key_prefix", b"")) + len(self._key(b"x"))
@@ -396,7 +396,7 @@ class FileCache:
     ) -> FileInfo:
         """Store a file, or replace it. Readers get the old file until this returns, and
         also if it raises; but if memory can't hold both, the old file goes first.
-        Arguments and errors are those of `add`, except FileExists."""
+        Arguments and errors are those of `add`, except FileExists and FileCorrupt."""
         return _Write(self, "set", name, size, expire, metadata, parts).run(source)
 
     def cas(
@@ -424,7 +424,8 @@ class FileCache:
         """Store the whole chunks in `data` ahead of their file.
 
         parts: those that earlier calls returned, in order; this call checks them.
-        lease: seconds, 1 to 2,592,000, that the new part lives; an hour by default.
+        lease: seconds, 1 to 2,592,000, that the new part lives; an hour by default. On
+            a server that hardly holds the file, earlier parts get it, too.
 
         Returns the new part, a short text for the `parts` of later calls, and the
         number of bytes that it took, a multiple of the chunk size. The caller keeps the
@@ -477,12 +478,14 @@ class FileCache:
         """
         entry, deadline = self._entry(name), time.monotonic() + _lease(lock)
         is_mine = False
-        with contextlib.suppress(CacheUnavailable, CacheFull):
-            while not is_mine and time.monotonic() < deadline:
-                with contextlib.suppress(CacheMiss, FileCorrupt, FileChanged):
-                    return self.get(name)
-                is_mine = entry.take_lock(lock)
         try:
+            with contextlib.suppress(CacheUnavailable, CacheFull):
+                while time.monotonic() < deadline:
+                    with contextlib.suppress(CacheMiss, FileCorrupt, FileChanged):
+                        return self.get(name)
+                    if is_mine:  # and the file is still not there
+                        break
+                    is_mine = entry.take_lock(lock)
             data = make()
             with contextlib.suppress(CacheUnavailable, CacheFull):
                 self.set(name, data, expire=expire, metadata=metadata)
@@ -549,8 +552,8 @@ class FileCache:
 
     def ping(self) -> None:
         """Return if every server answers, else raise CacheUnavailable."""
+        key = self._entry("ping").key  # first, as it connects anew after a fork
         servers = getattr(self.client, "servers", {"": self.client})
-        key = self._key(b"ping")
         for client in servers.values():
             _Server(client).ask("", lambda each: each.gets(key))
 
@@ -911,6 +914,7 @@ class _Write(_Segment):
             # some of its chunks anyway, and keep the others in place of new ones.
             if found.manifest and found.manifest.size + self.length > self.memory:
                 self.entry.delete_segments(found.segments, self.parts)
+                found = found._replace(manifest=None)
             is_last = self.length == self.size or len(batch) < self.batch_size
             if is_last and len(batch) == self.length <= self.small:
                 self.data = bytes(batch)

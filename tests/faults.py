@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import io
 import itertools
 import re
@@ -19,7 +20,7 @@ from pymemcache.client.base import Client, PooledClient
 from pymemcache.exceptions import MemcacheServerError, MemcacheUnknownError
 
 from memchunk import FileCache
-from tests.support import Memcached
+from tests.support import WAIT, Memcached
 
 Hook = Callable[[str], object]  # is told the command
 
@@ -225,7 +226,9 @@ class Proxy(Trigger):
     def drain(self) -> None:
         """Wait until all commands were carried out, after their senders have gone."""
         while self._sessions:
-            self._sessions.pop().join()
+            # An interrupt may have struck before the client knew its new socket.
+            gc.collect()
+            self._sessions.pop().join(WAIT)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
