@@ -80,8 +80,8 @@ def verdict(found: Sequence[Figure]) -> str:
         f"the same items: {', '.join(bare)}. Beside pymemcache by hand with a CRC-32, "
         f"the ratio is {small[0]:.2f} to {small[-1]:.2f} up to 32 KiB, and "
         f"{large[0]:.2f} to {large[-1]:.2f} from 256 KiB on. "
-        f"{known - len(missed)} of {known} aims are met, and at 50 MiB "
-        f"{', '.join(faster) or 'no other client'} is faster.\n\n{table(header, rows)}"
+        f"{known - len(missed)} of {known} aims are met, and at 50 MiB these are "
+        f"faster: {', '.join(faster) or 'none'}.\n\n{table(header, rows)}"
     )
 
 
