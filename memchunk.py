@@ -137,6 +137,10 @@ _REFUSAL = re.compile(rb"out of memory (storing|during read)|object too large")
 
 _DROPPED = ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, MemcacheClosed
 
+# The errors of JSON that no writer wrote. Others, as of a signal's handler, pass
+# through: they must not make a whole file a damaged one.
+_NONSENSE = ValueError, TypeError, LookupError, AttributeError, RecursionError
+
 _SEGMENT = re.compile("[0-9a-f]{16}")
 _PART = re.compile("([0-9a-f]{16}):([0-9]{1,7}):([0-9]{1,10})")
 
@@ -644,9 +648,7 @@ class _Manifest:
             found = cls(**fields, metadata=rest[:length], data=rest[length:])
             found._check(name)
             return found
-        except FileCorrupt:
-            raise
-        except Exception as error:  # of many kinds, for JSON that no writer wrote
+        except _NONSENSE as error:
             raise FileCorrupt(name, None) from error
 
     def _check(self, name: str) -> None:
@@ -876,8 +878,9 @@ class _Write(_Segment):
         if self.size is not None and whole not in (None, self.size):
             raise SizeMismatch(name, self.size, whole or 0)
         self.size = whole if self.size is None else self.size
-        if self.size is not None and self.size > limit:
-            raise FileTooLarge(name, self.size, limit)
+        size = max(self.size or 0, self.length)
+        if size > limit:
+            raise FileTooLarge(name, size, limit)
         found = self._look_up()
         self.plan(limit if self.size is None else self.size)
         self.total = -(-max((self.size or 0) - self.length, 0) // self.chunk_size)
@@ -906,7 +909,7 @@ class _Write(_Segment):
 
     def _send(self, pieces: Iterable[Any], found: _Found) -> bool:
         """Store all chunks. Returns whether they have their final expiry already."""
-        is_settled = False
+        is_settled, sent = False, 0.0
         for batch in _batches(pieces, self.batch_size):
             self.length += len(batch)
             self._check_length()
@@ -922,11 +925,12 @@ class _Write(_Segment):
             if is_last and not self.count:
                 self.total = -(-len(batch) // self.chunk_size)
             end = self.entry.exptimes(self.expire)[1] if is_last else None
-            is_settled = self.send(batch, end)
+            is_settled, sent = self.send(batch, end), time.monotonic()
             del batch  # before the next one is gathered
         if self.size not in (None, self.length):
             raise SizeMismatch(self.entry.name, self.size or 0, self.length)
-        return is_settled
+        # The source may have taken its time to end.
+        return is_settled and time.monotonic() - sent < _FRESH
 
     def _check_length(self) -> None:
         """Raise if the file may not be as long as it is already."""

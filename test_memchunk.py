@@ -374,6 +374,22 @@ def test_a_manifest_of_an_unknown_format_is_a_clear_error(
             call()
 
 
+def test_an_error_of_the_machine_is_no_damage(
+    files: FileCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else `add` would take a whole file for a damaged one, and replace it."""
+    files.add(NAME, b"old")
+
+    def fail(text: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("json.loads", fail)
+    with pytest.raises(MemoryError):
+        files.add(NAME, b"new")
+    monkeypatch.undo()
+    assert files.get(NAME) == b"old"
+
+
 # Atomic: one version, one winner
 
 
@@ -507,6 +523,16 @@ def test_a_chunk_lost_during_the_write_is_cache_full(
         cache.set(NAME, data_of(2500))
     assert caught.value.missing == [1]
     assert (cache.get(NAME), memcached.keys()) == (b"old", [KEY])
+
+
+def test_a_source_that_ends_late_has_its_chunks_touched_again(
+    counting: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may have been evicted, or have expired, since the last of them was sent."""
+    monkeypatch.setattr(memchunk, "_FRESH", 0.0)
+    cache = cache_on(counting, chunk_size=CHUNK, max_size=10_000)
+    cache.set(NAME, [bytes(2500)], size=2500)
+    assert counting.commands.count("touch") == 6
 
 
 # Errors and invalid input
