@@ -290,11 +290,12 @@ def test_a_new_time_to_live(client: Any, memcached: Memcached) -> None:
     [
         ("a.png", "", "image/png"),
         ("folder/A.PDF", "", "application/pdf"),
+        # What curl says of any body.
         (
             "a.png",
             "application/x-www-form-urlencoded",
             "image/png",
-        ),  # what curl says of any body
+        ),
         ("a.png", "text/plain", "text/plain"),
         ("a.png", "application/octet-stream", "application/octet-stream"),
         ("a.tar.gz", "", "application/octet-stream"),
@@ -479,10 +480,11 @@ def test_not_modified(client: Any) -> None:
             assert read.headers["ETag"] == etag
     for headers in (
         {"If-None-Match": '"other"'},
+        # The date is ignored.
         {
             "If-None-Match": '"other"',
             "If-Modified-Since": modified,
-        },  # the date is ignored
+        },
         {"If-Modified-Since": http_date(1)},
         {"If-Modified-Since": "yesterday"},
     ):
@@ -495,10 +497,11 @@ def test_preconditions_of_reads(client: Any) -> None:
     for headers in (
         {"If-Match": etag},
         {"If-Match": "*"},
+        # The date is ignored.
         {
             "If-Match": f'"other", {etag}',
             "If-Unmodified-Since": http_date(1),
-        },  # the date is ignored
+        },
         {"If-Unmodified-Since": modified},
         {"If-Unmodified-Since": "yesterday"},
     ):
@@ -720,9 +723,8 @@ def test_a_range_fetches_only_the_chunks_that_it_touches(memcached: Memcached) -
     )
     start, stop = 40 * CHUNK + 1, 42 * CHUNK + 1
     assert read.data == content(100 * CHUNK)[start:stop]
-    assert (
-        int(memcached.stats()["get_hits"]) - before == 1 + 3
-    )  # the manifest and three chunks
+    # The manifest and three chunks.
+    assert int(memcached.stats()["get_hits"]) - before == 1 + 3
 
 
 def test_a_limit_on_answers(memcached: Memcached) -> None:
@@ -755,9 +757,8 @@ def test_evicted(client: Any, memcached: Memcached) -> None:
     is_problem(client.get("/files/a", headers={"Range": "bytes=3500-3501"}), 410)
     assert client.get("/files/a", headers={"Range": "bytes=0-9"}).data == content(10)
     is_problem(client.get("/files/a?info"), 410)
-    assert (
-        client.post("/files/a", data=b"new").status_code == 201
-    )  # a dead file blocks no name
+    # A dead file blocks no name.
+    assert client.post("/files/a", data=b"new").status_code == 201
     assert client.get("/files/a").data == b"new"
 
 
@@ -1382,10 +1383,11 @@ def test_a_form_over_the_limit(memcached: Memcached) -> None:
     client = make(memcached, max_size=10_000)
     assert post_form(client, form(("file", "a", content(10_000)))).status_code == 201
     items = memcached.keys()
+    # One that the length gives away, one that it doesn't.
     for size in (
         10_001,
         100_001,
-    ):  # one that the length gives away, one that it doesn't
+    ):
         assert (
             is_problem(post_form(client, form(("file", "a", content(size)))), 413)[
                 "limit"
@@ -1445,9 +1447,8 @@ def test_a_download_holds_the_file_once(memcached: Memcached) -> None:
     client.put("/files/a", data=bytes(40 * MIB))
     for headers in ({}, {"Range": "bytes=1-"}, {"Want-Repr-Digest": "sha-256=1"}):
         tracemalloc.start()
-        read = client.get(
-            "/files/a", headers=headers
-        )  # the first piece is taken, and all is held
+        # The first piece is taken, and all is held.
+        read = client.get("/files/a", headers=headers)
         assert read.content_length >= 40 * MIB - 1
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -1513,10 +1514,11 @@ def test_errors_are_not_kept_by_caches(memcached: Memcached) -> None:
 
 @pytest.mark.parametrize("key", ["PATH_INFO", "SCRIPT_NAME", "QUERY_STRING"])
 def test_an_environment_that_wsgi_forbids(client: Any, key: str) -> None:
+    # Bytes as Latin-1, says PEP 3333.
     environ = {
         **create_environ("/healthz"),
         key: "/\u4f60",
-    }  # bytes as Latin-1, says PEP 3333
+    }
     data, status, headers = run_wsgi_app(client.application, environ)
     assert (status[:3], headers["Cache-Control"]) == ("400", "no-store")
     assert json.loads(b"".join(data))["status"] == 400
@@ -2234,9 +2236,8 @@ def run() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     yield start
     for process in started:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(
-                process.pid, signal.SIGKILL
-            )  # and the memcached that it may have left
+            # And the memcached that it may have left.
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
 
@@ -2256,9 +2257,8 @@ def test_python_wsgi_py_brings_its_own_memcached(
     process.send_signal(stop)
     assert process.wait(WAIT) == 0
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(
-        memchunk.CacheUnavailable
-    ):  # its idle connection has ended with it
+    # Its idle connection has ended with it.
+    with pytest.raises(memchunk.CacheUnavailable):
         cache.ping()
     cache.close()
 

@@ -1,21 +1,24 @@
 """An HTTP API for files of up to 50 MiB in memcached, for any WSGI host.
 
-    python wsgi.py                  a first try: brings a memcached of its own
-    gunicorn wsgi:application       for work: settings come from the environment, see
-    Settings
+    python wsgi.py                a first try: brings a memcached of its own
+    gunicorn wsgi:application     for work: Settings come from the environment
 
-    POST    /files           store under a new name     PUT     /files/<name>   create
-    or replace
-    POST    /files/<name>    create only                DELETE  /files/<name>   delete
-    GET     /files/<name>    the bytes                  GET     /               page to
-    upload from GET     /healthz         this process is alive      GET     /readyz
-    memcached answers POST, HEAD, PATCH, DELETE  /uploads    in pieces that resume, with
-    tus.py beside this file
+    POST    /files              store under a new name
+    POST    /files/<name>       create only
+    PUT     /files/<name>       create or replace
+    GET     /files/<name>       the bytes
+    PATCH   /files/<name>       a new time to live
+    DELETE  /files/<name>       delete
+    GET     /                   the page to upload from
+    GET     /healthz            this process is alive
+    GET     /readyz             a memcached answers
+    POST, HEAD, PATCH, DELETE   /uploads, in pieces that resume, with tus.py beside it
 
-The promise: no byte of a file is sent before all that were asked for are verified, so
-that a file that memcached evicted or damaged is an error status, never a short or wrong
-200; and a refused upload stores nothing. Errors are application/problem+json (RFC
-9457), or words for a browser."""
+The promise: no byte of a file is sent before all that were asked for are verified. So a
+file that memcached evicted or damaged is an error status, never a short or wrong 200;
+and a refused upload stores nothing. Errors are application/problem+json (RFC 9457), or
+words for a browser.
+"""
 
 from __future__ import annotations
 
@@ -90,13 +93,10 @@ TOKEN_FILE_SECONDS = 1
 """Seconds after which MEMCHUNK_TOKEN_FILE is read again, if a request wants a token."""
 
 READY_SECONDS = 1.5  # that /readyz waits for servers
-READ_ATTEMPTS = (
-    5  # how often a download that a writer overtakes starts over on the new version
-)
+READ_ATTEMPTS = 5  # of a download that a writer overtakes
 RETRY_AFTER = "5"  # seconds: about what memcached takes to come back
-MAX_FORM_OVERHEAD = (
-    64 * 1024
-)  # bytes of a form that are not the file, all of them together
+# Bytes of a form that are not the file, all of them together.
+MAX_FORM_OVERHEAD = 64 * 1024
 NO_FILE = (
     "The form has no part with a file name. Choose a file; with curl, send "
     "-F file=@PATH, or --data-binary @PATH without a form."
@@ -124,15 +124,17 @@ PROBED = ("/healthz", "/readyz")  # what balancers ask for, by IP address
 TAKES_BODY = ("new", "create", "put")  # endpoints
 UPLOADS = ("PATCH", "POST", "PUT")  # methods that may store what they carry
 READS = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
+# The conditions of methods that change something.
 PRECONDITIONS = (
     "If-Match",
     "If-Unmodified-Since",
     "If-None-Match",
-)  # of methods that do
+)
+# The active algorithms of RFC 9530.
 DIGESTS = {
     "sha-256": hashlib.sha256,
     "sha-512": hashlib.sha512,
-}  # RFC 9530's active ones
+}
 
 # A byte sequence of a structured field (RFC 9651), and the parameters that may follow
 # it.
@@ -141,8 +143,8 @@ BYTE_SEQUENCE = re.compile(r":([A-Za-z0-9+/]*)=*: *(;.*)?")
 # What a page elsewhere may read of an answer, besides what every page may.
 SHARED_HEADERS = (
     "Accept-Ranges, Allow, Content-Disposition, Content-Length, Content-Location, "
-    "Content-Range, "
-    "ETag, Location, Repr-Digest, Retry-After, Tus-Checksum-Algorithm, Tus-Extension, "
+    "Content-Range, ETag, Location, Repr-Digest, Retry-After, "
+    "Tus-Checksum-Algorithm, Tus-Extension, "
     "Tus-Max-Size, Tus-Resumable, Tus-Version, Upload-Expires, Upload-Length, "
     "Upload-Metadata, "
     "Upload-Offset"
@@ -155,9 +157,7 @@ SIMPLE_TYPES = (
     "multipart/form-data",
     "text/plain",
 )
-PREFLIGHT_AGE = (
-    "3600"  # seconds that a browser may rely on our answer about other origins
-)
+PREFLIGHT_AGE = "3600"  # seconds that a browser may rely on our answer
 
 # Hosts that raise if a chunked body is cut off: tests/test_hosts.py has a test of each.
 # Others, such as granian, uvicorn and hypercorn, end such a body like a whole one.
@@ -172,12 +172,13 @@ TEXT_DECODERS = ("apig_wsgi.full_event", "serverless.event")
 STORED_FILE_POLICY = "sandbox; default-src 'none'"
 NO_STORE = {"Cache-Control": "no-store"}
 
+# Seconds that the page offers to keep a file.
 EXPIRES = (
     3600,
     86400,
     7 * 86400,
     30 * 86400,
-)  # seconds that the page offers to keep a file
+)
 
 # Status and advice for each error of the library. What it says of servers stays in the
 # log.
@@ -276,18 +277,18 @@ class Settings:
     namespace: prefix of the keys, for several applications on one memcached.
     max_size: largest file in bytes, 50 MiB by default.
     expire: seconds that a file is kept unless its upload says otherwise, 0 (default)
-    for no end.
+        for no end.
     timeout: seconds to wait for memcached, 5 by default.
     token: what clients must send as bearer token, or as password of HTTP Basic; none by
         default. Several have commas between them.
     max_response: most bytes of a file in one answer, for hosts with a limit, 0
-    (default) for none.
+        (default) for none.
     max_expire: most seconds that an upload may ask for, and most of `expire`, 0
-    (default) for any.
+        (default) for any.
     origins: other sites whose pages may use the API ("https://example.com"), separated
         by commas, or "*" for all; none by default.
     public_read: 1 asks for the token on uploads and changes only, 0 (default) on reads,
-    too.
+        too.
     proxies: how many proxies in front set X-Forwarded-For, -Proto, -Host, -Port and
         -Prefix, 0 by default. A client can set these itself where fewer do.
     hosts: host names that the API answers for, separated by commas; ".example.com" has
@@ -470,9 +471,8 @@ class Body:
         # a2wsgi's stream ends with the body too, but does not say so.
         ends = environ.get("wsgi.input_terminated") or "asgi.scope" in environ
         self.problem: Problem | None = None
-        self.size: int | None = (
-            None if ends else 0
-        )  # 0: without a word about it there is none
+        # 0: without a word about a body there is none.
+        self.size: int | None = None if ends else 0
         if coding is not None:
             if not ends:
                 self.problem = Problem(
@@ -518,9 +518,7 @@ class Body:
             piece: bytes = self._stream.read(size)
             if not piece and self._left is None:
                 _check_end(self._environ)
-        except (
-            Exception
-        ) as error:  # each host has its own for a broken connection or coding
+        except Exception as error:  # each host has its own for a broken body
             self._left = 0
             log.info("reading a request's body: %r", error)
             raise CutOff(400, "The body broke off. Send it again.") from error
@@ -598,9 +596,8 @@ class Form:
     "--"."""
 
     def __init__(self, pieces: Iterable[bytes], boundary: str) -> None:
-        self._pieces = itertools.chain(
-            pieces, [b"\r\n"]
-        )  # which some leave out at the very end
+        # Some leave out the line break at the very end.
+        self._pieces = itertools.chain(pieces, [b"\r\n"])
         self._delimiter = b"\r\n--" + boundary.encode()
         self._buffer = b"\r\n"  # the first delimiter has no line before it
         self._at = 0  # where in that the next byte is
@@ -784,9 +781,8 @@ class Application:
             return self.on_options(request, adapter)
         if re.match(r"/(files|uploads)(/|\Z)", request.path):
             self.authorize(request)
-        if (
-            "\ufffd" in request.path
-        ):  # broken UTF-8, as Werkzeug shows it: many names would be one
+        # Broken UTF-8, as Werkzeug shows it: many names would be one.
+        if "\ufffd" in request.path:
             raise Problem(400, "The address is not percent-encoded UTF-8.")
         if request.method in UPLOADS and "Content-Range" in request.headers:
             raise Problem(400, "A part can't be stored as a file. Send the file whole.")
@@ -1148,9 +1144,8 @@ class Application:
         """Relative to the request's own address: only the client knows what proxies put
         before it, another scheme, host, port or prefix."""
         path = self.url_map.bind("").build(endpoint, arguments)
-        if (
-            "//" in path
-        ):  # which many clients make one slash, unless it is below the host
+        # Many clients make one slash of two, unless they follow the host.
+        if "//" in path:
             return self.path(request, endpoint, **arguments)
         relative = "../" * (request.path.count("/") - 1) + path[1:]
         return relative or "./"
@@ -1631,9 +1626,8 @@ def own_memcached() -> Iterator[str]:
         )
     with tempfile.TemporaryDirectory(prefix="memchunk") as folder:
         path = pathlib.Path(folder, "memcached")
-        user = (
-            ["-u", "root"] if os.geteuid() == 0 else []
-        )  # as root it wants to be told so
+        # As root, memcached wants to be told so.
+        user = ["-u", "root"] if os.geteuid() == 0 else []
         # The MiB are the most that it takes, not what it starts with.
         command = [program, "-s", str(path), "-m", "1024", *user]
         process = subprocess.Popen(command)
@@ -1657,9 +1651,8 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", default=8000, type=int)
     options = parser.parse_args()
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit()
-    )  # so that the `with` blocks end
+    # So that the `with` blocks end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     try:
         settings = Settings.from_environment(os.environ)
         with contextlib.ExitStack() as stack:

@@ -64,9 +64,8 @@ class Memcached:
         self._program = program
         self._unix = str(folder / "memcached.sock") if unix else None
         self._port_file = folder / "port"
-        self._port = (
-            -1
-        )  # memcached takes -1 for "any free port" and writes it to the port file
+        # Memcached takes -1 for "any free port" and writes it to the port file.
+        self._port = -1
         self.start()
 
     def start(self) -> None:
@@ -142,9 +141,8 @@ class Memcached:
         """The fields `key=...`, `exp=...` and so on of all items, neither expired nor
         deleted."""
         dump = b"BUSY"
-        while dump.startswith(
-            b"BUSY"
-        ):  # memcached has one crawler, and may be at work with it
+        # Memcached has one crawler, and may be at work with it.
+        while dump.startswith(b"BUSY"):
             # "all" would walk the LRU lists, and miss items that memcached moves
             # between them.
             dump = self.command(
@@ -204,9 +202,8 @@ class Memcached:
     def pause(self) -> None:
         """SIGSTOP: connections are accepted by the kernel and never answered."""
         self.process.send_signal(signal.SIGSTOP)
-        os.waitpid(
-            self.process.pid, os.WUNTRACED
-        )  # until all of its threads have stopped
+        # Until all of its threads have stopped.
+        os.waitpid(self.process.pid, os.WUNTRACED)
 
     def resume(self) -> None:
         self.process.send_signal(signal.SIGCONT)

@@ -319,9 +319,8 @@ def test_a_network_that_is_away(start: Start, tmp_path: pathlib.Path) -> None:
     wait_until(browser, "big.dat", "The connection broke. Going on in 8 s.")
     network(browser)  # it's back: the page notices, and does not wait
     wait_until(browser, "big.dat", "Stored")
-    assert (
-        len([line for line in news(browser) if "broke" in line]) == 1
-    )  # not at each attempt
+    # Not at each attempt.
+    assert len([line for line in news(browser) if "broke" in line]) == 1
 
 
 def test_a_browser_that_is_closed(start: Start, tmp_path: pathlib.Path) -> None:

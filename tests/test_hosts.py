@@ -169,9 +169,8 @@ def test_a_body_cut_off(server: Server, where: str) -> None:
     head = f"PUT /files/cut HTTP/1.1\r\nHost: x\r\n{more}\r\n".encode()
     server.request("DELETE", "/files/cut")  # which another host may have stored
     answer = server.raw(head, sent)
-    assert (
-        not answer or b" 4" in answer.split(b"\r\n")[0]
-    )  # a host may see no one to answer
+    # A host may see no one to answer.
+    assert not answer or b" 4" in answer.split(b"\r\n")[0]
     for how in (b"", struct.pack("ii", 1, 0)):
         with server.connect() as connection:
             if how:

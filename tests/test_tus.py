@@ -288,9 +288,8 @@ def test_options(memcached: Memcached) -> None:
         ("/uploads", "OPTIONS, POST"),
         (path, "DELETE, HEAD, OPTIONS, PATCH"),
     ):
-        answer = client.options(
-            address, headers={"Tus-Resumable": "0.2.2"}
-        )  # to be ignored
+        # To be ignored.
+        answer = client.options(address, headers={"Tus-Resumable": "0.2.2"})
         assert (answer.status_code, answer.data) == (204, b"")
         assert answer.headers["Allow"] == allow
         assert answer.headers["Tus-Version"] == "1.0.0"

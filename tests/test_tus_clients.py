@@ -310,9 +310,8 @@ class Gateway(http.server.HTTPServer):
 
     def serve(self) -> None:
         with contextlib.closing(asyncio.new_event_loop()) as loop:
-            asyncio.set_event_loop(
-                loop
-            )  # Mangum wants the one that Lambda's main thread has
+            # Mangum wants the one that Lambda's main thread has.
+            asyncio.set_event_loop(loop)
             self.serve_forever(0.01)
 
     def url(self, path: str) -> str:

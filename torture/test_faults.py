@@ -301,9 +301,8 @@ class Orders:
         self.known = {(first, result(lambda: other(case.direct)), state(case.direct))}
         case.prepare()
         second = result(lambda: other(case.direct))
-        self.unknown = {
-            (second, state(case.direct))
-        }  # where the operation was not done
+        # Where the operation was not done.
+        self.unknown = {(second, state(case.direct))}
         self.known.add((case.run(case.direct), second, state(case.direct)))
         self.unknown |= {(second, left) for _, second, left in self.known}
         if case.operation.startswith("delete"):

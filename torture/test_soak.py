@@ -46,9 +46,8 @@ PHASES, SECONDS = (6, 100) if LONG else (3, 2)  # between them the host is looke
 KILLS = (PHASES // 2, PHASES - 1)  # the phases in whose middle memcached is killed
 DOWN = 0.5  # seconds that it then stays away
 TIMEOUT = 2  # seconds that the host waits for memcached
-SLOW = (
-    2 * TIMEOUT
-)  # seconds that a slow client takes, at the least, and a stalled one waits
+# Seconds that a slow client takes, at the least, and a stalled one waits.
+SLOW = 2 * TIMEOUT
 
 THREADS = 16  # of a host, in all its processes
 GUNICORN = Host(
@@ -64,11 +63,12 @@ GROWTH = 96 * MIB  # of a process, since it has begun to work
 # leak.
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": "1048576", "MALLOC_MMAP_THRESHOLD_": "4194304"}
 TROUBLE = (404, 410, 503, 507)  # what may be said while memcached is away, or just back
+# What may be said of files in a cache that is too small for them all.
 NO_ROOM = (
     404,
     410,
     507,
-)  # what may be said of files in a cache that is too small for them all
+)
 
 NOISE = os.urandom(64 * MIB)
 SEED = struct.Struct(">Q")  # begins every file, and tells all of it
@@ -183,9 +183,8 @@ class Client:
             pieces = [b"%x\r\n%b\r\n" % (len(piece), piece) for piece in [*pieces, b""]]
         self.epoch, answer = self.load.epoch, Answer(0, {}, b"")
         with self.load.server.connect() as connection:
-            with contextlib.suppress(
-                ConnectionError
-            ):  # it may have answered, and closed
+            # It may have answered, and closed.
+            with contextlib.suppress(ConnectionError):
                 connection.sendall(f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode())
                 for number, piece in enumerate(pieces):
                     connection.sendall(piece)
