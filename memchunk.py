@@ -511,7 +511,8 @@ class FileCache:
 
     def __contains__(self, name: str) -> bool:
         """Whether the whole file is there. Reads no payload, and changes nothing."""
-        return self._entry(name).is_whole(self._entry(name).lookup())
+        entry = self._entry(name)
+        return entry.is_whole(entry.lookup())
 
     def touch(self, name: str, expire: _Expire) -> FileInfo:
         """Give the file a new time to live: seconds from now, a timedelta, or 0 for no
@@ -581,7 +582,10 @@ class FileCache:
         key = self._key(encoded)
         for_key = getattr(self.client, "for_key", None)
         client = for_key(key) if for_key else self.client
-        return _Entry(self._servers.setdefault(id(client), _Server(client)), name, key)
+        server = self._servers.get(id(client))
+        if server is None:
+            server = self._servers.setdefault(id(client), _Server(client))
+        return _Entry(server, name, key)
 
 
 # --- The stored format ----------------------------------------------------------------
@@ -853,7 +857,7 @@ class _Write(_Segment):
             is_settled = self._send(pieces(self.batch_size), found)
         is_fresh = self.verb != "cas" and time.monotonic() - found.time < _FRESH
         manifest = self._manifest()
-        for tries_left in reversed(range(_ATTEMPTS)):
+        for _ in range(_ATTEMPTS):
             with self.deleted_on_error():
                 # A server that restarted counts its tokens anew: an old one might fit.
                 found = found if is_fresh else self._look_up()
@@ -864,9 +868,10 @@ class _Write(_Segment):
             with self.deleted_on_error(CacheFull):
                 if self.entry.replace(found, manifest.pack(), end):
                     break
-                is_fresh = is_settled = False
-                if tries_left == 0:
-                    raise self.entry.cache_full(self.length, cause="contention")
+            is_fresh = is_settled = False
+        else:
+            with self.deleted_on_error():
+                raise self.entry.cache_full(self.length, cause="contention")
         # 5. Delete the chunks of the replaced file.
         self._tidy(found, manifest, chunks_end)
         return manifest.info
@@ -1226,7 +1231,9 @@ class _Entry:
 
         quick: don't wait for the replies, if the chunks are few.
         """
-        verb = "delete quickly" if quick and len(keys) <= _FEW else "delete"
+        # Nagle's algorithm would hold up the next command of a client that allows it.
+        quick = quick and len(keys) <= _FEW and self.server.sends_at_once
+        verb = "delete quickly" if quick else "delete"
         for _ in range(2):
             with contextlib.suppress(CacheUnavailable, CacheFull):
                 replies = self._run([_Command(verb, key) for key in keys])
@@ -1352,6 +1359,8 @@ class _Server:
     def __init__(self, client: Any) -> None:
         self.client, self.name = client, _server_name(client)
         self.prefix = getattr(client, "key_prefix", b"")
+        self.has_pipeline = hasattr(client, "pipeline")
+        self.sends_at_once = self.has_pipeline or getattr(client, "no_delay", False)
         self._settings: dict[str, int] = {}
         self._silent_until = -math.inf
 
@@ -1359,7 +1368,7 @@ class _Server:
         """Do commands; return their replies. A client with `pipeline`, as of mcpool,
         gets them in one go. Others get them one by one: pymemcache's `set_many` stops
         at the first refusal, while the server goes on to store what is behind it."""
-        if not hasattr(self.client, "pipeline"):
+        if not self.has_pipeline:
             return [self.ask(name, command.call, again) for command in commands]
         wires = functools.partial(map, _Command.wire, commands)
         return list(self.ask(name, lambda each: each.pipeline(wires()), again))
@@ -1369,10 +1378,13 @@ class _Server:
     ) -> dict[str, Any]:
         """Have `receive` take the values that are there: from mcpool, each while the
         next arrives. Returns a dictionary with their keys."""
-        if not keys or hasattr(self.client, "receive_many"):
-            ask = functools.partial(self.ask, name)
-            return ask(lambda each: each.receive_many(keys, receive)) if keys else {}
-        values: dict[str, Any] = self.ask(name, lambda each: each.get_many(keys))
+        if not keys:
+            return {}
+        values: dict[str, Any]
+        if hasattr(self.client, "receive_many"):
+            values = self.ask(name, lambda each: each.receive_many(keys, receive))
+            return values
+        values = self.ask(name, lambda each: each.get_many(keys))
         for key, value in values.items():
             receive(key, *_opened(value))
         return values
