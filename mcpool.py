@@ -24,6 +24,7 @@ import hashlib
 import itertools
 import os
 import re
+import secrets
 import socket
 import ssl
 import threading
@@ -57,7 +58,6 @@ _ADDRESS = re.compile(
 )
 _VALUE = re.compile(rb"VALUE (\S+) \d+ (\d{1,9})(?: (\d+))?")  # below 1 GB, as -I is
 _REPLY = re.compile(rb"DELETED|TOUCHED|NOT_FOUND|OK|VERSION .*|\d+ *")
-_GREETING = re.compile(rb"(VALUE .*\r\n)?END\r\n|(?!VALUE)[^\r\n]*\r\n", re.DOTALL)
 
 Key = Union[str, bytes]
 Receive = Callable[[Key, int, Callable[[Any], Any]], Any]
@@ -415,8 +415,7 @@ class _Connection(Client):
         self.sock, self._socket, self.left = self, socket.socket(family), left
         self._server, self._tls = server, False
         self._receive: Receive = _receive_bytes
-        self._ahead = b""  # what `line` received behind its line
-        self._unended = 0  # bytes since the last end of a line
+        self._ahead = b""  # received, and not used yet
 
     def connect(self, place: Any, tls: ssl.SSLContext | None) -> None:
         """Connect, and have a harmless command answered before others rely on it."""
@@ -439,21 +438,19 @@ class _Connection(Client):
             raise NoAnswer(text)
         # A proxy says SERVER_ERROR if one of its servers is down. The others may be
         # well.
-        good = b"STORED" if self._server.login else b"END|VALUE|SERVER_ERROR"
+        good = b"STORED" if self._server.login else b"END|SERVER_ERROR"
         if not re.match(good, reply):
             raise exceptions.MemcacheUnknownError(
                 f"{text}; does it want user:password@?"
             )
 
     def _greet(self) -> bytes:
-        login, reply = self._server.login, b""
+        login, key = self._server.login, secrets.token_hex(8).encode()
         ask = b"set auth x 0 %d\r\n%b\r\n" % (len(login), login)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             # A server that has closed the connection may have said why.
-            self.sendall(ask if login else b"get mcpool\r\n")
-        while not _GREETING.fullmatch(reply):
-            reply += self.recv(_LINE)
-        return reply
+            self.sendall(ask if login else b"get mcpool-%b\r\n" % key)
+        return self._line()
 
     def begin(self, deadline: float) -> bool:
         """Begin a call. False means that something came, or an end, that nobody asked
@@ -503,21 +500,20 @@ class _Connection(Client):
                 parts[0] = parts[0][sent:]
 
     def recv(self, size: int) -> bytes:
-        data: bytes = self._wait(self._socket.recv, size)
-        self._unended += (data + b"\r\n").find(b"\r\n")
-        if self._unended > _LINE:
-            text = f"{self._server.name} sends a line that is too long"
-            raise exceptions.MemcacheUnknownError(text)
-        if b"\r\n" in data:
-            self._unended = len(data) - data.rfind(b"\r\n") - 2
-        return data
+        """One line, for pymemcache. So nothing behind it is ever in its hands."""
+        return self._line() + b"\r\n"
 
     def _line(self) -> bytes:
         """The next line, without its end."""
-        while b"\r\n" not in self._ahead:
-            self._ahead += self.recv(_LINE)
-        line, _, self._ahead = self._ahead.partition(b"\r\n")
-        return line
+        while True:
+            line, end, rest = self._ahead.partition(b"\r\n")
+            if len(line) > _LINE:
+                text = f"{self._server.name} sends a line that is too long"
+                raise exceptions.MemcacheUnknownError(text)
+            if end:
+                self._ahead = rest
+                return line
+            self._ahead += self._wait(self._socket.recv, _LINE)
 
     def get_many(self, keys: Any, receive: Receive | None = None) -> dict[Key, Any]:
         self._receive = receive or _receive_bytes
@@ -562,13 +558,12 @@ class _Connection(Client):
         if not match or match[1] not in remapped_keys or bool(match[3]) != expect_cas:
             raise exceptions.MemcacheUnknownError(line[:64])
         key, size = remapped_keys[match[1]], int(match[2])
-        self._ahead, self._missing, self._unended = buf, size, 0
+        self._missing = size
         value = self._receive(key, size, self._fill)
         if self._missing:
             raise ValueError(f"{self._missing} bytes of the value were not received")
         if self._line():
             raise exceptions.MemcacheUnknownError("a value is longer than announced")
-        buf, self._ahead, self._unended = self._ahead, b"", 0
         return key, (value, match[3]) if expect_cas else value, buf
 
     def _fill(self, buffer: Any) -> Any:

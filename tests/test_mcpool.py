@@ -983,14 +983,6 @@ def test_a_server_that_is_no_memcached_is_a_clear_error(connect: Any) -> None:
         connect(server).get("a")
 
 
-@pytest.mark.parametrize("item", [b"", b"1", b"END\r\n", b"x\r\n" * 5000])
-def test_an_item_named_like_the_greeting_does_no_harm(
-    connect: Any, memcached: Memcached, item: bytes
-) -> None:
-    memcached.write("mcpool", item)
-    assert connect(memcached.server).get("mcpool") == item
-
-
 def test_a_proxy_without_one_of_its_servers_can_be_used(connect: Any) -> None:
     def proxy(connection: socket.socket) -> None:
         for reply in (b"SERVER_ERROR Connection refused\r\n", b"TOUCHED\r\n"):
