@@ -757,29 +757,11 @@ def test_max_connections_lets_calls_wait_for_a_free_one(
     pool = connect(memcached.server, max_connections=1)
     with in_use(pool):
         waiting = [in_thread(lambda: pool.get("a", 5)) for _ in range(5)]
-        wait_for(lambda: len(pool._waiters) == 5, "all calls to wait")
+        waiters = pool._free.not_empty._waiters
+        wait_for(lambda: len(waiters) == 5, "all calls to wait")
         wait_for(lambda: has_connections(memcached, 1), "1 connections")
     assert [result() for result in waiting] == [5] * 5
     wait_for(lambda: has_connections(memcached, 1), "1 connections")
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
-def test_max_connections_survives_errors_of_waiting_calls(
-    connect: Any,
-    memcached: Memcached,
-    monkeypatch: pytest.MonkeyPatch,
-    error: type[BaseException],
-) -> None:
-    pool = connect(memcached.server, max_connections=1)
-
-    def interrupted(self: Any, timeout: float) -> Any:
-        raise error
-
-    with in_use(pool), monkeypatch.context() as patched:
-        patched.setattr("concurrent.futures.Future.result", interrupted)
-        with pytest.raises(error):
-            pool.get("a")
-    assert pool.get("a") is None
 
 
 @pytest.mark.parametrize("unix", [False, True])
@@ -851,7 +833,7 @@ def test_an_idle_connection_with_a_stray_reply_is_not_used(
         pool = connect(server)
         pool.touch("a")
         send.set()
-        idle = pool._idle[-1][1]._socket
+        idle = pool._free.queue[-1]._socket
         assert select.select([idle], [], [], WAIT)[0]
         assert pool.get("a") == b"1"
         pool.close()
@@ -865,13 +847,12 @@ def test_idle_connections_close_also_below_the_newest(
         pool.get("a")
     pool.get("a")
     wait_for(lambda: has_connections(memcached, 4), "4 connections")
-    pool._idle = type(pool._idle)(
-        (since - (60 if number < 3 else 0), connection)
-        for number, (since, connection) in enumerate(pool._idle)
-    )
-    newest = pool._idle[-1][1]
+    *old, newest = pool._free.queue[-4:]
+    for connection in old:
+        connection.used -= 60
+    pool._sweep_at = 0
     pool.get("a")
-    assert [connection for _, connection in pool._idle] == [newest]
+    assert [each for each in pool._free.queue if each.is_open] == [newest]
     wait_for(lambda: has_connections(memcached, 1), "the old connections to close")
 
 
@@ -880,10 +861,12 @@ def test_an_idle_connection_that_is_too_old_is_not_used(
 ) -> None:
     pool = connect(memcached.server)
     pool.get("a")
-    since, old = pool._idle.pop()
-    pool._idle.append((since - 60, old))
+    connection = pool._free.queue[-1]
+    connection.used -= 60
+    old = connection._socket
     pool.get("a")
-    assert [each is old for _, each in pool._idle] == [False]
+    assert pool._free.queue[-1] is connection
+    assert connection._socket is not old
 
 
 def test_close_closes_idle_connections_and_the_pool_goes_on(
@@ -913,7 +896,7 @@ def test_a_forked_child_has_connections_of_its_own(
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
-            inherited = pool._idle[-1][1]._socket
+            inherited = pool._free.queue[-1]._socket
             if pool.get("a") == b"1" and inherited.fileno() == -1:
                 os._exit(0)
         os._exit(1)
@@ -921,7 +904,7 @@ def test_a_forked_child_has_connections_of_its_own(
     thread()
     assert os.waitpid(child, 0)[1] == 0
     assert pool.get("a") == b"1"
-    assert len(pool._idle) == 1
+    assert pool._free.qsize() == 1
 
 
 def test_all_addresses_of_a_host_are_tried(
