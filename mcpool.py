@@ -79,14 +79,11 @@ def connect(
     max_connections: int = 64,
 ) -> ServerPool | Cluster:
     """Make a pool for one server or several. It connects when it is first used.
-
-    servers: text with commas between the addresses, or an iterable of addresses. These
-    are "host", "host:port", "[ipv6]:port" or "unix:/path". "tls://" and
-    "user:password@", with special characters percent-encoded, may stand before a host.
-    timeout: seconds that a call may wait in all. max_connections: for each server.
-    tls: for every host. By default, hosts with "tls://" get Python's default context.
-    Raises ValueError if an address or a number is not valid.
-    """
+    servers: text with commas between the addresses, or an iterable of them: "host",
+    "host:port", "[ipv6]:port" or "unix:/path". "tls://" and "user:password@", with
+    special characters percent-encoded, may stand before a host. timeout: seconds that
+    a call may wait in all. max_connections: for each server. tls: for every host; by
+    default, those with "tls://" get Python's default context. Raises ValueError."""
     if not 0 < timeout <= threading.TIMEOUT_MAX or max_connections < 1:
         raise ValueError("timeout must be above 0, and max_connections 1 or more")
     given = servers.split(",") if isinstance(servers, str) else list(servers)
@@ -314,7 +311,7 @@ class ServerPool(_Commands):
 
     def _take(self, deadline: float) -> _Connection:
         """An open connection, for this call alone."""
-        share = _SHARE
+        share, refusal = _SHARE, None
         while True:
             try:
                 connection = self._free.get(timeout=max(deadline - time.monotonic(), 0))
@@ -325,9 +322,9 @@ class ServerPool(_Commands):
             try:
                 connection.begin(deadline, share)
                 return connection
-            except NoAnswer as refusal:
+            except NoAnswer as error:
+                share, refusal = 1, refusal or error  # the first is the clearest
                 self._keep_back(connection, refusal, deadline)
-                share = 1
             except BaseException:
                 self._give(connection)
                 raise

@@ -97,7 +97,7 @@ _LARGEST_ITEM, _ITEM_OVERHEAD = 512 * 1024, 64
 _PAGE = 1024 * 1024  # bytes: memcached gives memory to a slab class in pages
 _MAX_KEY = 250  # bytes, memcached's limit
 _LEAST_LIMIT = 1024  # bytes: memcached takes no smaller -I; less is no true answer
-_SMALL = 16  # a file of up to this part of a chunk lies in its manifest
+_CHUNK_TO_SMALL = 16  # a file of up to 1/16 of a chunk lies in its manifest
 
 # Bytes that travel together, which bounds the memory of a transfer. Batches of 8 chunks
 # survive best in a cache that hardly holds the file. A batch of a read stays in the
@@ -130,15 +130,14 @@ _COUNTS = struct.Struct(">II")  # index and total, as the CRC covers them
 _CRC = struct.Struct(">I")  # of a manifest
 _FORMAT = 2
 
-_STORED, _NOT_STORED = b"STORED", b"NOT_STORED"
-_EXISTS, _NOT_FOUND = b"EXISTS", b"NOT_FOUND"
-_TOUCHED, _DELETED = b"TOUCHED", b"DELETED"
+_STORED, _NOT_STORED, _EXISTS = b"STORED", b"NOT_STORED", b"EXISTS"
+_NOT_FOUND, _TOUCHED, _DELETED = b"NOT_FOUND", b"TOUCHED", b"DELETED"
 _REFUSAL = re.compile(rb"out of memory (storing|during read)|object too large")
 
 _DROPPED = ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, MemcacheClosed
 
-# The errors of JSON that no writer wrote. Others, as of a signal's handler, pass
-# through: they must not make a whole file a damaged one.
+# Errors that JSON raises if no writer wrote it. Others pass through: an error of a
+# signal's handler must not make a sound file a damaged one.
 _NONSENSE = ValueError, TypeError, LookupError, AttributeError, RecursionError
 
 _SEGMENT = re.compile("[0-9a-f]{16}")
@@ -146,7 +145,6 @@ _PART = re.compile("([0-9a-f]{16}):([0-9]{1,7}):([0-9]{1,10})")
 
 _Bytes = Union[bytes, bytearray, memoryview]
 _Expire = Union[int, datetime.timedelta]
-_Fill = Callable[[Any], Any]
 _Segments = Sequence[tuple[str, int]]  # keys of segments, and their numbers of chunks
 Source = Union[_Bytes, IO[bytes], Iterable[_Bytes], "os.PathLike[str]"]
 """A file to store: bytes-like objects, one or an iterable; a binary file; or a path."""
@@ -236,21 +234,14 @@ class SizeMismatch(MemchunkError, ValueError):
 
 
 class FileCorrupt(MemchunkError):
-    """The stored bytes of chunk `index` are damaged, or of the manifest (None)."""
+    """Chunk `index` is damaged, or the manifest (None). reason: "" for damage, else
+    why a sound manifest can't be used: a later memchunk wrote it."""
 
     def __init__(self, name: str, index: int | None, reason: str = "") -> None:
-        self.index = index
+        self.index, self.reason = index, reason
         place = "its manifest" if index is None else f"chunk {index}"
         text = f"{name!r} is damaged: {reason or f'{place} is wrong'}"
         super().__init__(text, name, index, reason)
-
-
-class _UnknownFormat(FileCorrupt):
-    """A sound manifest of another version of memchunk."""
-
-    def __init__(self, name: str, number: object) -> None:
-        super().__init__(name, None, f"its format {number} is unknown to this memchunk")
-        self.args = name, number
 
 
 class CacheFull(MemchunkError):
@@ -352,7 +343,7 @@ class FileCache:
         self._connect()
 
     def __repr__(self) -> str:
-        return f"<FileCache {self.namespace!r} on {_server_name(self.client)}>"
+        return f"<FileCache {self.namespace!r} on {_address(self.client)}>"
 
     def __enter__(self) -> FileCache:
         return self
@@ -373,10 +364,8 @@ class FileCache:
         """Store a new file; return its FileInfo.
 
         source: a bytes-like object, a binary file (read from its position), an iterable
-            of bytes-like objects, or the path of a file. Its exceptions pass through,
-            and nothing is stored then.
-        size: bytes of the file, with its parts; binding. By default, the length of the
-            source decides.
+            of bytes-like objects, or the path of a file. Its errors pass through.
+        size: bytes of the file, with its parts; binding. By default, those that come.
         expire: seconds from now, or a timedelta; 0 for never.
         metadata: up to 65,535 bytes to keep with the file.
         parts: those that `stage` returned; the source is the rest of the file.
@@ -384,8 +373,7 @@ class FileCache:
         Raises FileExists, before payload is sent, if a whole file has that name (one
         that lost chunks is replaced); FileTooLarge; SizeMismatch; CacheFull;
         FileCorrupt for a file of a later format; TypeError for text; ValueError for
-        parts of different chunk sizes.
-        """
+        parts of different chunk sizes. After an error, nothing new is stored."""
         return _Write(self, "add", name, size, expire, metadata, parts).run(source)
 
     def set(
@@ -475,21 +463,14 @@ class FileCache:
         lock: int = 60,
     ) -> _Bytes:
         """The file, or else the bytes that `make()` returns, which become the file.
-
-        One caller at a time runs `make`; the others wait for the file, at the longest
-        `lock` seconds, and then run it, too. If the cache is down, full, or has a
-        damaged file, callers still get bytes; the file is stored if it can be.
-        """
+        One caller at a time runs `make`. The others wait for the file, for up to `lock`
+        seconds, and then run it, too. If the cache is down or full, or the file is
+        damaged, callers still get bytes, and the file is stored if it can be."""
         entry, deadline = self._entry(name), time.monotonic() + _lease(lock)
-        is_mine = False
+        found, is_mine = self._get_or_lock(entry, lock, deadline)
         try:
-            with contextlib.suppress(CacheUnavailable, CacheFull):
-                while time.monotonic() < deadline:
-                    with contextlib.suppress(CacheMiss, FileCorrupt, FileChanged):
-                        return self.get(name)
-                    if is_mine:  # and the file is still not there
-                        break
-                    is_mine = entry.take_lock(lock)
+            if found is not None:
+                return found
             data = make()
             with contextlib.suppress(CacheUnavailable, CacheFull):
                 self.set(name, data, expire=expire, metadata=metadata)
@@ -497,6 +478,21 @@ class FileCache:
         finally:
             if is_mine and time.monotonic() < deadline:  # later, it may be another's
                 entry.delete([entry.lock])
+
+    def _get_or_lock(
+        self, entry: _Entry, seconds: int, deadline: float
+    ) -> tuple[bytes | None, bool]:
+        """The file, None if it must be made; and whether this caller has the lock."""
+        is_mine = False
+        with contextlib.suppress(CacheUnavailable, CacheFull):
+            while time.monotonic() < deadline:
+                with contextlib.suppress(CacheMiss, FileCorrupt, FileChanged):
+                    return self.get(entry.name), is_mine
+                if is_mine:
+                    break
+                # Look again under the lock: its last owner may have stored the file.
+                is_mine = entry.take_lock(seconds)
+        return None, is_mine
 
     def open(self, name: str) -> CachedFile:
         """The present version of the file, as a binary stream, which fetches chunks as
@@ -560,7 +556,7 @@ class FileCache:
         key = self._entry("ping").key  # first, as it connects anew after a fork
         servers = getattr(self.client, "servers", {"": self.client})
         for client in servers.values():
-            _Server(client).ask("", lambda each: each.gets(key))
+            _Entry(_Server(client), "", key).ask(lambda each: each.gets(key))
 
     def close(self) -> None:
         """Close the client's connections. The next call opens new ones."""
@@ -646,7 +642,8 @@ class _Manifest:
             fields = json.loads(line)
             number = fields.pop("format")
             if number != _FORMAT:
-                raise _UnknownFormat(name, number)
+                text = f"its format {number} is unknown to this memchunk"
+                raise FileCorrupt(name, None, text)
             length = fields.pop("metadata")
             fields["segments"] = [tuple(each) for each in fields["segments"]]
             found = cls(**fields, metadata=rest[:length], data=rest[length:])
@@ -701,14 +698,18 @@ class _Segment:
         self.count = 0  # counts chunks before they are sent: all can be deleted
         self.total = 0  # chunks that there will be, 0 if that is not known
         self.pid, self.started = os.getpid(), time.monotonic()
+        self.may_appear = False  # the file: its manifest was sent
 
     def plan(self, size: int) -> None:
         """Decide how to cut a file of up to `size` bytes."""
-        item, self.largest, self.memory = self.entry.server.limits(self.entry.name)
-        self.small = (self.cache._chunk_size or item) // _SMALL
+        item, self.largest, self.memory = self.entry.limits()
+        self.small = (self.cache._chunk_size or item) // _CHUNK_TO_SMALL
         if not self.chunk_size:
-            around = len(_chunk_key(self.entry.key, self.key, _MAX_CHUNKS))
-            around += len(self.entry.server.prefix) + _HEADER.size + _ITEM_OVERHEAD
+            prefix = getattr(self.entry.client, "key_prefix", b"")
+            around = len(prefix) + len(
+                _chunk_key(self.entry.key, self.key, _MAX_CHUNKS)
+            )
+            around += _HEADER.size + _ITEM_OVERHEAD
             self.chunk_size = self.cache._chunk_size or max(item - around, 1)
         self.batch_size = self.chunk_size * max(1, _WRITE_BATCH // self.chunk_size)
         self.is_tight = 2 * size > self.memory
@@ -809,14 +810,16 @@ class _Segment:
         return self.entry.cache_full(size, missing, said, "lease" if is_over else "")
 
     @contextlib.contextmanager
-    def deleted_on_error(self, kind: type[Exception] = Exception) -> Iterator[None]:
-        """An error deletes the segment. An exception that is no Exception, such as
-        Ctrl-C or a time-out of gevent, ends a write like a kill: the server may still
-        be at work on a command, so nothing more is sent. The lease ends the chunks."""
+    def deleted_on_error(self) -> Iterator[None]:
+        """An error deletes the segment, unless the file may yet appear. An exception
+        that is no Exception, such as Ctrl-C or a time-out of gevent, ends a write like
+        a kill: the server may still be at work on a command, so nothing more is sent.
+        The lease ends the chunks."""
         try:
             yield
-        except kind:
-            if os.getpid() == self.pid:  # in a child, the chunks are the parent's
+        except Exception as error:
+            is_over = not self.may_appear or isinstance(error, CacheFull)
+            if is_over and os.getpid() == self.pid:  # else they are the parent's chunks
                 self.entry.delete(self.entry.keys([(self.key, self.count)]))
             raise
 
@@ -855,22 +858,19 @@ class _Write(_Segment):
         with self.deleted_on_error():
             # 2. Store the chunks on a lease. The last batch takes step 3 along.
             is_settled = self._send(pieces(self.batch_size), found)
-        is_fresh = self.verb != "cas" and time.monotonic() - found.time < _FRESH
-        manifest = self._manifest()
-        for _ in range(_ATTEMPTS):
-            with self.deleted_on_error():
+            manifest = self._manifest()
+            is_young = self.verb != "cas" and time.monotonic() - found.time < _FRESH
+            for _ in range(_ATTEMPTS):
                 # A server that restarted counts its tokens anew: an old one might fit.
-                found = found if is_fresh else self._look_up()
+                found = found if is_young else self._look_up()
                 # 3. Touch every chunk: this proves that each is still there.
                 end, chunks_end = self._settle(is_settled)
-            # 4. Publish. If nobody knows the outcome, the file may yet appear, so its
-            # chunks stay.
-            with self.deleted_on_error(CacheFull):
+                # 4. Publish. If the reply gets lost, the file may yet appear.
+                self.may_appear = True
                 if self.entry.replace(found, manifest.pack(), end):
                     break
-            is_fresh = is_settled = False
-        else:
-            with self.deleted_on_error():
+                self.may_appear = is_young = is_settled = False
+            else:
                 raise self.entry.cache_full(self.length, cause="contention")
         # 5. Delete the chunks of the replaced file.
         self._tidy(found, manifest, chunks_end)
@@ -878,46 +878,53 @@ class _Write(_Segment):
 
     def _begin(self, known: int | None) -> _Found:
         """Step 1, for a source of `known` bytes, None if its length is unknown."""
-        name, limit = self.entry.name, self.cache.max_size
-        whole = None if known is None else self.length + known
-        if self.size is not None and whole not in (None, self.size):
-            raise SizeMismatch(name, self.size, whole or 0)
-        self.size = whole if self.size is None else self.size
-        size = max(self.size or 0, self.length)
-        if size > limit:
-            raise FileTooLarge(name, size, limit)
+        if known is not None:
+            known += self.length
+            if self.size not in (None, known):
+                raise SizeMismatch(self.entry.name, self.size or 0, known)
+            self.size = known
+        least = max(self.size or 0, self.length)
+        if least > self.cache.max_size:
+            raise FileTooLarge(self.entry.name, least, self.cache.max_size)
         found = self._look_up()
-        self.plan(limit if self.size is None else self.size)
-        self.total = -(-max((self.size or 0) - self.length, 0) // self.chunk_size)
-        self._check_memory(self.size or 0)
-        manifest = len(self._manifest().pack()) + self.small + len(self.entry.key)
-        if manifest + _ITEM_OVERHEAD > self.largest:
-            raise self.entry.cache_full(0, said="its manifest is too large")
+        self.plan(self.cache.max_size if self.size is None else self.size)
+        self._check(self.length if self.size is None else self.size)
+        self.total = -(-((self.size or self.length) - self.length) // self.chunk_size)
+        if self.metadata:
+            manifest = len(self._manifest().pack()) + self.small + len(self.entry.key)
+            if manifest + _ITEM_OVERHEAD > self.largest:
+                raise self.entry.cache_full(0, said="its manifest is too large")
         return found
+
+    def _check(self, length: int) -> None:
+        """Raise if the file may not be as long as it is already."""
+        name, limit = self.entry.name, self.chunk_size * _MAX_CHUNKS
+        limit = min(limit, self.cache.max_size)
+        if length > limit:
+            raise FileTooLarge(name, length, limit)
+        if self.size is not None and length > self.size:
+            raise SizeMismatch(name, self.size, length)
+        needed = -(-length // self.chunk_size) * self.chunk_size
+        if needed > self.memory:
+            raise self.entry.cache_full(needed)
 
     def _look_up(self) -> _Found:
         """The present manifest. Raises an error if it forbids the write."""
         found, verb = self.entry.lookup(), self.verb
         if verb == "cas":
             found.require(self.version)
-        elif verb == "add" and isinstance(found.damage, _UnknownFormat):
-            raise found.damage  # it is somebody's file; other damage is nobody's
+        elif verb == "add" and found.damage and found.damage.reason:
+            raise found.damage  # a later memchunk can read this file
         elif verb == "add" and found.manifest and self.entry.is_whole(found):
             raise FileExists(self.entry.name, found.manifest.info)
         return found
-
-    def _check_memory(self, size: int) -> None:
-        """Raise CacheFull if the server's memory is too small for the file."""
-        needed = -(-size // self.chunk_size) * self.chunk_size
-        if needed > self.memory:
-            raise self.entry.cache_full(needed)
 
     def _send(self, pieces: Iterable[Any], found: _Found) -> bool:
         """Store all chunks. Returns whether they have their final expiry already."""
         is_settled, sent = False, 0.0
         for batch in _batches(pieces, self.batch_size):
             self.length += len(batch)
-            self._check_length()
+            self._check(self.length)
             # If memory can't hold both files, the old one goes: memcached would evict
             # some of its chunks anyway, and keep the others in place of new ones.
             if found.manifest and found.manifest.size + self.length > self.memory:
@@ -936,16 +943,6 @@ class _Write(_Segment):
             raise SizeMismatch(self.entry.name, self.size or 0, self.length)
         # The source may have taken its time to end.
         return is_settled and time.monotonic() - sent < _FRESH
-
-    def _check_length(self) -> None:
-        """Raise if the file may not be as long as it is already."""
-        name, length = self.entry.name, self.length
-        limit = min(self.cache.max_size, self.chunk_size * _MAX_CHUNKS)
-        if length > limit:
-            raise FileTooLarge(name, length, limit)
-        if self.size is not None and length > self.size:
-            raise SizeMismatch(name, self.size, length)
-        self._check_memory(length)
 
     def _manifest(self) -> _Manifest:
         now, expire = int(time.time()), self.expire
@@ -1031,18 +1028,16 @@ class CachedFile(io.RawIOBase):
     def _fetch(
         self, numbers: range, start: int, target: memoryview | None
     ) -> dict[int, memoryview]:
-        """Verified payloads of chunks, without those received in `target`. Raises
-        FileEvicted, FileChanged, FileCorrupt."""
+        """Verified payloads of chunks, without those that `target` received."""
         if not self._chunks:
             return {0: memoryview(self._manifest.data)}
         held, payload = self._held  # at once: other threads may read, too
         keys = {self._chunks[each][0]: each for each in numbers if each != held}
         payloads = {held: payload} if held in numbers else {}
 
-        def receive(key: str, length: int, fill: _Fill) -> None:
+        def receive(key: str, length: int, fill: Callable[[Any], Any]) -> None:
             number, offset = keys[key], keys[key] * self._size - start
             end = offset + min(self._size, self.info.size - number * self._size)
-            # A chunk that lies whole in `target` is received there, without a copy.
             if target is not None and 0 <= offset <= end <= len(target):
                 with target[offset:end] as place:
                     self._receive(number, length, fill, place)
@@ -1051,25 +1046,24 @@ class CachedFile(io.RawIOBase):
                 self._receive(number, length, fill, payload)
                 payloads[number] = payload.toreadonly()
 
-        found = self._entry.server.read(self.info.name, list(keys), receive)
-        if len(found) < len(keys):
-            missing = [number for key, number in keys.items() if key not in found]
+        found = self._entry.read(list(keys), receive)
+        if missing := [each for key, each in keys.items() if key not in found]:
             self._entry.explain(self._manifest, missing)
         return dict(sorted(payloads.items()))
 
     def _receive(
-        self, number: int, length: int, fill: _Fill, payload: memoryview
+        self, number: int, length: int, fill: Callable[[Any], Any], payload: memoryview
     ) -> None:
         """Receive and verify a chunk, whose value has `length` bytes. `fill` fills a
         buffer with the next bytes of it. Raises FileCorrupt."""
-        padding = 0 if len(self._chunks) == 1 else self._size - len(payload)
-        if length == _HEADER.size + len(payload) + padding:
-            header = fill(bytearray(_HEADER.size))
-            fill(payload)
-            rest = fill(bytearray(padding))
+        header = bytearray(_HEADER.size)
+        padding = bytearray(len(self._chunks) > 1 and self._size - len(payload))
+        if length == len(header) + len(payload) + len(padding):
+            for buffer in header, payload, padding:
+                fill(buffer)
             key, *expected = self._chunks[number]
             index, total, _ = _HEADER.unpack(header)
-            is_sound = header == _chunk(key, index, total, payload, rest)[0]
+            is_sound = header == _chunk(key, index, total, payload, padding)[0]
             if is_sound and [index, total] in (expected, [expected[0], 0]):
                 return
         raise FileCorrupt(self.info.name, number)
@@ -1150,10 +1144,10 @@ class _Found(NamedTuple):
 
 
 class _Entry:
-    """The items of one file, its manifest and its chunks, on their server."""
+    """The items of one file on its server: a manifest, its chunks, and a lock."""
 
     def __init__(self, server: _Server, name: str, key: str) -> None:
-        self.server, self.name, self.key = server, name, key
+        self.server, self.client, self.name, self.key = server, server.client, name, key
         self.lock = f"{key}|#|lock"  # of `get_or_set`
 
     def keys(self, segments: _Segments) -> list[str]:
@@ -1164,11 +1158,11 @@ class _Entry:
     def lookup(self) -> _Found:
         """Look at the manifest."""
         now = time.monotonic()
-        value, token = self.server.ask(self.name, lambda each: each.gets(self.key))
+        value, token = self.ask(lambda each: each.gets(self.key))
         if value is None:
             return _Found(self.name, now)
         if token == b"0":
-            raise CacheUnavailable(self.name, self.server.name, _NO_CAS)
+            raise self.unavailable(_NO_CAS)
         try:
             manifest = _Manifest.unpack(self.name, value)
             return _Found(self.name, now, value, token, manifest)
@@ -1182,7 +1176,7 @@ class _Entry:
         verb = "add" if found.value is None else "cas"
         put = _Command(verb, self.key, exptime, lambda: (value,), found.token)
         try:
-            (reply,) = self._run([put], again=False)
+            (reply,) = self.run([put], again=False)
         except CacheUnavailable:
             # The reply was lost. Look once; a deleted manifest is gone at once.
             if self.lookup().value == (value or None):
@@ -1199,7 +1193,7 @@ class _Entry:
         """Store chunks, then touch keys with their final expiry. Returns the refusals,
         by key, and the positions of touched keys that are gone."""
         touches = [_Command("touch", key, end) for key in touched]
-        replies, count = self._run([*chunks, *touches]), len(chunks)
+        replies, count = self.run([*chunks, *touches]), len(chunks)
         stored, rest = replies[:count], replies[count:]
         refused = {
             chunk.key: reply
@@ -1212,14 +1206,14 @@ class _Entry:
     def touch(self, keys: Sequence[str], exptime: int) -> list[int]:
         """Set the expiry of chunks; return the positions of the keys that are gone."""
         commands = [_Command("touch", key, exptime) for key in keys]
-        return self._absent(self._run(commands), _TOUCHED)
+        return self._absent(self.run(commands), _TOUCHED)
 
     def missing(self, keys: Sequence[str]) -> list[int]:
         """The positions of the keys that are gone. A `cas` that can't succeed asks for
         them. Of the commands that every proxy speaks, it alone neither reads a chunk
         nor changes its expiry."""
         commands = [_Command("cas", key, token=_NO_TOKEN) for key in keys]
-        return self._absent(self._run(commands), _EXISTS)
+        return self._absent(self.run(commands), _EXISTS)
 
     def is_whole(self, found: _Found) -> bool:
         """Whether all chunks of the file are there."""
@@ -1232,11 +1226,12 @@ class _Entry:
         quick: don't wait for the replies, if the chunks are few.
         """
         # Nagle's algorithm would hold up the next command of a client that allows it.
-        quick = quick and len(keys) <= _FEW and self.server.sends_at_once
+        is_prompt = hasattr(self.client, "pipeline") or self.client.no_delay
+        quick = quick and len(keys) <= _FEW and is_prompt
         verb = "delete quickly" if quick else "delete"
         for _ in range(2):
             with contextlib.suppress(CacheUnavailable, CacheFull):
-                replies = self._run([_Command(verb, key) for key in keys])
+                replies = self.run([_Command(verb, key) for key in keys])
                 self._check(replies, _DELETED, _NOT_FOUND)
                 return
 
@@ -1251,7 +1246,7 @@ class _Entry:
     def take_lock(self, seconds: int) -> bool:
         """Take the lock of `get_or_set`, or wait a moment if another has it."""
         add = _Command("add", self.lock, _lease(seconds), lambda: (b"1",))
-        replies = self._run([add], again=False)
+        replies = self.run([add], again=False)
         self._check(replies, _STORED, _NOT_STORED)
         time.sleep(0 if _STORED in replies else _POLL)
         return _STORED in replies
@@ -1270,9 +1265,46 @@ class _Entry:
         server's clock."""
         end = expire
         if expire + _SLACK > _RELATIVE_LIMIT:
-            end += self.server.stats(self.name).get("time", int(time.time()))
+            end += self.stats().get("time", int(time.time()))
         is_endless = not expire or end + _SLACK > _ABSOLUTE_LIMIT
         return (0, 0) if is_endless else (end, end + _SLACK)
+
+    def limits(self) -> tuple[int, int, float]:
+        """Bytes of the largest item that the server keeps in one piece, of the largest
+        that it takes, and of its memory (infinite if unknown), or memcached's
+        defaults."""
+        told = self.server.settings = self.server.settings or self.stats("settings")
+        if not told.get("cas_enabled", True):
+            raise self.unavailable(_NO_CAS)
+        value = told.get("item_size_max", _PAGE)
+        item = min(_LARGEST_ITEM, value, told.get("slab_chunk_max", _LARGEST_ITEM))
+        return item, value, told.get("maxbytes", math.inf)
+
+    def stats(self, *kind: str) -> dict[str, int]:
+        """The numbers of a `stats`. A server or proxy that refuses gives none, and is
+        not asked again for a minute, as some close the connection on this command."""
+        if time.monotonic() < self.server.silent_until:
+            return {}
+        told: Mapping[bytes, Any] = {}
+        try:
+            told = self.ask(lambda each: each.stats(*kind))
+        except CacheUnavailable as error:
+            cause = error.__cause__
+            if isinstance(cause, OSError) and not isinstance(cause, _DROPPED):
+                raise
+        numbers = {}
+        for key, value in told.items():
+            with contextlib.suppress(ValueError, TypeError):
+                numbers[key.decode()] = int(value)
+        if told.get(b"proxy_enabled") == b"yes":
+            numbers.pop("maxbytes", None)  # it is the proxy's own, not its servers'
+        limits = (
+            numbers.get("item_size_max", _PAGE),
+            numbers.get("slab_chunk_max", _PAGE),
+        )
+        if not numbers or min(limits) < _LEAST_LIMIT:
+            self.server.silent_until, numbers = time.monotonic() + _ASK_AGAIN, {}
+        return numbers
 
     def cache_full(
         self, size: int, missing: Sequence[int] = (), said: str = "", cause: str = ""
@@ -1281,14 +1313,82 @@ class _Entry:
         symptom. cause: "" to ask the server for it."""
         if missing and not said:
             said = f"it evicted {len(missing)} chunks at once"
-        reason = _REASONS.get(cause)
+        reason = _REASONS.get(cause, "")
         if not reason:
-            cause, reason = self.server.diagnose(self.name, size, said)
+            cause, reason = self._diagnose(size, said)
         text = f"{said}: {reason}" if said else reason
         return CacheFull(self.name, cause, text, list(missing))
 
-    def _run(self, commands: list[_Command], again: bool = True) -> list[bytes]:
-        return self.server.run(self.name, commands, again) if commands else []
+    def _diagnose(self, size: int, said: str) -> tuple[str, str]:
+        """Why the server did not keep a file of `size` bytes: cause, and sentence."""
+        slabs: dict[str, int] = {}
+        with contextlib.suppress(CacheUnavailable):
+            self.server.settings = self.stats("settings")
+            slabs = self.stats("slabs")
+        item, largest, memory = self.limits() if slabs else (0, 0, math.inf)
+        others = _PAGE * sum(  # bytes in pages for items that are smaller than a chunk
+            slabs.get(key.replace("chunk_size", "total_pages"), 0)
+            for key, length in slabs.items()
+            if key.endswith(":chunk_size") and length < item
+        )
+        if "too large" in said:
+            return "item size", f"its items end at {largest or 'unknown'} bytes (-I)"
+        if memory == math.inf:
+            return "unknown", "the server does not tell why"
+        has = f"the server has {memory} bytes of memory (-m)"
+        if size > memory:
+            return "memory", f"{has}, and the file takes {size}"
+        if size > memory - others:
+            return "slabs", f"{has}, of which items of other sizes hold {others}"
+        return "pressure", f"{has}, and other items fill it"
+
+    def unavailable(self, reason: str) -> CacheUnavailable:
+        return CacheUnavailable(self.name, _address(self.client), reason)
+
+    def read(self, keys: list[str], receive: Callable[..., None]) -> dict[str, Any]:
+        """Have `receive` take the values that are there: from mcpool, each while the
+        next arrives. Returns a dictionary with their keys."""
+        values: dict[str, Any] = {}
+        if keys and hasattr(self.client, "receive_many"):
+            values = self.ask(lambda each: each.receive_many(keys, receive))
+        elif keys:
+            values = self.ask(lambda each: each.get_many(keys))
+            for key, value in values.items():
+                receive(key, len(value), io.BytesIO(value).readinto)
+        return values
+
+    def run(self, commands: list[_Command], again: bool = True) -> list[bytes]:
+        """Do commands; return their replies. A client with `pipeline`, as of mcpool,
+        gets them in one go. Others get them one by one: pymemcache's `set_many` stops
+        at the first refusal, while the server goes on to store what is behind it."""
+        if not hasattr(self.client, "pipeline"):
+            return [self.ask(command.call, again) for command in commands]
+        wires = functools.partial(map, _Command.wire, commands)
+        return list(self.ask(lambda each: each.pipeline(wires()), again))
+
+    def ask(self, command: Callable[[Any], Any], again: bool = True) -> Any:
+        """Have the client do a command. Its errors become CacheUnavailable.
+
+        again: whether the command may be repeated. Then it is, if the server has closed
+        the connection meanwhile. After a restart, all that idle in a pool are closed.
+        """
+        pool = getattr(self.client, "client_pool", None)
+        retries = 1 + len(getattr(pool, "free", ())) if again else 0
+        while True:
+            try:
+                return command(self.client)
+            except MemchunkError:
+                raise
+            except (OSError, MemcacheError) as error:
+                retries -= 1
+                if retries < 0 or not isinstance(error, _DROPPED):
+                    raise self.unavailable(_reason(error)) from error
+            except BaseException as error:
+                # The rest of a reply would be taken for another's. After an Exception
+                # pymemcache's Client closes its connection itself.
+                if not isinstance(error, Exception) and isinstance(self.client, Client):
+                    self.client.close()
+                raise
 
     def _absent(self, replies: list[bytes], there: bytes) -> list[int]:
         """The positions of NOT_FOUND in replies of which the others say `there`."""
@@ -1300,8 +1400,9 @@ class _Entry:
         for reply in set(replies).difference(allowed):
             if _REFUSAL.search(reply):
                 raise self.cache_full(0, said=reply.decode())
-            reason = _OLD if reply == b"ERROR" else f"it said {reply[:64]!r}"
-            raise CacheUnavailable(self.name, self.server.name, reason)
+            raise self.unavailable(
+                _OLD if reply == b"ERROR" else f"it said {reply[:64]!r}"
+            )
 
 
 class _Command(NamedTuple):
@@ -1350,128 +1451,16 @@ class _Command(NamedTuple):
             return b"SERVER_ERROR %b" % str(error).encode()
 
 
-# --- The server -----------------------------------------------------------------------
+# --- The client -----------------------------------------------------------------------
 
 
+@dataclasses.dataclass
 class _Server:
-    """One memcached, through any client with pymemcache's interface."""
+    """One memcached behind a client, and what it told by `stats`."""
 
-    def __init__(self, client: Any) -> None:
-        self.client, self.name = client, _server_name(client)
-        self.prefix = getattr(client, "key_prefix", b"")
-        self.has_pipeline = hasattr(client, "pipeline")
-        self.sends_at_once = self.has_pipeline or getattr(client, "no_delay", False)
-        self._settings: dict[str, int] = {}
-        self._silent_until = -math.inf
-
-    def run(self, name: str, commands: list[_Command], again: bool) -> list[bytes]:
-        """Do commands; return their replies. A client with `pipeline`, as of mcpool,
-        gets them in one go. Others get them one by one: pymemcache's `set_many` stops
-        at the first refusal, while the server goes on to store what is behind it."""
-        if not self.has_pipeline:
-            return [self.ask(name, command.call, again) for command in commands]
-        wires = functools.partial(map, _Command.wire, commands)
-        return list(self.ask(name, lambda each: each.pipeline(wires()), again))
-
-    def read(
-        self, name: str, keys: list[str], receive: Callable[..., None]
-    ) -> dict[str, Any]:
-        """Have `receive` take the values that are there: from mcpool, each while the
-        next arrives. Returns a dictionary with their keys."""
-        if not keys:
-            return {}
-        values: dict[str, Any]
-        if hasattr(self.client, "receive_many"):
-            values = self.ask(name, lambda each: each.receive_many(keys, receive))
-            return values
-        values = self.ask(name, lambda each: each.get_many(keys))
-        for key, value in values.items():
-            receive(key, *_opened(value))
-        return values
-
-    def ask(self, name: str, command: Callable[[Any], Any], again: bool = True) -> Any:
-        """Have the client do a command for a file. Its errors become CacheUnavailable.
-
-        again: whether the command may be repeated. Then it is, if the server has closed
-        the connection meanwhile. After a restart, all that idle in a pool are closed.
-        """
-        pool = getattr(self.client, "client_pool", None)
-        retries = 1 + len(getattr(pool, "free", ())) if again else 0
-        while True:
-            try:
-                return command(self.client)
-            except MemchunkError:
-                raise
-            except (OSError, MemcacheError) as error:
-                retries -= 1
-                if retries < 0 or not isinstance(error, _DROPPED):
-                    raise CacheUnavailable(name, self.name, _reason(error)) from error
-            except BaseException as error:
-                # The rest of a reply would be taken for another's. After an Exception
-                # pymemcache's Client closes its connection itself.
-                if not isinstance(error, Exception) and isinstance(self.client, Client):
-                    self.client.close()
-                raise
-
-    def limits(self, name: str) -> tuple[int, int, float]:
-        """Bytes of the largest item that it keeps in one piece, of the largest that it
-        takes, and of its memory (infinite if unknown), or memcached's defaults."""
-        told = self._settings = self._settings or self.stats(name, "settings")
-        if not told.get("cas_enabled", True):
-            raise CacheUnavailable(name, self.name, _NO_CAS)
-        value = told.get("item_size_max", _PAGE)
-        item = min(_LARGEST_ITEM, value, told.get("slab_chunk_max", _LARGEST_ITEM))
-        return item, value, told.get("maxbytes", math.inf)
-
-    def stats(self, name: str, *what: str) -> dict[str, int]:
-        """The numbers of a `stats`. None from a server or proxy that refuses: it is not
-        asked again for a minute, as some close the connection on this command."""
-        if time.monotonic() < self._silent_until:
-            return {}
-        told: Mapping[bytes, Any] = {}
-        try:
-            told = self.ask(name, lambda each: each.stats(*what))
-        except CacheUnavailable as error:
-            cause = error.__cause__
-            if isinstance(cause, OSError) and not isinstance(cause, _DROPPED):
-                raise
-        numbers = {}
-        for key, value in told.items():
-            with contextlib.suppress(ValueError, TypeError):
-                numbers[key.decode()] = int(value)
-        if told.get(b"proxy_enabled") == b"yes":
-            numbers.pop("maxbytes", None)  # it is the proxy's own, not its servers'
-        sizes = [
-            numbers.get(each, _PAGE) for each in ("item_size_max", "slab_chunk_max")
-        ]
-        if not numbers or min(sizes) < _LEAST_LIMIT:
-            self._silent_until, numbers = time.monotonic() + _ASK_AGAIN, {}
-        return numbers
-
-    def diagnose(self, name: str, size: int, said: str) -> tuple[str, str]:
-        """Why the server did not keep a file of `size` bytes: cause, and sentence."""
-        slabs: dict[str, int] = {}
-        with contextlib.suppress(CacheUnavailable):
-            self._settings = self.stats(name, "settings")
-            slabs = self.stats(name, "slabs")
-        item, largest, memory = self.limits(name) if slabs else (0, 0, math.inf)
-        sizes = {  # of the items of each slab class, and its pages
-            slabs.get(key.replace("total_pages", "chunk_size"), 0): pages
-            for key, pages in slabs.items()
-            if key.endswith(":total_pages")
-        }
-        own = min((each for each in sizes if each >= item), default=0)
-        others = sum(pages for each, pages in sizes.items() if each != own) * _PAGE
-        if "too large" in said:
-            return "item size", f"its items end at {largest or 'unknown'} bytes (-I)"
-        if memory == math.inf:
-            return "unknown", "the server does not tell why"
-        has = f"the server has {memory} bytes of memory (-m)"
-        if size > memory:
-            return "memory", f"{has}, and the file takes {size}"
-        if size > memory - others:
-            return "slabs", f"{has}, of which items of other sizes hold {others}"
-        return "pressure", f"{has}, and other items fill it"
+    client: Any
+    settings: dict[str, int] = dataclasses.field(default_factory=dict)
+    silent_until: float = -math.inf
 
 
 _NO_CAS = "it runs without cas (-C), which memchunk needs"
@@ -1507,7 +1496,7 @@ def _checked(client: Any) -> Any:
     return client
 
 
-def _server_name(client: Any) -> str:
+def _address(client: Any) -> str:
     """The address of a client's server, for messages."""
     server = getattr(client, "server", None) or "an unknown address"
     return ":".join(map(str, server)) if isinstance(server, tuple) else str(server)
@@ -1520,18 +1509,6 @@ def _reason(error: Exception) -> str:
     advice = "does it speak TLS, and is its certificate trusted?"
     tls = f" ({advice})" if isinstance(error, ssl.SSLError) else ""
     return f"{type(error).__name__}: {error}{tls}".strip(": ")
-
-
-def _opened(value: Any) -> tuple[int, _Fill]:
-    """The length of a value that is here already, and a function that takes it out."""
-    is_bytes = isinstance(value, (bytes, bytearray))  # unless a user's serde made it
-    stream = io.BytesIO(value if is_bytes else b"")
-
-    def fill(buffer: Any) -> Any:
-        stream.readinto(buffer)
-        return buffer
-
-    return len(value) if is_bytes else -1, fill
 
 
 # --- Sources --------------------------------------------------------------------------
