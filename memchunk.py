@@ -1364,7 +1364,8 @@ class _Entry:
         if not hasattr(self.client, "pipeline"):
             return [self.ask(command.call, again) for command in commands]
         wires = functools.partial(map, _Command.wire, commands)
-        return list(self.ask(lambda each: each.pipeline(wires()), again))
+        replies = commands and self.ask(lambda each: each.pipeline(wires()), again)
+        return list(replies)
 
     def ask(self, command: Callable[[Any], Any], again: bool = True) -> Any:
         """Have the client do a command. Its errors become CacheUnavailable.
