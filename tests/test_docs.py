@@ -108,6 +108,14 @@ def test_settings_of_the_readme_are_those_of_the_server() -> None:
             assert (text if is_text else float(text)) == default, name
 
 
+def test_limits_of_the_documents_are_those_of_the_code() -> None:
+    assert f"0 to {memchunk.MAX_SIZE:,} bytes" in README
+    assert f"`MAX_SIZE` is {memchunk.MAX_SIZE:,} " in API
+    assert f"1 to {memchunk.MAX_NAME} bytes" in README
+    assert f"1 to {memchunk.MAX_NAME} bytes" in API
+    assert f"up to {memchunk.MAX_METADATA:,} bytes" in API
+
+
 def parameters(function: Any) -> list[tuple[str, Any, Any]]:
     found = inspect.signature(function).parameters.values()
     return [(p.name, p.kind, p.default) for p in found if p.name != "self"]
