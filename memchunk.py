@@ -37,6 +37,7 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import math
 import operator
 import os
@@ -139,6 +140,8 @@ _DROPPED = ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, MemcacheClose
 # Errors that JSON raises if no writer wrote it. Others pass through: an error of a
 # signal's handler must not make a sound file a damaged one.
 _NONSENSE = ValueError, TypeError, LookupError, AttributeError, RecursionError
+
+_log = logging.getLogger("memchunk")
 
 _SEGMENT = re.compile("[0-9a-f]{16}")
 _PART = re.compile("([0-9a-f]{16}):([0-9]{1,7}):([0-9]{1,10})")
@@ -538,7 +541,7 @@ class FileCache:
     def delete(self, name: str, version: str | None = None) -> None:
         """Delete the file, also a damaged one or one that lost chunks; with `version`,
         only that version. Raises FileNotFound; with `version`, FileChanged for another,
-        FileCorrupt if the version can't be told."""
+        FileCorrupt if the version can't be told; CacheFull after 100 tries."""
         entry = self._entry(name)
         for _ in range(_ATTEMPTS):
             found = entry.lookup()
@@ -1066,7 +1069,9 @@ class CachedFile(io.RawIOBase):
             is_sound = header == _chunk(key, index, total, payload, padding)[0]
             if is_sound and [index, total] in (expected, [expected[0], 0]):
                 return
-        raise FileCorrupt(self.info.name, number)
+        error = FileCorrupt(self.info.name, number)
+        _log.info("%s", error)
+        raise error
 
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer`; fewer bytes than it holds only at the end of the file."""
@@ -1257,7 +1262,9 @@ class _Entry:
         current = now.version if now else None
         if current != manifest.version:
             raise FileChanged(self.name, manifest.version, current)
-        raise FileEvicted(self.name, manifest.info, missing)
+        error = FileEvicted(self.name, manifest.info, missing)
+        _log.info("%s", error)
+        raise error
 
     def exptimes(self, expire: int) -> tuple[int, int]:
         """The times to tell memcached so that a manifest ends in `expire` seconds and
@@ -1289,8 +1296,7 @@ class _Entry:
         try:
             told = self.ask(lambda each: each.stats(*kind))
         except CacheUnavailable as error:
-            cause = error.__cause__
-            if isinstance(cause, OSError) and not isinstance(cause, _DROPPED):
+            if _is_outage(error.__cause__):
                 raise
         numbers = {}
         for key, value in told.items():
@@ -1369,7 +1375,6 @@ class _Entry:
 
     def ask(self, command: Callable[[Any], Any], again: bool = True) -> Any:
         """Have the client do a command. Its errors become CacheUnavailable.
-
         again: whether the command may be repeated. Then it is, if the server has closed
         the connection meanwhile. After a restart, all that idle in a pool are closed.
         """
@@ -1377,12 +1382,15 @@ class _Entry:
         retries = 1 + len(getattr(pool, "free", ())) if again else 0
         while True:
             try:
-                return command(self.client)
+                result = command(self.client)
+                self.server.note(None)
+                return result
             except MemchunkError:
                 raise
             except (OSError, MemcacheError) as error:
                 retries -= 1
                 if retries < 0 or not isinstance(error, _DROPPED):
+                    self.server.note(error)
                     raise self.unavailable(_reason(error)) from error
             except BaseException as error:
                 # The rest of a reply would be taken for another's. After an Exception
@@ -1462,6 +1470,20 @@ class _Server:
     client: Any
     settings: dict[str, int] = dataclasses.field(default_factory=dict)
     silent_until: float = -math.inf
+    is_down: bool = False
+
+    def note(self, error: Exception | None) -> None:
+        """Log once that the server stops answering, and once that it answers again."""
+        is_down = _is_outage(error)
+        if self.is_down != is_down and (is_down or not error):
+            self.is_down = is_down
+            news = f"does not answer: {error}" if error else "answers again"
+            _log.warning("memcached at %s %s", _address(self.client), news)
+
+
+def _is_outage(error: BaseException | None) -> bool:
+    """Not if the server closed a connection: some do so on a command they refuse."""
+    return isinstance(error, OSError) and not isinstance(error, _DROPPED)
 
 
 _NO_CAS = "it runs without cas (-C), which memchunk needs"

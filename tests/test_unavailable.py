@@ -345,3 +345,41 @@ def test_a_write_that_is_interrupted_sends_nothing_more(
             struck.set("file", NEW)
         assert seen[-1] == command
         assert cache.get("file") == (NEW if command == "cas" else OLD)
+
+
+# The log
+
+
+def test_log_tells_once_that_a_server_stops_and_answers_again(
+    memcached: Memcached, caplog: pytest.LogCaptureFixture
+) -> None:
+    with FileCache(memcached.server) as cache:
+        memcached.kill()
+        for _ in range(3):
+            with pytest.raises(memchunk.CacheUnavailable):
+                cache.get("file")
+        memcached.start()
+        for _ in range(3):
+            cache.set("file", b"1")
+    stops, starts = (each.getMessage() for each in caplog.records)
+    assert stops.startswith(f"memcached at {memcached.server} does not answer: ")
+    assert starts == f"memcached at {memcached.server} answers again"
+    assert {each.name for each in caplog.records} == {"memchunk"}
+
+
+def test_log_tells_which_chunks_were_evicted_or_damaged(
+    cache: FileCache, memcached: Memcached, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "memchunk")
+    cache.set("file", OLD)
+    _, first, second, _ = sorted(memcached.keys())
+    memcached.write(first, b"damage")
+    with pytest.raises(memchunk.FileCorrupt):
+        cache.get("file")
+    memcached.delete(first)
+    memcached.delete(second)
+    with pytest.raises(memchunk.FileEvicted):
+        cache.get("file")
+    damaged, evicted = (each.getMessage() for each in caplog.records)
+    assert damaged == "'file' is damaged: chunk 0 is wrong"
+    assert "2 of its 3 chunks are gone (0, 1)" in evicted
