@@ -143,7 +143,7 @@ def _forward(name: str) -> Callable[..., Any]:
 class _Commands:
     """pymemcache's methods. Unlike there, `noreply` is False unless it is given."""
 
-    key_prefix = b""
+    key_prefix, no_delay = b"", True
     get, gets = _forward("get"), _forward("gets")
     set, add, replace = _forward("set"), _forward("add"), _forward("replace")
     append, prepend, cas = _forward("append"), _forward("prepend"), _forward("cas")

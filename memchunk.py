@@ -1,4 +1,4 @@
-# memchunk 1.0.0, MIT licence. One file to copy; README.md and docs/ belong to it.
+# memchunk 1.0.0, MIT licence. Copy this one file; its manual is README.md and docs/.
 """Keep files of 0 to 50 MiB in memcached, whose items end at 1 MB.
 
     cache = memchunk.FileCache("127.0.0.1:11211")
@@ -6,7 +6,7 @@
     data = cache.get("report.pdf")
 
 A file is stored as chunks and one manifest, which names them. A small file lies in
-its manifest:
+its manifest. The keys are:
 
     <namespace>:{<sha256 of the name>}                          the manifest
     <namespace>:{<sha256 of the name>}|#|<segment>:<index>      a chunk
@@ -19,8 +19,8 @@ keep it:
   bytes of two writers can't mix.
 * A file appears by one atomic step, memcached's `add` or `cas` of its manifest. Before
   this step, a `touch` has proved that every chunk is still there.
-* Until that touch, chunks have a short expiry, the lease, so that leftovers of a
-  crashed writer expire by themselves.
+* Until that touch, chunks have a short expiry, the lease. So leftovers of a crashed
+  writer expire by themselves.
 * The CRC of a chunk covers its bytes, its key, its index and the number of chunks. The
   CRC of a manifest covers all of it.
 
@@ -58,25 +58,10 @@ from pymemcache.exceptions import MemcacheError, MemcacheServerError
 from pymemcache.exceptions import MemcacheUnexpectedCloseError as MemcacheClosed
 from pymemcache.exceptions import MemcacheUnknownCommandError as MemcacheUnknown
 
-__all__ = [
-    "FileCache",
-    "CachedFile",
-    "FileInfo",
-    "Source",
-    "MAX_SIZE",
-    "MemchunkError",
-    "InvalidName",
-    "CacheMiss",
-    "FileNotFound",
-    "FileEvicted",
-    "FileExists",
-    "FileChanged",
-    "FileTooLarge",
-    "SizeMismatch",
-    "FileCorrupt",
-    "CacheFull",
-    "CacheUnavailable",
-]
+__all__ = ["FileCache", "CachedFile", "FileInfo", "Source", "MAX_SIZE"]
+__all__ += ["MemchunkError", "InvalidName", "CacheMiss", "FileNotFound", "FileEvicted"]
+__all__ += ["FileExists", "FileChanged", "FileTooLarge", "SizeMismatch", "FileCorrupt"]
+__all__ += ["CacheFull", "CacheUnavailable"]
 
 __version__ = "1.0.0"
 
@@ -86,8 +71,8 @@ MAX_METADATA = 0xFFFF  # bytes
 TIMEOUT = 5.0  # seconds to connect, and for each send and receive, of our own client
 LEASE = 3600  # seconds that chunks live before their file is published
 
-# Chunks outlive their manifest by this many seconds. So a file that expires is first
-# not found, and never half there, and a read that began just before can finish.
+# Chunks outlive their manifest by this many seconds. So an expired file is gone at
+# once, never in part, and a read that began just before can finish.
 _SLACK = 60
 
 # memcached keeps an item in one piece up to the size of its largest slab class, which
@@ -97,12 +82,12 @@ _SLACK = 60
 _LARGEST_ITEM, _ITEM_OVERHEAD = 512 * 1024, 64
 _PAGE = 1024 * 1024  # bytes: memcached gives memory to a slab class in pages
 _MAX_KEY = 250  # bytes, memcached's limit
-_LEAST_LIMIT = 1024  # bytes: memcached takes no smaller -I; less is no true answer
-_CHUNK_TO_SMALL = 16  # a file of up to 1/16 of a chunk lies in its manifest
+_LEAST_LIMIT = 1024  # bytes: the smallest -I of memcached; a proxy may tell less
+_SMALL_DIVISOR = 16  # a file of up to 1/16 of a chunk lies in its manifest
 
-# Bytes that travel together, which bounds the memory of a transfer. Batches of 8 chunks
-# survive best in a cache that hardly holds the file. A batch of a read stays in the
-# caches of a CPU.
+# Bytes of one round trip. They limit the memory of a transfer. Batches of 8 chunks
+# survive best in a cache that has just enough memory for the file. A batch of a read
+# fits in the caches of a CPU.
 _WRITE_BATCH, _READ_BATCH = 4 * 1024 * 1024, 2 * 1024 * 1024
 _PIECE = 64 * 1024  # bytes to read at a time from a source of unknown size
 _MAX_CHUNK = 2**30  # bytes: memcached's -I ends there
@@ -114,17 +99,17 @@ _FEW = 8  # chunks; their deletion does not wait for replies
 # for up to a second.
 _PATIENCE, _PAUSE = 2.0, 0.02  # seconds to wait for it, and between two tries
 
-_ATTEMPTS = 100  # at a manifest that others change: each failure means one got through
-_FRESH = 1.0  # seconds that a look at the manifest may serve for its publication
+_ATTEMPTS = 100  # to change a manifest; another writer won each attempt that failed
+_FRESH = 1.0  # seconds; a publication relies on no older look at the manifest
 _ASK_AGAIN = 60.0  # seconds until a server that refused `stats` is asked again
 _IDLE = 60  # seconds; firewalls forget connections that idle longer
 _POLL = 0.05  # seconds between two looks of `get_or_set` at the work of another
 
 _RELATIVE_LIMIT = 30 * 24 * 3600  # memcached reads more seconds as an absolute time
 _LONG_PAST = _RELATIVE_LIMIT + 1  # as an absolute time; twemproxy refuses -1
-_ABSOLUTE_LIMIT = 2**31 - 1  # memcached keeps times in 32 bits: a later end is no end
+_ABSOLUTE_LIMIT = 2**31 - 1  # memcached has 32 bits for a time; a later end is never
 _MAX_EXPIRE = 2**62  # seconds
-_NO_TOKEN = b"%d" % (2**64 - 1)  # no item has it: a `cas` with it changes nothing
+_NO_TOKEN = b"%d" % (2**64 - 1)  # no item has it, so a `cas` with it changes nothing
 
 _HEADER = struct.Struct(">III")  # of a chunk: index, total, CRC
 _COUNTS = struct.Struct(">II")  # index and total, as the CRC covers them
@@ -135,11 +120,11 @@ _STORED, _NOT_STORED, _EXISTS = b"STORED", b"NOT_STORED", b"EXISTS"
 _NOT_FOUND, _TOUCHED, _DELETED = b"NOT_FOUND", b"TOUCHED", b"DELETED"
 _REFUSAL = re.compile(rb"out of memory (storing|during read)|object too large")
 
-_DROPPED = ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, MemcacheClosed
+_CLOSED = ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, MemcacheClosed
 
-# Errors that JSON raises if no writer wrote it. Others pass through: an error of a
-# signal's handler must not make a sound file a damaged one.
-_NONSENSE = ValueError, TypeError, LookupError, AttributeError, RecursionError
+# Errors that a damaged manifest may cause. Others pass through, because a handler of a
+# signal may have raised them.
+_BAD_MANIFEST = ValueError, TypeError, LookupError, AttributeError, RecursionError
 
 _log = logging.getLogger("memchunk")
 
@@ -161,7 +146,7 @@ class MemchunkError(Exception):
 
     def __init__(self, message: str, *args: Any) -> None:
         super().__init__(message)
-        # Pickling makes an error again from its constructor's arguments.
+        # Unpickling calls the class with these arguments.
         self.message, self.name, self.args = message, args[0], args
 
     def __str__(self) -> str:
@@ -189,8 +174,8 @@ class FileNotFound(CacheMiss, KeyError, FileNotFoundError):
 
 
 class FileEvicted(CacheMiss):
-    """memcached evicted chunks of the file. info: FileInfo. missing: the indices of the
-    missing chunks, of those looked for."""
+    """memcached evicted chunks of the file. info: FileInfo. missing: indices of missing
+    chunks, as far as they were asked for."""
 
     def __init__(self, name: str, info: FileInfo, missing: list[int]) -> None:
         self.info, self.missing = info, missing
@@ -209,7 +194,7 @@ class FileExists(MemchunkError, FileExistsError):
 
 
 class FileChanged(MemchunkError):
-    """The file is not `version` any more, but `current`, None if there is no file."""
+    """The file is now version `current` (None: there is no file), not `version`."""
 
     def __init__(self, name: str, version: str, current: str | None) -> None:
         self.version, self.current = version, current
@@ -219,7 +204,7 @@ class FileChanged(MemchunkError):
 
 
 class FileTooLarge(MemchunkError, ValueError):
-    """The file has more than `limit` bytes: `size`, or as many had been read so far."""
+    """The file has more than `limit` bytes. size: its bytes, or those read so far."""
 
     def __init__(self, name: str, size: int, limit: int) -> None:
         self.size, self.limit = size, limit
@@ -228,7 +213,7 @@ class FileTooLarge(MemchunkError, ValueError):
 
 
 class SizeMismatch(MemchunkError, ValueError):
-    """The source did not yield `size` bytes, as announced, but `received`."""
+    """The source yielded `received` bytes instead of the announced `size`."""
 
     def __init__(self, name: str, size: int, received: int) -> None:
         self.size, self.received = size, received
@@ -237,13 +222,14 @@ class SizeMismatch(MemchunkError, ValueError):
 
 
 class FileCorrupt(MemchunkError):
-    """Chunk `index` is damaged, or the manifest (None). reason: "" for damage, else
-    why a sound manifest can't be used: a later memchunk wrote it."""
+    """Chunk `index` is damaged, or the manifest (None). reason: "" for damage, else it
+    tells the format of a sound manifest that a later memchunk wrote."""
 
     def __init__(self, name: str, index: int | None, reason: str = "") -> None:
         self.index, self.reason = index, reason
         place = "its manifest" if index is None else f"chunk {index}"
-        text = f"{name!r} is damaged: {reason or f'{place} is wrong'}"
+        text = reason and f"{name!r} can't be read: {reason}"
+        text = text or f"{name!r} is damaged: {place} is wrong"
         super().__init__(text, name, index, reason)
 
 
@@ -295,7 +281,7 @@ class FileCache:
 
     client: the address of a server, "host", "host:port", "[ipv6]:port" or "unix:/path",
         or any pymemcache `Client` or `PooledClient`, or a pool of `mcpool.connect`. A
-        cache is as safe for threads and forks as its client; an address and mcpool are.
+        cache of an address or of mcpool is safe for threads and forks.
     namespace: prefix of every key, 1 to 100 printable ASCII characters, no spaces.
     max_size: bytes, the largest file; 50 MiB by default.
     chunk_size: bytes of payload in a chunk; by default the most that the server keeps
@@ -318,7 +304,7 @@ class FileCache:
         lease: int = LEASE,
     ) -> None:
         if not re.fullmatch(r"[!-~]{1,100}", namespace):
-            raise ValueError("namespace: 1 to 100 printable ASCII letters, no spaces")
+            raise ValueError("namespace is 1 to 100 printable ASCII characters")
         if chunk_size is not None and not 1 <= operator.index(chunk_size) <= _MAX_CHUNK:
             raise ValueError(f"chunk_size is 1 to {_MAX_CHUNK} bytes")
         if operator.index(max_size) < 0:
@@ -368,7 +354,7 @@ class FileCache:
 
         source: a bytes-like object, a binary file (read from its position), an iterable
             of bytes-like objects, or the path of a file. Its errors pass through.
-        size: bytes of the file, with its parts; binding. By default, those that come.
+        size: bytes of the file, with its parts. Others are a SizeMismatch.
         expire: seconds from now, or a timedelta; 0 for never.
         metadata: up to 65,535 bytes to keep with the file.
         parts: those that `stage` returned; the source is the rest of the file.
@@ -389,8 +375,8 @@ class FileCache:
         metadata: bytes = b"",
         parts: Sequence[str] = (),
     ) -> FileInfo:
-        """Store a file, or replace it. Readers get the old file until this returns, and
-        also if it raises; but if memory can't hold both, the old file goes first.
+        """Store a file, or replace it. Readers get the old file until this returns, or
+        if it raises. If memory can't hold both, the old file is deleted first.
         Arguments and errors are those of `add`, except FileExists and FileCorrupt."""
         return _Write(self, "set", name, size, expire, metadata, parts).run(source)
 
@@ -407,7 +393,7 @@ class FileCache:
     ) -> FileInfo:
         """Check and set: replace the file only if it is `version`. Arguments and errors
         are those of `set`, and FileChanged for another version, FileNotFound for none,
-        FileCorrupt if the version can't be told."""
+        FileCorrupt for a damaged manifest."""
         if not isinstance(version, str):
             raise TypeError("version is a text, from a FileInfo")
         order = size, expire, metadata, parts, version
@@ -419,12 +405,12 @@ class FileCache:
         """Store the whole chunks in `data` ahead of their file.
 
         parts: those that earlier calls returned, in order; this call checks them.
-        lease: seconds, 1 to 2,592,000, that the new part lives; an hour by default. On
-            a server that hardly holds the file, earlier parts get it, too.
+        lease: seconds, 1 to 2,592,000, that the new part lives; an hour by default. If
+            the server has little memory, earlier parts get it, too.
 
         Returns the new part, a short text for the `parts` of later calls, and the
-        number of bytes that it took, a multiple of the chunk size. The caller keeps the
-        others. Each call has keys of its own, so two callers never mix.
+        number of bytes that it took, a multiple of the chunk size. Give the others to
+        the next call. Each call has keys of its own, so two callers never mix.
 
         Raises FileEvicted if chunks of the parts are gone, FileTooLarge, CacheFull, and
         ValueError for parts of different chunk sizes.
@@ -465,12 +451,12 @@ class FileCache:
         metadata: bytes = b"",
         lock: int = 60,
     ) -> _Bytes:
-        """The file, or else the bytes that `make()` returns, which become the file.
-        One caller at a time runs `make`. The others wait for the file, for up to `lock`
+        """The file, or else the bytes that `make()` returns, which become the file. One
+        caller at a time runs `make`. The others wait for the file, for up to `lock`
         seconds, and then run it, too. If the cache is down or full, or the file is
         damaged, callers still get bytes, and the file is stored if it can be."""
-        entry, deadline = self._entry(name), time.monotonic() + _lease(lock)
-        found, is_mine = self._get_or_lock(entry, lock, deadline)
+        entry = self._entry(name)
+        found, lock_end = self._get_or_lock(entry, _lease(lock))
         try:
             if found is not None:
                 return found
@@ -479,29 +465,29 @@ class FileCache:
                 self.set(name, data, expire=expire, metadata=metadata)
             return data
         finally:
-            if is_mine and time.monotonic() < deadline:  # later, it may be another's
+            if time.monotonic() < lock_end:  # later, it may be another's
                 entry.delete([entry.lock])
 
-    def _get_or_lock(
-        self, entry: _Entry, seconds: int, deadline: float
-    ) -> tuple[bytes | None, bool]:
-        """The file, None if it must be made; and whether this caller has the lock."""
-        is_mine = False
+    def _get_or_lock(self, entry: _Entry, seconds: int) -> tuple[bytes | None, float]:
+        """The file, None if this caller must make it; and the end of its lock."""
+        now, lock_end = time.monotonic(), -math.inf
+        deadline = now + seconds
         with contextlib.suppress(CacheUnavailable, CacheFull):
-            while time.monotonic() < deadline:
+            while now < deadline:
                 with contextlib.suppress(CacheMiss, FileCorrupt, FileChanged):
-                    return self.get(entry.name), is_mine
-                if is_mine:
+                    return self.get(entry.name), lock_end
+                if now < lock_end:
                     break
-                # Look again under the lock: its last owner may have stored the file.
-                is_mine = entry.take_lock(seconds)
-        return None, is_mine
+                now = time.monotonic()
+                if entry.take_lock(seconds):
+                    # Look again: its last owner may have stored the file.
+                    lock_end = now + seconds
+        return None, lock_end
 
     def open(self, name: str) -> CachedFile:
         """The present version of the file, as a binary stream, which fetches chunks as
         they are read. Raises FileNotFound, FileCorrupt."""
-        entry = self._entry(name)
-        return CachedFile(entry, entry.lookup().require())
+        return CachedFile(self, self._entry(name).lookup().require())
 
     def stat(self, name: str) -> FileInfo:
         """The file's properties, by its manifest; chunks may be gone. Raises
@@ -541,7 +527,7 @@ class FileCache:
     def delete(self, name: str, version: str | None = None) -> None:
         """Delete the file, also a damaged one or one that lost chunks; with `version`,
         only that version. Raises FileNotFound; with `version`, FileChanged for another,
-        FileCorrupt if the version can't be told; CacheFull after 100 tries."""
+        FileCorrupt for a damaged manifest; CacheFull after 100 tries."""
         entry = self._entry(name)
         for _ in range(_ATTEMPTS):
             found = entry.lookup()
@@ -559,7 +545,7 @@ class FileCache:
         key = self._entry("ping").key  # first, as it connects anew after a fork
         servers = getattr(self.client, "servers", {"": self.client})
         for client in servers.values():
-            _Entry(_Server(client), "", key).ask(lambda each: each.gets(key))
+            _Entry(_Server(client), "", key).ask(lambda client: client.gets(key))
 
     def close(self) -> None:
         """Close the client's connections. The next call opens new ones."""
@@ -650,25 +636,29 @@ class _Manifest:
             length = fields.pop("metadata")
             fields["segments"] = [tuple(each) for each in fields["segments"]]
             found = cls(**fields, metadata=rest[:length], data=rest[length:])
-            found._check(name)
+            found._validate(name)
             return found
-        except _NONSENSE as error:
+        except _BAD_MANIFEST as error:
             raise FileCorrupt(name, None) from error
 
-    def _check(self, name: str) -> None:
+    def _validate(self, name: str) -> None:
         """Raises ValueError or TypeError for fields that no writer would write: they go
         into keys, and bound the work of a read."""
-        chunks, size = self.info.chunks, self.size - len(self.data)
-        sound = self.name == name and 0 < self.chunk_size <= _MAX_CHUNK
-        sound = sound and size >= 0 and 0 <= chunks <= _MAX_CHUNKS
-        sound = sound and chunks == -(-size // self.chunk_size)
-        sound = sound and not (chunks and self.data)
-        keys = dict(self.segments)
-        sound = sound and len(keys) == len(self.segments)
-        sound = sound and all(map(_SEGMENT.fullmatch, keys))
-        numbers = self.size, self.chunk_size, self.created, self.expires or 0
-        sound = sound and {int} == set(map(type, [*numbers, *keys.values()]))
-        if not sound or any(count < 0 for count in keys.values()):
+        keys, counts = zip(*self.segments)
+        chunks, size = sum(counts), self.size - len(self.data)
+        times = self.created, self.expires or 0
+        is_sound = (
+            self.name == name
+            and {int}
+            == {type(n) for n in (self.size, self.chunk_size, *times, *counts)}
+            and len(set(keys)) == len(keys)
+            and all(map(_SEGMENT.fullmatch, keys))
+            and 0 < self.chunk_size <= _MAX_CHUNK
+            and min(size, *counts) >= 0
+            and chunks == -(-size // self.chunk_size) <= _MAX_CHUNKS
+            and not (chunks and self.data)
+        )
+        if not is_sound:
             raise ValueError("the manifest contradicts itself")
 
 
@@ -678,7 +668,8 @@ def _parsed(parts: Sequence[str]) -> tuple[_Segments, int]:
     matches = [] if isinstance(parts, str) else list(map(_PART.fullmatch, parts))
     found = [(each[1], int(each[2]), int(each[3])) for each in matches if each]
     sizes, keys = {size for _, _, size in found}, {key for key, _, _ in found}
-    if len(keys) != len(parts) or len(sizes) > 1 or 0 in sizes:
+    is_size = all(1 <= size <= _MAX_CHUNK for size in sizes)
+    if len(keys) != len(parts) or len(sizes) > 1 or not is_size:
         raise ValueError("these are no parts of one upload, from `stage`")
     return [(key, count) for key, count, _ in found if count], max(sizes, default=0)
 
@@ -701,12 +692,12 @@ class _Segment:
         self.count = 0  # counts chunks before they are sent: all can be deleted
         self.total = 0  # chunks that there will be, 0 if that is not known
         self.pid, self.started = os.getpid(), time.monotonic()
-        self.may_appear = False  # the file: its manifest was sent
+        self.may_appear = False  # whether the file's manifest was sent
 
     def plan(self, size: int) -> None:
         """Decide how to cut a file of up to `size` bytes."""
         item, self.largest, self.memory = self.entry.limits()
-        self.small = (self.cache._chunk_size or item) // _CHUNK_TO_SMALL
+        self.small = (self.cache._chunk_size or item) // _SMALL_DIVISOR
         if not self.chunk_size:
             prefix = getattr(self.entry.client, "key_prefix", b"")
             around = len(prefix) + len(
@@ -725,8 +716,9 @@ class _Segment:
         self.plan(self.cache.max_size)
         missing = self._missing_parts()
         if missing:
-            draft = _Manifest(name, self.length, 1, 0, None, b"", self.parts)
-            raise FileEvicted(name, draft.info, missing)
+            version = self.parts[-1][0]
+            info = FileInfo(name, self.length, self.first, version, 0, None, b"")
+            raise FileEvicted(name, info, missing)
         taken = len(data) - len(data) % self.chunk_size
         self.total = taken // self.chunk_size
         with self.deleted_on_error():
@@ -742,8 +734,8 @@ class _Segment:
             return self.entry.missing(keys)
         self.entry.touch(keys, self.lease)
         missing = self.entry.touch(keys, self.lease)
-        # Another may have published them meanwhile, and this lease came after their
-        # final expiry. Then they get no end, which is never too early.
+        # If another published them meanwhile, the lease replaced their final expiry.
+        # Then they get no end, which is never too early. `_tidy` is the other half.
         if self._are_published():
             self.entry.touch(keys, 0)
         return missing
@@ -859,12 +851,11 @@ class _Write(_Segment):
         # 1. Look up the manifest, and refuse early: no payload was sent yet.
         found = self._begin(known)
         with self.deleted_on_error():
-            # 2. Store the chunks on a lease. The last batch takes step 3 along.
+            # 2. Store the chunks on a lease. The last batch may include step 3.
             is_settled = self._send(pieces(self.batch_size), found)
-            manifest = self._manifest()
-            is_young = self.verb != "cas" and time.monotonic() - found.time < _FRESH
+            manifest, is_young = self._manifest(), self.verb != "cas" and found.is_young
             for _ in range(_ATTEMPTS):
-                # A server that restarted counts its tokens anew: an old one might fit.
+                # A restarted server counts its tokens anew: an old one might fit.
                 found = found if is_young else self._look_up()
                 # 3. Touch every chunk: this proves that each is still there.
                 end, chunks_end = self._settle(is_settled)
@@ -931,6 +922,7 @@ class _Write(_Segment):
             # If memory can't hold both files, the old one goes: memcached would evict
             # some of its chunks anyway, and keep the others in place of new ones.
             if found.manifest and found.manifest.size + self.length > self.memory:
+                found = self._look_up()  # another may have reused chunks meanwhile
                 self.entry.delete_segments(found.segments, self.parts)
                 found = found._replace(manifest=None)
             is_last = self.length == self.size or len(batch) < self.batch_size
@@ -944,7 +936,7 @@ class _Write(_Segment):
             del batch  # before the next one is gathered
         if self.size not in (None, self.length):
             raise SizeMismatch(self.entry.name, self.size or 0, self.length)
-        # The source may have taken its time to end.
+        # A source that is slow to end makes the touch too old.
         return is_settled and time.monotonic() - sent < _FRESH
 
     def _manifest(self) -> _Manifest:
@@ -957,8 +949,8 @@ class _Write(_Segment):
 
     def _settle(self, is_settled: bool) -> tuple[int, int]:
         """Give every chunk its final expiry; return that of the manifest, and theirs.
-        Raises CacheFull if a chunk is gone: a server that is short of memory says
-        STORED, and evicts the first chunks while the last arrive."""
+        Raises CacheFull if one is gone: a server that is short of memory says STORED,
+        and evicts the first chunks while the last arrive."""
         end, chunks_end = self.entry.exptimes(self.expire)
         missing = [] if is_settled else self.entry.touch(self.all_keys(), chunks_end)
         if missing:
@@ -969,7 +961,7 @@ class _Write(_Segment):
         """Delete the old file's chunks, except those that the new one has, too."""
         if self.parts:
             # A `stage` that saw no published file may have put parts on a lease since.
-            with contextlib.suppress(CacheUnavailable):
+            with contextlib.suppress(CacheUnavailable, CacheFull):
                 self.entry.touch(self.entry.keys(self.parts), end)
                 # If another gave the file a later end meanwhile: no end.
                 if self.entry.lookup().manifest not in (None, manifest):
@@ -989,17 +981,25 @@ class CachedFile(io.RawIOBase):
     are gone.
     """
 
-    def __init__(self, entry: _Entry, manifest: _Manifest) -> None:
+    def __init__(self, cache: FileCache, manifest: _Manifest) -> None:
         super().__init__()
-        self.info, self._entry, self._manifest = manifest.info, entry, manifest
-        self._size = manifest.chunk_size if self.info.chunks else max(self.info.size, 1)
+        self.info, self._cache, self._manifest = manifest.info, cache, manifest
+        self._chunk_size = (
+            manifest.chunk_size if self.info.chunks else max(self.info.size, 1)
+        )
+        place = self._entry.key
         self._chunks = [  # key, index in the segment, number of chunks in the segment
-            (_chunk_key(entry.key, key, index), index, count)
+            (_chunk_key(place, key, index), index, count)
             for key, count in manifest.segments
             for index in range(count)
         ]
         self._position = 0
         self._held = -1, memoryview(b"")  # the chunk that was read last, and its number
+
+    @property
+    def _entry(self) -> _Entry:
+        """Made anew, as a forked child has connections of its own."""
+        return self._cache._entry(self.info.name)
 
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
         """The bytes from `start` to `stop`, as in a slice, in verified, read-only
@@ -1014,13 +1014,13 @@ class CachedFile(io.RawIOBase):
     ) -> Iterator[tuple[int, memoryview]]:
         """The bytes from `start` to `stop`, a slice of each chunk, and its offset from
         `start`. Chunks that lie whole in `target` are received there, and left out."""
-        batch = max(1, _READ_BATCH // self._size)
-        end = -(-stop // self._size) if start < stop else 0
-        numbers = range(start // self._size, end)
+        batch = max(1, _READ_BATCH // self._chunk_size)
+        end = -(-stop // self._chunk_size) if start < stop else 0
+        numbers = range(start // self._chunk_size, end)
         while numbers:
             payloads = self._fetch(numbers[:batch], start, target)
             for number, payload in payloads.items():
-                self._held, offset = (number, payload), number * self._size
+                self._held, offset = (number, payload), number * self._chunk_size
                 first, last = max(start - offset, 0), stop - offset
                 yield offset + first - start, payload[first:last]
             numbers, payload = numbers[batch:], memoryview(b"")
@@ -1039,13 +1039,13 @@ class CachedFile(io.RawIOBase):
         payloads = {held: payload} if held in numbers else {}
 
         def receive(key: str, length: int, fill: Callable[[Any], Any]) -> None:
-            number, offset = keys[key], keys[key] * self._size - start
-            end = offset + min(self._size, self.info.size - number * self._size)
-            if target is not None and 0 <= offset <= end <= len(target):
-                with target[offset:end] as place:
+            number, first = keys[key], keys[key] * self._chunk_size - start
+            last = min(first + self._chunk_size, self.info.size - start)
+            if target is not None and 0 <= first <= last <= len(target):
+                with target[first:last] as place:
                     self._receive(number, length, fill, place)
             else:
-                payload = memoryview(bytearray(end - offset))
+                payload = memoryview(bytearray(last - first))
                 self._receive(number, length, fill, payload)
                 payloads[number] = payload.toreadonly()
 
@@ -1059,15 +1059,15 @@ class CachedFile(io.RawIOBase):
     ) -> None:
         """Receive and verify a chunk, whose value has `length` bytes. `fill` fills a
         buffer with the next bytes of it. Raises FileCorrupt."""
-        header = bytearray(_HEADER.size)
-        padding = bytearray(len(self._chunks) > 1 and self._size - len(payload))
+        (key, index, count), header = self._chunks[number], bytearray(_HEADER.size)
+        padding = bytearray(len(self._chunks) > 1 and self._chunk_size - len(payload))
         if length == len(header) + len(payload) + len(padding):
             for buffer in header, payload, padding:
                 fill(buffer)
-            key, *expected = self._chunks[number]
-            index, total, _ = _HEADER.unpack(header)
+            # The CRC covers the index, the total and the key.
+            total = _HEADER.unpack(header)[1]
             is_sound = header == _chunk(key, index, total, payload, padding)[0]
-            if is_sound and [index, total] in (expected, [expected[0], 0]):
+            if is_sound and total in (count, 0):
                 return
         error = FileCorrupt(self.info.name, number)
         _log.info("%s", error)
@@ -1077,7 +1077,7 @@ class CachedFile(io.RawIOBase):
         """Fill `buffer`; fewer bytes than it holds only at the end of the file."""
         self._checkClosed()
         start = min(self._position, self.info.size)
-        # Views are released also after an error, whose traceback would keep the buffer.
+        # `with` releases the views after an error, too. Its traceback would keep them.
         with memoryview(buffer).cast("B") as whole:
             stop = min(start + len(whole), self.info.size)
             with whole[: stop - start] as target:
@@ -1137,6 +1137,10 @@ class _Found(NamedTuple):
     def segments(self) -> _Segments:
         return self.manifest.segments if self.manifest else ()
 
+    @property
+    def is_young(self) -> bool:
+        return time.monotonic() - self.time < _FRESH
+
     def require(self, version: str | None = None) -> _Manifest:
         """Raises FileNotFound, FileCorrupt; FileChanged unless it is `version`."""
         if self.damage:
@@ -1163,7 +1167,7 @@ class _Entry:
     def lookup(self) -> _Found:
         """Look at the manifest."""
         now = time.monotonic()
-        value, token = self.ask(lambda each: each.gets(self.key))
+        value, token = self.ask(lambda client: client.gets(self.key))
         if value is None:
             return _Found(self.name, now)
         if token == b"0":
@@ -1187,7 +1191,7 @@ class _Entry:
             if self.lookup().value == (value or None):
                 return True
             raise
-        self._check([reply], _STORED, _NOT_STORED, _EXISTS, _NOT_FOUND)
+        self._expect([reply], _STORED, _NOT_STORED, _EXISTS, _NOT_FOUND)
         # A replicated pool of memcached's proxy has one token for each replica, so that
         # one stores and another says no.
         return reply == _STORED or bool(value and self.lookup().value == value)
@@ -1205,7 +1209,7 @@ class _Entry:
             for chunk, reply in zip(chunks, stored)
             if reply == _NOT_STORED or _REFUSAL.search(reply)
         }
-        self._check(set(stored).difference(refused.values()), _STORED)
+        self._expect(set(stored).difference(refused.values()), _STORED)
         return refused, self._absent(rest, _TOUCHED)
 
     def touch(self, keys: Sequence[str], exptime: int) -> list[int]:
@@ -1231,13 +1235,13 @@ class _Entry:
         quick: don't wait for the replies, if the chunks are few.
         """
         # Nagle's algorithm would hold up the next command of a client that allows it.
-        is_prompt = hasattr(self.client, "pipeline") or self.client.no_delay
-        quick = quick and len(keys) <= _FEW and is_prompt
+        no_delay = getattr(self.client, "no_delay", False)
+        quick = quick and len(keys) <= _FEW and no_delay
         verb = "delete quickly" if quick else "delete"
         for _ in range(2):
             with contextlib.suppress(CacheUnavailable, CacheFull):
                 replies = self.run([_Command(verb, key) for key in keys])
-                self._check(replies, _DELETED, _NOT_FOUND)
+                self._expect(replies, _DELETED, _NOT_FOUND)
                 return
 
     def delete_segments(
@@ -1252,7 +1256,7 @@ class _Entry:
         """Take the lock of `get_or_set`, or wait a moment if another has it."""
         add = _Command("add", self.lock, _lease(seconds), lambda: (b"1",))
         replies = self.run([add], again=False)
-        self._check(replies, _STORED, _NOT_STORED)
+        self._expect(replies, _STORED, _NOT_STORED)
         time.sleep(0 if _STORED in replies else _POLL)
         return _STORED in replies
 
@@ -1294,7 +1298,7 @@ class _Entry:
             return {}
         told: Mapping[bytes, Any] = {}
         try:
-            told = self.ask(lambda each: each.stats(*kind))
+            told = self.ask(lambda client: client.stats(*kind))
         except CacheUnavailable as error:
             if _is_outage(error.__cause__):
                 raise
@@ -1356,9 +1360,9 @@ class _Entry:
         next arrives. Returns a dictionary with their keys."""
         values: dict[str, Any] = {}
         if keys and hasattr(self.client, "receive_many"):
-            values = self.ask(lambda each: each.receive_many(keys, receive))
+            values = self.ask(lambda client: client.receive_many(keys, receive))
         elif keys:
-            values = self.ask(lambda each: each.get_many(keys))
+            values = self.ask(lambda client: client.get_many(keys))
             for key, value in values.items():
                 receive(key, len(value), io.BytesIO(value).readinto)
         return values
@@ -1369,9 +1373,10 @@ class _Entry:
         at the first refusal, while the server goes on to store what is behind it."""
         if not hasattr(self.client, "pipeline"):
             return [self.ask(command.call, again) for command in commands]
+        if not commands:
+            return []
         wires = functools.partial(map, _Command.wire, commands)
-        replies = commands and self.ask(lambda each: each.pipeline(wires()), again)
-        return list(replies)
+        return list(self.ask(lambda client: client.pipeline(wires()), again))
 
     def ask(self, command: Callable[[Any], Any], again: bool = True) -> Any:
         """Have the client do a command. Its errors become CacheUnavailable.
@@ -1389,11 +1394,11 @@ class _Entry:
                 raise
             except (OSError, MemcacheError) as error:
                 retries -= 1
-                if retries < 0 or not isinstance(error, _DROPPED):
+                if retries < 0 or not isinstance(error, _CLOSED):
                     self.server.note(error)
                     raise self.unavailable(_reason(error)) from error
             except BaseException as error:
-                # The rest of a reply would be taken for another's. After an Exception
+                # The next command would read the rest of this reply. After an Exception
                 # pymemcache's Client closes its connection itself.
                 if not isinstance(error, Exception) and isinstance(self.client, Client):
                     self.client.close()
@@ -1401,11 +1406,11 @@ class _Entry:
 
     def _absent(self, replies: list[bytes], there: bytes) -> list[int]:
         """The positions of NOT_FOUND in replies of which the others say `there`."""
-        self._check(replies, there, _NOT_FOUND)
+        self._expect(replies, there, _NOT_FOUND)
         return [at for at, reply in enumerate(replies) if reply == _NOT_FOUND]
 
-    def _check(self, replies: Iterable[bytes], *allowed: bytes) -> None:
-        """Raise for a line that is no reply: it must never be taken for a no."""
+    def _expect(self, replies: Iterable[bytes], *allowed: bytes) -> None:
+        """Raise for an unexpected reply: it must not count as a no."""
         for reply in set(replies).difference(allowed):
             if _REFUSAL.search(reply):
                 raise self.cache_full(0, said=reply.decode())
@@ -1483,7 +1488,7 @@ class _Server:
 
 def _is_outage(error: BaseException | None) -> bool:
     """Not if the server closed a connection: some do so on a command they refuse."""
-    return isinstance(error, OSError) and not isinstance(error, _DROPPED)
+    return isinstance(error, OSError) and not isinstance(error, _CLOSED)
 
 
 _NO_CAS = "it runs without cas (-C), which memchunk needs"
@@ -1509,11 +1514,11 @@ def _checked(client: Any) -> Any:
     """The client. Raises ValueError for one that breaks the promise."""
     instead = "give FileCache a Client, a PooledClient, or mcpool.connect(...)"
     if isinstance(client, HashClient):
-        raise ValueError(f"HashClient calls a file on a dead server a miss: {instead}")
+        raise ValueError(f"HashClient reports a miss if a server is down: {instead}")
     if isinstance(client, RetryingClient):
         raise ValueError(f"RetryingClient repeats an `add` that may be done: {instead}")
     if getattr(client, "ignore_exc", False):
-        raise ValueError("ignore_exc=True calls a file on a dead server a miss")
+        raise ValueError("ignore_exc=True reports a miss if the server is down")
     if not hasattr(client, "get_many"):
         raise ValueError(f"{client!r:.80} is no memcached client: {instead}")
     return client
@@ -1538,7 +1543,7 @@ def _reason(error: Exception) -> str:
 
 
 def _opened_source(source: Any) -> tuple[int | None, Callable[[int], Iterable[Any]]]:
-    """Bytes from a source's position to its end, None if only reading will tell; and a
+    """The number of bytes that a source has left, None if only reading will tell; and a
     function that yields them in pieces (of a file: of the given size), each valid until
     the next is asked for. Raises TypeError for a source that yields no bytes."""
     if isinstance(source, (str, io.TextIOBase)):
@@ -1616,5 +1621,5 @@ def _seconds(expire: _Expire) -> int:
 
 def _lease(seconds: int) -> int:
     if not 1 <= operator.index(seconds) <= _RELATIVE_LIMIT:
-        raise ValueError(f"a lease is 1 to {_RELATIVE_LIMIT} seconds")
+        raise ValueError(f"a lease or a lock is 1 to {_RELATIVE_LIMIT} seconds")
     return int(seconds)  # memcached would not read True

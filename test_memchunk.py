@@ -525,6 +525,28 @@ def test_get_or_set_gives_the_lock_back_if_make_raises(
     assert files.get_or_set(NAME, lambda: b"made") == b"made" == files.get(NAME)
 
 
+def test_get_or_set_gives_a_lock_back_that_it_took_late(
+    counting: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late, monotonic = [0], time.monotonic
+    monkeypatch.setattr("time.monotonic", lambda: monotonic() + late[-1])
+    cache = cache_on(counting)
+
+    def wait(command: str) -> None:
+        if command == "gets":
+            late.append(50)
+
+    def make() -> bytes:
+        late.append(65)
+        raise ZeroDivisionError
+
+    counting.before = wait
+    with pytest.raises(ZeroDivisionError):
+        cache.get_or_set(NAME, make, lock=60)
+    assert cache.get_or_set(NAME, lambda: b"made", lock=60) == b"made"
+    assert counting.commands.count("add") == 3  # two locks, and a manifest
+
+
 def test_get_or_set_hands_out_the_bytes_that_a_full_cache_refuses(
     start_memcached: Start,
 ) -> None:
@@ -1119,13 +1141,19 @@ def test_a_child_does_not_talk_on_its_parents_connections(
     cache = cache_on(client(memcached), chunk_size=CHUNK)
     data = data_of(5000)
     cache.set(NAME, data)
+    file = cache.open(NAME)
+
+    def reads_well() -> bool:
+        streams = (b"".join(file.chunks()) for _ in range(50))
+        return all(cache.get(NAME) == data == stream for stream in streams)
+
     child = os.fork()
     if child == 0:
         is_right = False
         with contextlib.suppress(BaseException):
-            is_right = all(cache.get(NAME) == data for _ in range(50))
+            is_right = reads_well()
         os._exit(0 if is_right else 1)
-    assert all(cache.get(NAME) == data for _ in range(50))
+    assert reads_well()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 

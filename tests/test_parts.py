@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable
 
 import pytest
-from pymemcache.client.base import Client
+from pymemcache.client.base import Client, PooledClient
+from pymemcache.exceptions import MemcacheServerError
 
 import memchunk
 from memchunk import FileCache
@@ -253,6 +254,47 @@ def test_threads_that_publish_the_same_parts_leave_a_whole_file(
 
     with ThreadPoolExecutor(4) as threads:
         assert set(threads.map(publish, range(40))) == {DATA}
+
+
+class Tiny(Wrapped):
+    """A server that tells that it has room for nine chunks."""
+
+    def stats(self, *_: str) -> dict[bytes, int]:
+        return {b"maxbytes": 9 * CHUNK}
+
+
+def test_a_cas_that_comes_too_late_deletes_no_parts_of_the_new_file(
+    memcached: Memcached,
+) -> None:
+    client = PooledClient(memcached.address, default_noreply=False)
+    with FileCache(Tiny(client), chunk_size=CHUNK) as cache:
+        part, taken = cache.stage("file", DATA[: 5 * CHUNK])
+        old = cache.add("file", b"old", parts=[part])
+
+        def source() -> Iterator[bytes]:
+            new = cache.set("file", b"new", parts=[part])
+            assert new.version != old.version
+            yield DATA[:taken]
+
+        with pytest.raises(memchunk.FileChanged):
+            cache.cas("file", source(), old.version)
+        assert cache.get("file") == DATA[:taken] + b"new"
+
+
+def test_a_publication_that_is_done_raises_no_error(
+    memcached: Memcached, cache: FileCache
+) -> None:
+    part, taken = cache.stage("file", DATA)
+    client = Wrapped(Client(memcached.address))
+
+    def refuse(command: str) -> None:
+        if command == "touch" and "file" in cache:
+            raise MemcacheServerError(b"out of memory during read")
+
+    client.before = refuse
+    with FileCache(client, chunk_size=CHUNK) as other:
+        other.add("file", b"", parts=[part])
+    assert cache.get("file") == DATA[:taken]
 
 
 def test_a_file_grows_by_parts(cache: FileCache, memcached: Memcached) -> None:
