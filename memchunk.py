@@ -97,7 +97,7 @@ _FEW = 8  # chunks; their deletion does not wait for replies
 # Chunks that were read or touched twice are active in memcached's LRU. If they fill the
 # cache, memcached refuses others until its LRU thread has made room. That thread sleeps
 # for up to a second.
-_PATIENCE, _PAUSE = 2.0, 0.02  # seconds to wait for it, and between two tries
+_PATIENCE, _PAUSE = 4.0, 0.02  # seconds to wait for it, and between two tries
 
 _ATTEMPTS = 100  # to change a manifest; another writer won each attempt that failed
 _FRESH = 1.0  # seconds; a publication relies on no older look at the manifest
