@@ -71,6 +71,10 @@ class Problem(Exception):
         self.status, self.detail = status, detail
         self.headers, self.members = headers or {}, members
 
+    def with_members(self, **members: Any) -> Problem:
+        more = {**self.members, **members}
+        return Problem(self.status, self.detail, self.headers, **more)
+
 
 class CutOff(Problem):
     """The request's body broke off, or ended before its announced end."""
@@ -109,12 +113,14 @@ ERRORS: dict[type[memchunk.MemchunkError], tuple[int, str]] = {
 def problem_of(error: memchunk.MemchunkError) -> Problem:
     if isinstance(error, memchunk.FileTooLarge):
         return too_large(error.limit)
+    if isinstance(error, memchunk.FileCorrupt):  # it tells damage or an unknown format
+        return Problem(502, f"{error}. Upload it again.")
     [answer] = [ERRORS[kind] for kind in ERRORS if isinstance(error, kind)]
     return unavailable(answer[1]) if answer[0] == 503 else Problem(*answer)
 
 
-def too_large(limit: int) -> Problem:
-    detail = f"Files may have up to {size_in_words(limit)}; this one has more."
+def too_large(limit: int, what: str = "Files") -> Problem:
+    detail = f"{what} may have up to {size_in_words(limit)}; this one has more."
     return Problem(413, detail, limit=limit)
 
 
@@ -334,6 +340,10 @@ class SentFile:
     filename: str
     expire: str | None
 
+    @property
+    def extension(self) -> str:
+        return extension(self.filename, self.content_type)
+
 
 class Part(NamedTuple):
     """The headers of a form's part. A part without a file name is a field."""
@@ -362,24 +372,27 @@ class Form:
         self._room = MAX_FORM_OVERHEAD
         self._file: Part | None = None  # the headers of the file that comes next
 
-    def the_file(self, expire: str | None) -> SentFile:
-        """The only part that has a file name. A field "expire" must stand before it.
+    def files(self, expire: str | None, several: bool) -> Iterator[SentFile]:
+        """The parts that have a file name. Read each before asking for the next. A
+        field "expire" must stand before the first.
 
         If no file is chosen, a browser sends an empty file name: that part is a field.
         """
         self._text(self._delimiter)
         expire = self._fields().get("expire", expire)
         require(self._file, 400, NO_FILE)
-        assert self._file  # for mypy
-        _, filename, content_type = self._file
-        return SentFile(self._content(), None, content_type, filename, expire)
+        while self._file:
+            _, filename, content_type = self._file
+            content = self._content(several)
+            yield SentFile(content, None, content_type, filename, expire)
 
-    def _content(self) -> Iterator[bytes]:
-        """The file's bytes. They end only if the form is whole up to its own end."""
+    def _content(self, several: bool) -> Iterator[bytes]:
+        """The file's bytes. They end only if the form is whole up to the next file, or
+        to its own end."""
         yield from self._until(self._delimiter)
         fields = self._fields()
-        detail = "The form has more than one file. Send one per request."
-        require(not self._file, 400, detail)
+        detail = "The form has more than one file. Send one, or POST them to /files."
+        require(several or not self._file, 400, detail)
         detail = "The form's field 'expire' must stand before the file."
         require("expire" not in fields, 400, detail)
 
@@ -655,13 +668,23 @@ def _clean_filename(text: str) -> str:
     return "".join(kept).strip(" .")[-100:].strip(" .") or "file"
 
 
-def _disposition(filename: str) -> str:
+def extension(filename: str, content_type: str) -> str:
+    """What a random name may end with, such as ".pdf": of the file's name, or without a
+    name of its type. Nothing else of it may get into an address."""
+    essence = content_type.partition(";")[0].strip().lower()
+    if not filename and essence != CONTENT_TYPE:
+        filename = "x" + (TYPES.guess_extension(essence, strict=False) or "")
+    match = re.search(r"[^/\\](\.[A-Za-z0-9]{1,10})\Z", filename)
+    return match[1].lower() if match else ""
+
+
+def _disposition(filename: str, kind: str) -> str:
     """The name in ASCII, and the name in full as `filename*` (RFC 6266, 4.3)."""
     plain = unicodedata.normalize("NFKD", filename).encode("ascii", "ignore").decode()
     if plain.lstrip().startswith("."):  # only the extension is left
         plain = f"file.{plain.lstrip(' .')}"
     plain, extended = re.sub(r'["%]', "_", _clean_filename(plain)), quote(filename, "")
-    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{extended}"
+    return f"{kind}; filename=\"{plain}\"; filename*=UTF-8''{extended}"
 
 
 # --- Answers: JSON, problems, and files -----------------------------------------------
@@ -669,6 +692,16 @@ def _disposition(filename: str) -> str:
 # What a browser may do with a stored file: keep it. Whatever runs in it, runs without
 # this origin.
 STORED_FILE_POLICY = "sandbox; default-src 'none'"
+# What `inline` shows: pictures, sound, video, text and PDF, but none of what a browser
+# takes for a document with scripts: HTML, SVG and other XML.
+SHOWN = re.compile(
+    "(image|audio|video|text)/(?!.*(html|svg|xml|xsl)).+|application/pdf"
+)
+# The browser's own viewer has a style, and loads picture or media once more.
+SHOWN_FILE_POLICY = (
+    "sandbox{}; default-src 'none'; img-src 'self'; media-src 'self'; "
+    "style-src 'unsafe-inline'"
+)
 # These Lambda adapters send a text/* body as text, so that bytes that are not UTF-8
 # break them, unless it has a Content-Encoding.
 TEXT_DECODERS = ("apig_wsgi.full_event", "serverless.event")
@@ -695,10 +728,20 @@ def empty_response(headers: Headers, status: int = 204) -> Response:
     return response
 
 
-def file_headers(info: memchunk.FileInfo) -> dict[str, str]:
-    """Those that a 304 has, too (RFC 9110, 15.4.5), and what a browser may do."""
+def file_headers(info: memchunk.FileInfo, inline: bool) -> dict[str, str]:
+    """inline: whether a browser may show the file, if its type is harmless."""
+    content_type, filename = type_and_filename(info)
+    essence = content_type.partition(";")[0].strip().lower()
+    kind, policy = "attachment", STORED_FILE_POLICY
+    if inline and SHOWN.fullmatch(essence):
+        # Chromium loads sound and video only from the same origin. No script has it.
+        is_media = essence.startswith(("audio/", "video/"))
+        policy = SHOWN_FILE_POLICY.format(" allow-same-origin" if is_media else "")
+        kind = "inline"
     return {
-        "Content-Security-Policy": STORED_FILE_POLICY,
+        "Content-Type": content_type,
+        "Content-Disposition": _disposition(filename, kind),
+        "Content-Security-Policy": policy,
         "ETag": f'"{info.version}"',
         "Last-Modified": http.http_date(info.created),
         "Accept-Ranges": "bytes",
@@ -707,25 +750,26 @@ def file_headers(info: memchunk.FileInfo) -> dict[str, str]:
     }
 
 
+def not_modified_response(headers: dict[str, str]) -> Response:
+    """A 304, with few of the file's headers (RFC 9110, 15.4.5)."""
+    del headers["Content-Disposition"]
+    return empty_response(headers, 304)
+
+
 def file_response(
     request: Request,
-    info: memchunk.FileInfo,
+    headers: dict[str, str],
+    size: int,
     content: list[bytes],
     part: tuple[int, int] | None = None,
 ) -> Response:
     """The file, or the part of it from start to stop; for HEAD without content."""
-    content_type, filename = type_and_filename(info)
-    start, stop = part or (0, info.size)
-    headers = {
-        "Content-Type": content_type,
-        "Content-Disposition": _disposition(filename),
-        "Content-Length": str(stop - start),
-        **file_headers(info),
-    }
+    start, stop = part or (0, size)
+    headers["Content-Length"] = str(stop - start)
     if any(key in request.environ for key in TEXT_DECODERS):
         headers["Content-Encoding"] = "identity"
     if part:
-        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{info.size}"
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
     elif request.method == "GET":
         headers.update(wanted_digest(request, content))
     return Response(content, 206 if part else 200, headers)

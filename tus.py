@@ -215,10 +215,11 @@ class Uploads:
         """A new upload, of no bytes yet. Raises Problem."""
         metadata = request.headers.get("Upload-Metadata", "")
         require(len(metadata) <= MAX_HEADERS, 431, "The Upload-Metadata is too long.")
-        _type_and_filename(metadata)
+        content_type, filename = _type_and_filename(metadata)
         expire = self.application.seconds_to_keep(request.query_value("expire"))
         # 128 random bits each: the file's address does not tell the upload's.
-        name = request.query_value("name") or secrets.token_hex(16)
+        extension = httpfiles.extension(filename, content_type)
+        name = request.query_value("name") or secrets.token_hex(16) + extension
         require(RESERVED not in name, 400, "The name is not UTF-8.")
         require(name not in self.cache, *ERRORS[memchunk.FileExists])
         about = length, expire, metadata, int(time.time()) + EXPIRE

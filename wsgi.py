@@ -11,8 +11,8 @@ a page for a browser.
 
 Read `Application` first: its table of routes, then `dispatch`, which has the checks
 before a handler, then the handlers. Above it are the settings, and who may do what;
-below it the pages, and the development server. `httpfiles.py` knows what HTTP says
-about files. `tus.py` beside this file adds uploads that resume, at /uploads.
+below it the pages, the log, and the development server. `httpfiles.py` knows what HTTP
+says about files. `tus.py` beside this file adds uploads that resume, at /uploads.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ from werkzeug.wrappers import Request, Response
 import httpfiles
 import mcpool
 import memchunk
-from httpfiles import FileRequest, Headers, Problem, require
+from httpfiles import FileRequest, Headers, Problem, SentFile, require
+from memchunk import FileInfo
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -71,19 +72,23 @@ MAX_EXPIRE = 2**31 - 1  # seconds that an upload may ask for, 68 years
 TOKEN_FILE_SECONDS = 1  # until MEMCHUNK_TOKEN_FILE is read again, if a token is wanted
 READY_SECONDS = 1.5  # that /readyz waits for servers
 READ_ATTEMPTS = 5  # of a download that a writer overtakes
+BACK_SECONDS = 0.1  # that a request may wait for servers that did not answer before
 PREFLIGHT_AGE = "3600"  # seconds that a browser may rely on our answer
 
 READS = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
 UPLOADS = ("PATCH", "POST", "PUT")  # methods that may store what they carry
+FILE_ADDRESS = re.compile(r"/(files|uploads)(/|\Z)")  # what a token guards
 PROBED = ("/healthz", "/readyz")  # what balancers ask for, by IP address
 
+Write = Callable[..., FileInfo]  # a method of the cache: `add`, `set` or `cas`
 log = logging.getLogger("memchunk.wsgi")
 
 
 # --- Settings -------------------------------------------------------------------------
 
-# What MEMCHUNK_HOSTS may have: a name, perhaps after a dot, or an IPv6 address.
-HOST_PATTERN = re.compile(r"\.?[a-z0-9_-]+(\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\]")
+ORIGIN = r"\*|null|https?://[^/@\s]+"
+# A name, perhaps after a dot, or an IPv6 address.
+HOST = r"\.?[a-z0-9_-]+(\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\]"
 
 
 class SettingError(RuntimeError):
@@ -135,36 +140,14 @@ class Settings:
             if variable in environ
         }
         settings = cls(**values)
-        settings.check()
+        Access(settings, Cors(settings))  # or a SettingError, if a list is bad
         return settings
-
-    def check(self) -> None:
-        """Raise SettingError if a list has something else in it than it should."""
-        Tokens(self)
-        for origin in self.allowed_origins - {"*", "null"}:
-            if not re.fullmatch(r"https?://[^/@\s]+", origin):
-                raise SettingError(
-                    f"MEMCHUNK_ORIGINS: {origin!r} is not like https://example.com"
-                )
-        if self.hosts and not self.allowed_hosts:
-            raise SettingError("MEMCHUNK_HOSTS has no host; unset it to answer for any")
-        for host in self.allowed_hosts:
-            if not HOST_PATTERN.fullmatch(host):
-                raise SettingError(f"MEMCHUNK_HOSTS: {host!r} is not like example.com")
 
     @property
     def default_expire(self) -> int:
         """Seconds that a file is kept whose upload doesn't say."""
         most = self.max_expire
         return min(self.expire or most, most) if most else self.expire
-
-    @property
-    def allowed_origins(self) -> frozenset[str]:
-        return _items(self.origins)
-
-    @property
-    def allowed_hosts(self) -> frozenset[str]:
-        return _items(self.hosts)
 
     def connect(self) -> memchunk.FileCache:
         """The cache that the settings describe. Raises SettingError."""
@@ -205,10 +188,6 @@ def _variable(name: str) -> str:
     return f"MEMCHUNK_{name.upper()}"
 
 
-def _items(text: str) -> frozenset[str]:
-    return frozenset(filter(None, re.split(r"[\s,]+", text.lower())))
-
-
 def _refuse_unknown(environ: Mapping[str, str], known: Iterable[str]) -> None:
     """Raise SettingError if a name may be misspelt, as in MEMCHUNK_TOKENS."""
     for variable in sorted(set(environ).difference(known)):
@@ -235,6 +214,17 @@ def _parsed(variable: str, text: str, field: dataclasses.Field[Any]) -> Any:
     if not least <= number <= most:
         raise SettingError(f"{variable} is {text}, but must be {least} to {most}")
     return number
+
+
+def _items(variable: str, text: str, pattern: str, example: str) -> frozenset[str]:
+    """The items of a list. Raises SettingError."""
+    items = frozenset(filter(None, re.split(r"[\s,]+", text.lower())))
+    if text and not items:
+        raise SettingError(f"{variable} is an empty list; unset it")
+    for item in items:
+        if not re.fullmatch(pattern, item):
+            raise SettingError(f"{variable}: {item!r} is not like {example}")
+    return items
 
 
 # --- Who may do what: hosts, tokens, and pages of other sites -------------------------
@@ -313,11 +303,13 @@ class Cors:
         "Accept-Ranges, Allow, Content-Disposition, Content-Length, Content-Location, "
         "Content-Range, ETag, Location, Repr-Digest, Retry-After, "
         "Tus-Checksum-Algorithm, Tus-Extension, Tus-Max-Size, Tus-Resumable, "
-        "Tus-Version, Upload-Expires, Upload-Length, Upload-Metadata, Upload-Offset"
+        "Tus-Version, Upload-Expires, Upload-Length, Upload-Metadata, Upload-Offset, "
+        "X-Request-Id"
     )
 
-    def __init__(self, origins: frozenset[str]) -> None:
-        self._origins = origins
+    def __init__(self, settings: Settings) -> None:
+        given, example = settings.origins, "https://example.com"
+        self._origins = _items("MEMCHUNK_ORIGINS", given, ORIGIN, example)
 
     def shared_origin(self, request: Request) -> str | None:
         """What to call the origin of a page that may use the API from elsewhere; else
@@ -355,8 +347,9 @@ class Access:
     """Each method raises Problem unless a request may go on."""
 
     def __init__(self, settings: Settings, cors: Cors) -> None:
-        self.tokens, self._hosts = Tokens(settings), settings.allowed_hosts
-        self._public_read, self._cors = settings.public_read, cors
+        self.tokens, self._cors = Tokens(settings), cors
+        self._hosts = _items("MEMCHUNK_HOSTS", settings.hosts, HOST, "example.com")
+        self._public_read = settings.public_read
 
     def check_host(self, request: Request) -> None:
         """MEMCHUNK_HOSTS must have the request's host. A probe has an IP address there,
@@ -459,19 +452,20 @@ class Application:
         self, cache: memchunk.FileCache, settings: Settings | None = None
     ) -> None:
         self.cache, self.settings = cache, settings or Settings()
-        self.cors = Cors(self.settings.allowed_origins)
+        self.servers = Servers(cache.client)
+        self.cors = Cors(self.settings)
         self.access = Access(self.settings, self.cors)
         self.uploads = _uploads(self)
+        self.pages = Pages(self)
         self.url_map = self.routes()
-        self.page = self.upload_page()
         self.entry = self.behind_proxies(self.settings.proxies)
 
     def routes(self) -> Map:
         table: list[tuple[str, str, Callable[..., Response]]] = [
-            ("GET", "/", self.get_page),
+            ("GET", "/", self.pages.get),
             ("GET", "/healthz", self.get_health),
             ("GET", "/readyz", self.get_readiness),
-            ("POST", "/files", self.post_unnamed_file),
+            ("POST", "/files", self.post_files),
             ("POST", "/files/<name:name>", self.post_file),
             ("PUT", "/files/<name:name>", self.put_file),
             ("GET", "/files/<name:name>", self.get_file),
@@ -499,21 +493,25 @@ class Application:
     def answer(
         self, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
-        body = httpfiles.Body(environ)
+        call, body = Call(environ), httpfiles.Body(environ)
         request = FileRequest({}, body)
         try:
             request = _request(environ, body)
             response = self.dispatch(request)
+            self.servers.look_again(request)
         except Exception as error:
-            response = self.failed(request, _problem(error, request))
+            problem = _problem_of(error)
+            self.servers.note_outage(error)
+            call.log_failure(request, problem, error)
+            response = self.failed(request, problem)
         response.headers.setdefault("X-Content-Type-Options", "nosniff")
+        response.headers["X-Request-Id"] = call.id
         if "uwsgi.version" in environ:  # all other hosts send a Date by themselves
             response.headers["Date"] = http_date()
         if self.uploads and _is_upload(request):
             response.headers.update(self.uploads.headers)
         self.cors.share(request, response)
-        # After the answer, not before it: a client may wait for it and send nothing
-        # more.
+        # After the answer, since a client may wait for it before it sends more.
         response.call_on_close(body.drain)
         return response(environ, start_response)
 
@@ -529,9 +527,9 @@ class Application:
         if self.cors.is_preflight(request):
             return self.options(request, adapter)
         # 3. The token, before anything is told about a file.
-        if re.match(r"/(files|uploads)(/|\Z)", request.path):
+        if FILE_ADDRESS.match(request.path):
             self.access.check_token(request)
-        # 4. The address and the method. Werkzeug shows broken UTF-8 as U+FFFD.
+        # 4. The address and the method.
         _check_whole(request)
         if self.uploads and _is_upload(request):
             override = request.headers.get("X-HTTP-Method-Override")
@@ -552,70 +550,77 @@ class Application:
         if not allowed:
             raise NotFound()
         methods = ", ".join(sorted({*allowed, "OPTIONS"}))
-        more = self.cors.is_preflight(request)
-        headers = self.cors.preflight_headers(request, methods) if more else {}
+        is_preflight = self.cors.is_preflight(request)
+        headers = self.cors.preflight_headers(request, methods) if is_preflight else {}
         return httpfiles.empty_response({"Allow": methods, **headers})
 
     def failed(self, request: FileRequest, problem: Problem) -> Response:
         if not request.wants_html:
             return httpfiles.problem_response(problem)
         title = httpfiles.TITLES.get(problem.status, "Error")
-        text = html.escape(problem.detail)
+        stored: Any = problem.members.get("stored", ())
+        links = [_link(each["url"], each["name"]) for each in stored]
+        lines = [html.escape(problem.detail), *(f"Stored: {link}" for link in links)]
         headers = {**problem.headers, **httpfiles.NO_STORE}
-        return _html_response(request, title, text, problem.status, headers)
-
-    # Handlers: the page, and how the service is
-
-    def get_page(self, request: Request) -> Response:
-        headers = _page_headers(self.page)
-        response = Response(self.page, headers=headers, mimetype="text/html")
-        response.add_etag()
-        response.make_conditional(request)
-        del response.headers["Date"]  # hosts add theirs
-        return response
+        return self.pages.message(request, title, lines, problem.status, headers)
 
     def get_health(self, request: Request) -> Response:
         return httpfiles.json_response({"status": "ok"})
 
     def get_readiness(self, request: FileRequest) -> Response:
-        servers = server_states(self.cache.client)
+        servers = self.servers.states()
         wanted = any if request.query_value("all") is None else all
         if wanted(state == "ok" for state in servers.values()):
             return httpfiles.json_response({"status": "ok", "servers": servers})
         detail = "Not enough memcached servers answer."
         raise httpfiles.unavailable(detail, servers=servers)
 
-    # Handlers: uploads
+    # Handlers of uploads
 
-    def post_unnamed_file(self, request: FileRequest) -> Response:
-        # 128 random bits: who doesn't know the name can't find the file.
-        return self.post_file(request, secrets.token_hex(16))
+    def post_files(self, request: FileRequest) -> Response:
+        """Store the body, or each file of a form, under a name of 128 random bits: who
+        doesn't know it can't find the file."""
+        infos: list[FileInfo] = []
+        try:
+            for file in self.sent_files(request, several=True):
+                name = secrets.token_hex(16) + file.extension
+                infos.append(self.write_file(request, name, file, self.cache.add))
+        except (Problem, memchunk.MemchunkError) as error:
+            if not infos:
+                raise
+            stored = [self.describe(request, info) for info in infos]
+            raise _problem_of(error).with_members(stored=stored) from error
+        return self.stored_response(request, infos, 201)
 
     def post_file(self, request: FileRequest, name: str) -> Response:
         if httpfiles.is_conditional(request):
             httpfiles.check_preconditions(request, self.replaceable(request, name))
-        return self.write_file(request, name, self.cache.add, 201)
+        file = next(self.sent_files(request))
+        info = self.write_file(request, name, file, self.cache.add)
+        return self.stored_response(request, [info], 201)
 
     def put_file(self, request: FileRequest, name: str) -> Response:
         current, conditions = self.replaceable(request, name), request.headers
         httpfiles.check_preconditions(request, current)
         # The write must keep the preconditions true to its end.
-        write: Callable[..., memchunk.FileInfo] = self.cache.set
+        write: Write = self.cache.set
         if current and (
             "If-Match" in conditions or "If-Unmodified-Since" in conditions
         ):
             write = functools.partial(self.cache.cas, version=current.version)
         elif conditions.get("If-None-Match") == "*":
             write = self.cache.add
+        file = next(self.sent_files(request))
         try:
-            return self.write_file(request, name, write, 200 if current else 201)
+            info = self.write_file(request, name, file, write)
         except memchunk.FileExists as error:
             detail = "Meanwhile another upload stored a file of this name."
             raise Problem(412, detail) from error
         except memchunk.FileNotFound as error:
             raise Problem(412, "Meanwhile another request deleted the file.") from error
+        return self.stored_response(request, [info], 200 if current else 201)
 
-    def replaceable(self, request: Request, name: str) -> memchunk.FileInfo | None:
+    def replaceable(self, request: Request, name: str) -> FileInfo | None:
         """The file that an upload may replace. For If-None-Match: *, which `add`
         decides, one that lost chunks is none."""
         try:
@@ -625,41 +630,39 @@ class Application:
         only_new = request.headers.get("If-None-Match") == "*"
         return None if only_new and name not in self.cache else info
 
-    def write_file(
-        self,
-        request: FileRequest,
-        name: str,
-        write: Callable[..., memchunk.FileInfo],
-        status: int,
-    ) -> Response:
-        file = self.sent_file(request)
-        expected = httpfiles.expected_digests(request, "Repr-Digest")
-        info = write(
-            name,
-            httpfiles.verified(file.content, expected, "Repr-Digest"),
-            size=file.size,
-            expire=self.seconds_to_keep(file.expire),
-            metadata=httpfiles.pack_metadata(file.content_type, file.filename),
-        )
-        return self.stored_response(request, info, status)
-
-    def sent_file(self, request: FileRequest) -> httpfiles.SentFile:
-        """The file in the body, raw or in a form. Raises Problem."""
+    def sent_files(
+        self, request: FileRequest, several: bool = False
+    ) -> Iterator[SentFile]:
+        """The files in the body, raw or in a form, one after another. Raises
+        Problem."""
         httpfiles.refuse_content_coding(request)
         is_form = request.mimetype == "multipart/form-data"
         beside = httpfiles.MAX_FORM_OVERHEAD if is_form else 0
         # Before the body is read, since a client may wait for what we say.
         if (request.body.size or 0) > self.cache.max_size + beside:
-            raise httpfiles.too_large(self.cache.max_size)
+            what = "Forms" if is_form and several else "Files"
+            raise httpfiles.too_large(self.cache.max_size, what)
         expire = request.query_value("expire")
         content_type = request.headers.get("Content-Type", "")
         expected = httpfiles.expected_digests(request, "Content-Digest")
         content = httpfiles.verified(request.body, expected, "Content-Digest")
         httpfiles.refuse_unproved_body(request)
         if is_form:
-            return httpfiles.Form(content, content_type).the_file(expire)
-        size = request.body.size
-        return httpfiles.SentFile(content, size, content_type, "", expire)
+            yield from httpfiles.Form(content, content_type).files(expire, several)
+        else:
+            yield SentFile(content, request.body.size, content_type, "", expire)
+
+    def write_file(
+        self, request: FileRequest, name: str, file: SentFile, write: Write
+    ) -> FileInfo:
+        expected = httpfiles.expected_digests(request, "Repr-Digest")
+        return write(
+            name,
+            httpfiles.verified(file.content, expected, "Repr-Digest"),
+            size=file.size,
+            expire=self.seconds_to_keep(file.expire),
+            metadata=httpfiles.pack_metadata(file.content_type, file.filename),
+        )
 
     def seconds_to_keep(self, text: str | None) -> int:
         """Seconds to keep a file whose sender asks for `text`. Raises Problem."""
@@ -675,66 +678,68 @@ class Application:
         return seconds
 
     def stored_response(
-        self, request: FileRequest, info: memchunk.FileInfo, status: int
+        self, request: FileRequest, infos: list[FileInfo], status: int
     ) -> Response:
-        location = httpfiles.relative_reference(request, self.file_path(info.name))
-        headers = {"ETag": f'"{info.version}"'}
-        if status == 201:
-            headers["Location"] = location
-        if not request.wants_html:
-            return self.info_response(request, info, status, headers)
-        # A form that a browser sent without the page's script.
+        """For one file its JSON, for several a list; for a form that a browser sent
+        without the page's script, a page."""
+        headers = dict(httpfiles.NO_STORE)
+        if len(infos) == 1:
+            headers["ETag"] = f'"{infos[0].version}"'
+            if status == 201:
+                path = self.file_path(infos[0].name)
+                headers["Location"] = httpfiles.relative_reference(request, path)
+        if request.wants_html:
+            lines = [self.stored_line(request, info) for info in infos]
+            return self.pages.message(request, "Stored", lines, status, headers)
+        described = [self.describe(request, info) for info in infos]
+        content = described if len(infos) > 1 else described[0]
+        return httpfiles.json_response(content, status, headers)
+
+    def stored_line(self, request: FileRequest, info: FileInfo) -> str:
+        address = httpfiles.relative_reference(request, self.file_path(info.name))
         kept = "until the cache needs the room"
         if info.expires:
             kept = time.strftime("until %Y-%m-%d %H:%M UTC", time.gmtime(info.expires))
-        link = f'<a href="{html.escape(location)}">{html.escape(info.name)}</a>'
-        text = f"{link}<br>{info.size:,} bytes, kept {kept}."
-        return _html_response(request, "Stored", text, status, headers)
+        name = httpfiles.type_and_filename(info)[1]
+        link = _link(address, name)
+        return f"{link}<br>{info.size:,} bytes, kept {kept}."
 
-    def info_response(
-        self,
-        request: Request,
-        info: memchunk.FileInfo,
-        status: int = 200,
-        headers: Headers | None = None,
-    ) -> Response:
+    def describe(self, request: Request, info: FileInfo) -> dict[str, object]:
         url = httpfiles.absolute_path(request, self.file_path(info.name))
-        content = {**httpfiles.describe(info), "url": url}
-        return httpfiles.json_response(content, status, headers)
+        return {**httpfiles.describe(info), "url": url}
 
     def file_path(self, name: str) -> str:
         return "/files/" + quote(name, safe="!$&'()*+,/:;=@")
 
-    # Handlers: downloads and changes
+    # Handlers of downloads and changes
 
     def get_file(self, request: FileRequest, name: str) -> Response:
         if request.query_value("info") is not None:
             info = self.cache.stat(name)
             self.check_complete(info)
-            return self.info_response(request, info)
+            return httpfiles.json_response(self.describe(request, info))
         for _ in range(READ_ATTEMPTS):
             with contextlib.suppress(memchunk.FileChanged):
                 return self.download(request, self.cache.open(name))
         detail = "The file is being replaced faster than it can be read. Try again."
         raise httpfiles.unavailable(detail)
 
-    def download(self, request: Request, file: memchunk.CachedFile) -> Response:
-        info = file.info
+    def download(self, request: FileRequest, file: memchunk.CachedFile) -> Response:
+        info, inline = file.info, request.query_value("inline") is not None
+        headers = httpfiles.file_headers(info, inline)
         httpfiles.check_preconditions(request, info)
         if httpfiles.is_not_modified(request, info):
-            return httpfiles.empty_response(httpfiles.file_headers(info), 304)
+            return httpfiles.not_modified_response(headers)
         if request.method == "HEAD":
             self.check_complete(info)
-            return httpfiles.file_response(request, info, [])
+            return httpfiles.file_response(request, headers, info.size, [])
         part = self.part_to_send(request, info)
         # All, and verified, before the first byte is sent; in pieces, since some hosts
         # copy each.
         content = [bytes(piece) for piece in file.chunks(*(part or (0, info.size)))]
-        return httpfiles.file_response(request, info, content, part)
+        return httpfiles.file_response(request, headers, info.size, content, part)
 
-    def part_to_send(
-        self, request: Request, info: memchunk.FileInfo
-    ) -> tuple[int, int] | None:
+    def part_to_send(self, request: Request, info: FileInfo) -> tuple[int, int] | None:
         """Start and stop of the range to send, None for the whole file. Raises
         Problem."""
         part = httpfiles.requested_range(request, info)
@@ -749,7 +754,7 @@ class Application:
             raise Problem(403, detail, headers, size=info.size, limit=limit)
         return part and (part[0], min(part[1], part[0] + limit))
 
-    def check_complete(self, info: memchunk.FileInfo) -> None:
+    def check_complete(self, info: FileInfo) -> None:
         """Raise if a chunk of the file is gone. The others are neither read nor
         verified."""
         if info.name not in self.cache:
@@ -763,7 +768,8 @@ class Application:
         if httpfiles.is_conditional(request):
             httpfiles.check_preconditions(request, self.cache.stat(name))
         info = self.cache.touch(name, seconds)
-        return self.info_response(request, info, 200, {"ETag": f'"{info.version}"'})
+        headers = {"ETag": f'"{info.version}"'}
+        return httpfiles.json_response(self.describe(request, info), 200, headers)
 
     def delete_file(self, request: Request, name: str) -> Response:
         version = None
@@ -773,17 +779,6 @@ class Application:
             version = info.version
         self.cache.delete(name, version)
         return httpfiles.empty_response({})
-
-    def upload_page(self) -> str:
-        """The same for every request: its addresses are relative to its own."""
-        return _fill(
-            pathlib.Path(__file__).with_name("upload.html").read_text("utf-8"),
-            uploads="uploads" if self.uploads else "",
-            max_size=str(self.cache.max_size),
-            limit=httpfiles.size_in_words(self.cache.max_size),
-            expiries=_expiry_options(self.settings),
-            token="" if self.access.tokens else "hidden",
-        )
 
 
 def _request(environ: WSGIEnvironment, body: httpfiles.Body) -> FileRequest:
@@ -795,10 +790,15 @@ def _request(environ: WSGIEnvironment, body: httpfiles.Body) -> FileRequest:
 
 def _check_whole(request: Request) -> None:
     """Raise Problem for an address that names several files, and for part of a file."""
+    # Werkzeug shows broken UTF-8 as U+FFFD.
     is_utf8 = "\ufffd" not in request.path
     require(is_utf8, 400, "The address is not percent-encoded UTF-8.")
     is_part = request.method in UPLOADS and "Content-Range" in request.headers
     require(not is_part, 400, "A part can't be stored as a file. Send the file whole.")
+
+
+def _is_upload(request: Request) -> bool:
+    return re.match(r"/uploads(/|\Z)", request.path) is not None
 
 
 def _redirect_to_slash(request: Request) -> Response:
@@ -812,22 +812,18 @@ def _redirect_to_slash(request: Request) -> Response:
     return httpfiles.empty_response({"Location": location}, 308)
 
 
-def _problem(error: Exception, request: Request) -> Problem:
+def _problem_of(error: Exception) -> Problem:
     """The answer to any error."""
     if isinstance(error, Problem):
         return error
     if isinstance(error, memchunk.MemchunkError):
-        problem = httpfiles.problem_of(error)
-        if problem.status >= 500:
-            log.error("%s %r: %s", request.method, request.path, error)
-        return problem
+        return httpfiles.problem_of(error)
     if isinstance(error, MethodNotAllowed):
         allowed = ", ".join(sorted({*(error.valid_methods or ()), "OPTIONS"}))
         return Problem(405, f"Allowed here: {allowed}.", {"Allow": allowed})
     if isinstance(error, HTTPException) and error.code and 400 <= error.code < 500:
         details = {404: "There is nothing at this address. Files are under /files/."}
         return Problem(error.code, details.get(error.code, "The request is not valid."))
-    log.exception("%s %r: unexpected error", request.method, request.path)
     return Problem(500, "Something is wrong with this server. Its log says what.")
 
 
@@ -845,79 +841,80 @@ def _uploads(application: Application) -> tus.Uploads | None:
     return tus.Uploads(application)
 
 
-def _is_upload(request: Request) -> bool:
-    return re.match(r"/uploads(/|\Z)", request.path) is not None
-
-
-def server_states(client: Any) -> dict[str, str]:
-    """The state of each memcached, "ok" or "no answer", within READY_SECONDS."""
-    clients = getattr(client, "servers", {"memcached": client})
-    states: dict[str, str] = dict.fromkeys(clients, "no answer")
-
-    def ask(name: str) -> None:
-        with contextlib.suppress(OSError, MemcacheError):
-            clients[name].gets("ready")
-            states[name] = "ok"
-
-    deadline = time.monotonic() + READY_SECONDS
-    # All at once, and as daemons: a frozen server holds one for longer than we wait.
-    threads = [
-        threading.Thread(target=ask, args=(each,), daemon=True) for each in states
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(deadline - time.monotonic(), 0))
-    return dict(states)
-
-
 # --- Pages for browsers ---------------------------------------------------------------
 
 EXPIRES = (3600, 86400, 7 * 86400, 30 * 86400)  # seconds that the page offers
 
-HTML = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<meta name="color-scheme" content="light dark">
-<title>{{title}}</title>
-<style>
-body { font: 1rem/1.5 system-ui, sans-serif; max-width: 40rem; margin: 3rem auto;
-  padding: 0 1rem; overflow-wrap: anywhere; background: Canvas; color: CanvasText }
-</style>
-<main>
-<h1>{{title}}</h1>
-<p>{{text}}</p>
-<p><a href="{{home}}">Upload a file</a></p>
-</main>
-"""
+
+class Pages:
+    """The page to upload from, and messages that look like it."""
+
+    def __init__(self, application: Application) -> None:
+        values = {  # each is HTML
+            "uploads": "uploads" if application.uploads else "",
+            "max_size": str(application.cache.max_size),
+            "limit": httpfiles.size_in_words(application.cache.max_size),
+            "expiries": _expiry_options(application.settings),
+            "token": "" if application.access.tokens else "hidden",
+        }
+        text = pathlib.Path(__file__).with_name("upload.html").read_text("utf-8")
+        self._upload = re.sub(r"\{\{(\w+)\}\}", lambda key: values[key[1]], text)
+        self._head = self._upload.partition("<body")[0]
+        policy = (
+            f"default-src 'none'; style-src {_hashes('style', self._upload)}; "
+            f"script-src {_hashes('script', self._upload)}; img-src data:; "
+            "connect-src 'self'; form-action 'self'; base-uri 'none'; "
+            "frame-ancestors 'none'"
+        )
+        self._headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
+
+    def get(self, request: Request) -> Response:
+        """The same for every request: its addresses are relative to its own."""
+        response = Response(self._upload, headers=self._headers, mimetype="text/html")
+        response.add_etag()
+        response.make_conditional(request)
+        del response.headers["Date"]  # hosts add theirs
+        return response
+
+    def message(
+        self,
+        request: Request,
+        title: str,
+        lines: list[str],
+        status: int,
+        headers: Headers,
+    ) -> Response:
+        head = re.sub("<title>.*?</title>", f"<title>{title}</title>", self._head)
+        home = _link(httpfiles.relative_reference(request, "/"), "Upload a file")
+        texts = "\n".join(f"<p>{line}</p>" for line in [*lines, home])
+        page = f"{head}<body>\n<main>\n<h1>{title}</h1>\n{texts}\n</main>\n</html>\n"
+        more = {"Vary": "Accept", "Content-Type": "text/html; charset=utf-8"}
+        return Response(page, status, {**self._headers, **headers, **more})
 
 
-def _html_response(
-    request: Request, title: str, text: str, status: int, headers: Headers
-) -> Response:
-    home = html.escape(httpfiles.relative_reference(request, "/"))
-    page = _fill(HTML, title=title, text=text, home=home)
-    more = {"Vary": "Accept", "Content-Type": "text/html; charset=utf-8"}
-    return Response(page, status, {**_page_headers(HTML), **headers, **more})
+def _hashes(tag: str, page: str) -> str:
+    """The blocks of a page that may run in it, as its policy names them."""
+    blocks = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+    digests = [hashlib.sha256(block.encode()).digest() for block in blocks]
+    sources = [f"'sha256-{base64.b64encode(each).decode()}'" for each in digests]
+    return " ".join(sources) or "'none'"
 
 
-def _fill(template: str, **values: str) -> str:
-    """The template with each {{key}} replaced by its value, which is HTML."""
-    return re.sub(r"\{\{(\w+)\}\}", lambda key: values[key[1]], template)
+def _link(address: object, text: object) -> str:
+    return f'<a href="{html.escape(str(address))}">{html.escape(str(text))}</a>'
 
 
 def _expiry_options(settings: Settings) -> str:
-    """What the page offers as time to keep a file, as HTML: no longer than the settings
+    """What the page offers as time to keep a file: no longer than the settings
     allow."""
     most, default = settings.max_expire or MAX_EXPIRE, settings.default_expire
     offers = sorted({default, *(seconds for seconds in EXPIRES if seconds <= most)})
-    return "\n".join(
-        f'<option value="{seconds}"{" selected" if seconds == default else ""}>'
-        f"{'for ' + _duration(seconds) if seconds else 'as long as there is room'}"
-        "</option>"
-        for seconds in offers
-    )
+    options = []
+    for seconds in offers:
+        text = f"for {_duration(seconds)}" if seconds else "as long as there is room"
+        selected = " selected" if seconds == default else ""
+        options.append(f'<option value="{seconds}"{selected}>{text}</option>')
+    return "\n".join(options)
 
 
 def _duration(seconds: int) -> str:
@@ -928,27 +925,97 @@ def _duration(seconds: int) -> str:
     return f"{count} {unit}{'' if count == 1 else 's'}"
 
 
-@functools.lru_cache(maxsize=2)
-def _page_headers(page: str) -> dict[str, str]:
-    """What a browser may do with a page of ours: run the style and the script that
-    stand in it, which it knows by their hashes, and send what the script or a form does
-    to this server."""
+# --- The log: failed requests, and memcacheds that come and go ------------------------
 
-    def hashes(tag: str) -> str:
-        blocks = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digests = [hashlib.sha256(block.encode()).digest() for block in blocks]
-        sources = [
-            f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests
-        ]
-        return " ".join(sources) or "'none'"
+LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
-    policy = (
-        f"default-src 'none'; style-src {hashes('style')}; "
-        f"script-src {hashes('script')}; "
-        "img-src data:; connect-src 'self'; form-action 'self'; base-uri 'none'; "
-        "frame-ancestors 'none'"
-    )
-    return {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
+
+def _log_if_unconfigured() -> None:
+    """Print log lines with time and level as long as the host has configured none."""
+    logger, handler = logging.getLogger("memchunk"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(LINE))
+    handler.addFilter(lambda _: not logging.root.handlers and logger.handlers[1:] == [])
+    logger.addHandler(handler)
+
+
+class Call:
+    """A request as the log names it, by the id that the answer carries."""
+
+    def __init__(self, environ: WSGIEnvironment) -> None:
+        sent, self._began = environ.get("HTTP_X_REQUEST_ID", ""), time.monotonic()
+        is_sane = re.fullmatch("[A-Za-z0-9._-]{1,64}", sent)
+        self.id = sent if is_sane else secrets.token_hex(8)
+
+    def log_failure(self, request: Request, problem: Problem, error: Exception) -> None:
+        """Write one line. After an error that nobody expected, a traceback follows."""
+        is_bug = problem.status == 500
+        cause = "unexpected error: " if is_bug else ""
+        is_told = not is_bug and not isinstance(error, memchunk.MemchunkError)
+        cause += problem.detail if is_told else str(error)
+        if error.__cause__:
+            cause += f" ({error.__cause__})"
+        level = logging.ERROR if problem.status >= 500 else logging.WARNING
+        seconds, text = time.monotonic() - self._began, " ".join(cause.split())
+        told = request.method, request.path, problem.status, seconds, text, self.id
+        line = "%s %r: %d after %.3f s, %s [%s]"
+        log.log(level, line, *told, exc_info=error if is_bug else None)
+
+
+class Servers:
+    """The memcacheds behind a cache. If one stops answering, or is back, one line in
+    the log says so."""
+
+    def __init__(self, client: Any) -> None:
+        self._clients = getattr(client, "servers", {"memcached": client})
+        self._down: set[str] = set()
+        self._lock = threading.Lock()
+
+    def states(self) -> dict[str, str]:
+        """The state of each, "ok" or "no answer" within READY_SECONDS."""
+        answer = self._ask(self._clients, READY_SECONDS)
+        for name in self._clients.keys() - answer:
+            self._note(name, answers=False)
+        return {n: "ok" if n in answer else "no answer" for n in self._clients}
+
+    def note_outage(self, error: Exception) -> None:
+        for each in (error, error.__cause__):
+            if isinstance(each, memchunk.CacheUnavailable):
+                known = each.server in self._clients
+                self._note(each.server if known else "memcached", answers=False)
+
+    def look_again(self, request: Request) -> None:
+        """After a request that went well: those that did not answer may be back."""
+        if self._down and FILE_ADDRESS.match(request.path):
+            self._ask(list(self._down), BACK_SECONDS)
+
+    def _ask(self, names: Iterable[str], seconds: float) -> set[str]:
+        """Those that answer within that time."""
+        answer: set[str] = set()
+
+        def ask(name: str) -> None:
+            with contextlib.suppress(OSError, MemcacheError):
+                self._clients[name].gets("ready")
+                answer.add(name)
+                self._note(name, answers=True)
+
+        deadline = time.monotonic() + seconds
+        # All at once, and as daemons: a frozen one holds a thread for longer than that.
+        threads = [threading.Thread(target=ask, args=(n,), daemon=True) for n in names]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(max(deadline - time.monotonic(), 0))
+        return set(answer)
+
+    def _note(self, name: str, answers: bool) -> None:
+        with self._lock:
+            if answers == (name not in self._down):
+                return
+            self._down ^= {name}
+        log.warning("%s %s", name, "answers again" if answers else "does not answer")
+
+
+_log_if_unconfigured()
 
 
 # --- The development server: python wsgi.py -------------------------------------------
@@ -994,6 +1061,7 @@ def main() -> None:
     options = parser.parse_args()
     # So that the `with` blocks end.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    logging.basicConfig(level=logging.INFO, format=LINE)  # the access log as well
     try:
         settings = Settings.from_environment(os.environ)
         with contextlib.ExitStack() as stack:
