@@ -23,7 +23,6 @@ import functools
 import hashlib
 import itertools
 import json
-import logging
 import mimetypes
 import pathlib
 import re
@@ -54,8 +53,6 @@ RETRY_AFTER = "5"  # seconds: about what memcached takes to come back
 
 NO_STORE = {"Cache-Control": "no-store"}
 TITLES = {**http.HTTP_STATUS_CODES, 460: "Checksum Mismatch"}  # 460 is tus's own
-log = logging.getLogger("memchunk.wsgi")
-
 
 # --- Problems: errors as answers (RFC 9457) -------------------------------------------
 
@@ -107,6 +104,7 @@ ERRORS: dict[type[memchunk.MemchunkError], tuple[int, str]] = {
         507,
         "The cache has no room for it. Try later, or a smaller one.",
     ),
+    memchunk.MemchunkError: (500, "Something is wrong with this server. See its log."),
 }
 
 
@@ -115,8 +113,8 @@ def problem_of(error: memchunk.MemchunkError) -> Problem:
         return too_large(error.limit)
     if isinstance(error, memchunk.FileCorrupt):  # it tells damage or an unknown format
         return Problem(502, f"{error}. Upload it again.")
-    [answer] = [ERRORS[kind] for kind in ERRORS if isinstance(error, kind)]
-    return unavailable(answer[1]) if answer[0] == 503 else Problem(*answer)
+    status, detail = next(ERRORS[kind] for kind in ERRORS if isinstance(error, kind))
+    return unavailable(detail) if status == 503 else Problem(status, detail)
 
 
 def too_large(limit: int, what: str = "Files") -> Problem:
@@ -226,7 +224,6 @@ class Body:
                 _check_end(self._environ)
         except Exception as error:  # each host has its own for a broken body
             self._left = 0
-            log.info("reading a request's body: %r", error)
             raise CutOff(400, "The body broke off. Send it again.") from error
         return piece
 

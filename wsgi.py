@@ -60,7 +60,7 @@ from httpfiles import FileRequest, Headers, Problem, SentFile, require
 from memchunk import FileInfo
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
     import tus
 
@@ -367,31 +367,26 @@ class Access:
             return
         if self.tokens.accept(_sent_token(request)):
             return
-        # A browser that follows a link asks its user; in a script's request it must
-        # not.
+        # A browser that follows a link asks its user, but not in a script's request.
         scheme = "Basic" if request.wants_html else "Bearer"
-        raise Problem(
-            401,
-            "Send the token: 'Authorization: Bearer TOKEN', or as any user's password.",
-            {"WWW-Authenticate": f'{scheme} realm="memchunk"'},
+        headers = {"WWW-Authenticate": f'{scheme} realm="memchunk"'}
+        send = (
+            "Send the token: 'Authorization: Bearer TOKEN', or as any user's password."
         )
+        raise Problem(401, send, headers)
 
     def check_site(self, request: Request) -> None:
-        """A page of another site must not change anything: a form there may post to any
+        """A page of another site must not change anything. A form there may post to any
         address, with the user's credentials."""
+        if request.method in READS:
+            return
         site = request.headers.get("Sec-Fetch-Site") or _site(request)
         is_ours = site in ("same-origin", "none") or self._cors.shared_origin(request)
         require(is_ours, 403, "A page of another site may not change files here.")
 
 
-# Of bodies that a page may POST to any site without asking that site first, in a form
-# or a script.
-SIMPLE_TYPES = (
-    "",
-    "application/x-www-form-urlencoded",
-    "multipart/form-data",
-    "text/plain",
-)
+# Of bodies that a page may POST to any site without asking that site first.
+FORM_TYPES = {"application/x-www-form-urlencoded", "multipart/form-data", "text/plain"}
 
 
 def _site(request: Request) -> str:
@@ -404,7 +399,7 @@ def _site(request: Request) -> str:
     origin, host = request.headers.get("Origin"), request.headers.get("Host", "")
     if origin is None:
         return "none"
-    simple = request.method == "POST" and request.mimetype in SIMPLE_TYPES
+    simple = request.method == "POST" and request.mimetype in {*FORM_TYPES, ""}
     asks_first = not simple or "Tus-Resumable" in request.headers
     if asks_first and origin.lower().startswith("http://"):
         return "none"
@@ -458,7 +453,9 @@ class Application:
         self.uploads = _uploads(self)
         self.pages = Pages(self)
         self.url_map = self.routes()
-        self.entry = self.behind_proxies(self.settings.proxies)
+        told = ("x_for", "x_proto", "x_host", "x_port", "x_prefix")
+        count = dict.fromkeys(told, self.settings.proxies)
+        self.entry = ProxyFix(self.answer, **count)
 
     def routes(self) -> Map:
         table: list[tuple[str, str, Callable[..., Response]]] = [
@@ -479,11 +476,6 @@ class Application:
             strict_slashes=False,
             merge_slashes=False,
         )
-
-    def behind_proxies(self, count: int) -> WSGIApplication:
-        told = ("x_for", "x_proto", "x_host", "x_port", "x_prefix")
-        trusted = dict.fromkeys(told, count)
-        return ProxyFix(self.answer, **trusted) if count else self.answer
 
     def __call__(
         self, environ: WSGIEnvironment, start_response: StartResponse
@@ -532,14 +524,12 @@ class Application:
         # 4. The address and the method.
         _check_whole(request)
         if self.uploads and _is_upload(request):
-            override = request.headers.get("X-HTTP-Method-Override")
-            request.method = (override or request.method).upper()
+            request.method = _tus_method(request)
         if request.method == "OPTIONS":
             return self.options(request, adapter)
         handler, arguments = adapter.match(method=request.method)
         # 5. The site, if something may change.
-        if request.method not in READS:
-            self.access.check_site(request)
+        self.access.check_site(request)
         response: Response = handler(request, **arguments)
         return response
 
@@ -558,8 +548,8 @@ class Application:
         if not request.wants_html:
             return httpfiles.problem_response(problem)
         title = httpfiles.TITLES.get(problem.status, "Error")
-        stored: Any = problem.members.get("stored", ())
-        links = [_link(each["url"], each["name"]) for each in stored]
+        names = [each["name"] for each in problem.members.get("stored", ())]
+        links = [self.link(request, name, name) for name in names]
         lines = [html.escape(problem.detail), *(f"Stored: {link}" for link in links)]
         headers = {**problem.headers, **httpfiles.NO_STORE}
         return self.pages.message(request, title, lines, problem.status, headers)
@@ -695,14 +685,15 @@ class Application:
         content = described if len(infos) > 1 else described[0]
         return httpfiles.json_response(content, status, headers)
 
-    def stored_line(self, request: FileRequest, info: FileInfo) -> str:
-        address = httpfiles.relative_reference(request, self.file_path(info.name))
+    def stored_line(self, request: Request, info: FileInfo) -> str:
         kept = "until the cache needs the room"
         if info.expires:
             kept = time.strftime("until %Y-%m-%d %H:%M UTC", time.gmtime(info.expires))
-        name = httpfiles.type_and_filename(info)[1]
-        link = _link(address, name)
+        link = self.link(request, info.name, httpfiles.type_and_filename(info)[1])
         return f"{link}<br>{info.size:,} bytes, kept {kept}."
+
+    def link(self, request: Request, name: str, text: str) -> str:
+        return _link(httpfiles.relative_reference(request, self.file_path(name)), text)
 
     def describe(self, request: Request, info: FileInfo) -> dict[str, object]:
         url = httpfiles.absolute_path(request, self.file_path(info.name))
@@ -797,6 +788,11 @@ def _check_whole(request: Request) -> None:
     require(not is_part, 400, "A part can't be stored as a file. Send the file whole.")
 
 
+def _tus_method(request: Request) -> str:
+    """tus has it for clients that can't PATCH or DELETE."""
+    return (request.headers.get("X-HTTP-Method-Override") or request.method).upper()
+
+
 def _is_upload(request: Request) -> bool:
     return re.match(r"/uploads(/|\Z)", request.path) is not None
 
@@ -824,7 +820,7 @@ def _problem_of(error: Exception) -> Problem:
     if isinstance(error, HTTPException) and error.code and 400 <= error.code < 500:
         details = {404: "There is nothing at this address. Files are under /files/."}
         return Problem(error.code, details.get(error.code, "The request is not valid."))
-    return Problem(500, "Something is wrong with this server. Its log says what.")
+    return Problem(*httpfiles.ERRORS[memchunk.MemchunkError])
 
 
 def _uploads(application: Application) -> tus.Uploads | None:
@@ -877,19 +873,15 @@ class Pages:
         return response
 
     def message(
-        self,
-        request: Request,
-        title: str,
-        lines: list[str],
-        status: int,
-        headers: Headers,
+        self, request: Request, title: str, lines: list[str], status: int, more: Headers
     ) -> Response:
+        """A page of lines, which are HTML, with more headers."""
         head = re.sub("<title>.*?</title>", f"<title>{title}</title>", self._head)
         home = _link(httpfiles.relative_reference(request, "/"), "Upload a file")
         texts = "\n".join(f"<p>{line}</p>" for line in [*lines, home])
         page = f"{head}<body>\n<main>\n<h1>{title}</h1>\n{texts}\n</main>\n</html>\n"
-        more = {"Vary": "Accept", "Content-Type": "text/html; charset=utf-8"}
-        return Response(page, status, {**self._headers, **headers, **more})
+        headers = {"Vary": "Accept", "Content-Type": "text/html; charset=utf-8"}
+        return Response(page, status, {**self._headers, **more, **headers})
 
 
 def _hashes(tag: str, page: str) -> str:
@@ -900,8 +892,8 @@ def _hashes(tag: str, page: str) -> str:
     return " ".join(sources) or "'none'"
 
 
-def _link(address: object, text: object) -> str:
-    return f'<a href="{html.escape(str(address))}">{html.escape(str(text))}</a>'
+def _link(address: str, text: str) -> str:
+    return f'<a href="{html.escape(address)}">{html.escape(text)}</a>'
 
 
 def _expiry_options(settings: Settings) -> str:
@@ -1020,6 +1012,11 @@ _log_if_unconfigured()
 
 # --- The development server: python wsgi.py -------------------------------------------
 
+NO_MEMCACHED = (
+    "MEMCHUNK_SERVERS is not set, and there is no memcached to start; install it: "
+    "'apt-get install memcached', 'dnf install memcached' or 'brew install memcached'"
+)
+
 
 @contextlib.contextmanager
 def own_memcached() -> Iterator[str]:
@@ -1027,11 +1024,7 @@ def own_memcached() -> Iterator[str]:
     block runs; yields its name for `mcpool.connect`. Raises SettingError."""
     program = shutil.which("memcached")
     if program is None:
-        raise SettingError(
-            "MEMCHUNK_SERVERS is not set, and there is no memcached to start; install "
-            "it: 'apt-get install memcached', 'dnf install memcached' or 'brew install "
-            "memcached'"
-        )
+        raise SettingError(NO_MEMCACHED)
     with tempfile.TemporaryDirectory(prefix="memchunk") as folder:
         path = pathlib.Path(folder, "memcached")
         # As root, memcached wants to be told so.
@@ -1041,10 +1034,8 @@ def own_memcached() -> Iterator[str]:
         process = subprocess.Popen(command)
         try:
             while not path.exists():
-                if process.poll() is not None:
-                    raise SettingError(
-                        f"memcached ended with status {process.returncode}"
-                    )
+                if (status := process.poll()) is not None:
+                    raise SettingError(f"memcached ended with status {status}")
                 time.sleep(0.01)
             yield f"unix:{path}"
         finally:
@@ -1078,14 +1069,10 @@ def main() -> None:
 def serve(application: Application, host: str, port: int) -> None:
     server = make_server(host, port, application, threaded=True)
     if not application.access.tokens and not _is_loopback(server.server_address[0]):
-        log.warning(
-            "other machines may read, store and delete files here; set MEMCHUNK_TOKEN, "
-            "or listen on 127.0.0.1"
-        )
-    print(
-        f"memchunk: http://{f'[{host}]' if ':' in host else host}:{server.port}/",
-        flush=True,
-    )
+        risk = "other machines may read, store and delete files here"
+        log.warning("%s; set MEMCHUNK_TOKEN, or listen on 127.0.0.1", risk)
+    shown = f"[{host}]" if ":" in host else host
+    print(f"memchunk: http://{shown}:{server.port}/", flush=True)
     server.serve_forever()
 
 
