@@ -68,10 +68,6 @@ class Problem(Exception):
         self.status, self.detail = status, detail
         self.headers, self.members = headers or {}, members
 
-    def with_members(self, **members: Any) -> Problem:
-        more = {**self.members, **members}
-        return Problem(self.status, self.detail, self.headers, **more)
-
 
 class CutOff(Problem):
     """The request's body broke off, or ended before its announced end."""
@@ -86,10 +82,7 @@ def require(condition: object, status: int, detail: str) -> None:
 # The answer to each error of the library. Its own text, which names servers, is logged.
 ERRORS: dict[type[memchunk.MemchunkError], tuple[int, str]] = {
     memchunk.InvalidName: (400, "A name is 1 to 1024 bytes of UTF-8."),
-    memchunk.SizeMismatch: (
-        400,
-        "The body is not as long as announced. Send it again.",
-    ),
+    memchunk.SizeMismatch: (400, "The body isn't as long as announced. Send it again."),
     memchunk.FileNotFound: (404, "No such file. It may have expired or been evicted."),
     memchunk.FileExists: (
         409,
@@ -100,10 +93,7 @@ ERRORS: dict[type[memchunk.MemchunkError], tuple[int, str]] = {
     memchunk.FileTooLarge: (413, "The file is larger than this server takes."),
     memchunk.FileCorrupt: (502, "The cache damaged this file. Upload it again."),
     memchunk.CacheUnavailable: (503, "The cache did not answer. Try again soon."),
-    memchunk.CacheFull: (
-        507,
-        "The cache has no room for it. Try later, or a smaller one.",
-    ),
+    memchunk.CacheFull: (507, "The cache has no room. Try later, or a smaller file."),
     memchunk.MemchunkError: (500, "Something is wrong with this server. See its log."),
 }
 
@@ -561,6 +551,7 @@ def _is_before(date: Any, created: int) -> bool:
 
 # --- Ranges (RFC 9110, 14) ------------------------------------------------------------
 
+# Werkzeug's parser takes "bytes=-0" for all bytes, and a weak ETag for a strong one.
 RANGE = re.compile("bytes *= *([0-9]{0,99})-([0-9]{0,99})", re.IGNORECASE)
 
 
@@ -568,10 +559,12 @@ def requested_range(
     request: Request, info: memchunk.FileInfo
 ) -> tuple[int, int] | None:
     """Start and stop of the one range that is asked for, None for the whole file. Other
-    kinds of ranges are ignored (14.2). Raises Problem. Werkzeug's parser takes
-    "bytes=-0" for all bytes."""
+    kinds of ranges are ignored (14.2). Raises Problem."""
     match = RANGE.fullmatch(request.headers.get("Range", ""))
-    if not match or not any(match.groups()) or not _has_same_version(request, info):
+    # If-Range (13.1.5): only a strong ETag tells that the client's part is of this
+    # version. A file can change twice in the second of a date.
+    is_wanted = request.headers.get("If-Range") in (None, f'"{info.version}"')
+    if not match or not any(match.groups()) or not is_wanted:
         return None
     first, last = match.groups()
     if first and last and int(last) < int(first):
@@ -587,13 +580,6 @@ def requested_range(
         headers = {"Content-Range": f"bytes */{info.size}"}
         raise Problem(416, f"The file has {info.size} bytes.", headers, size=info.size)
     return start, stop
-
-
-def _has_same_version(request: Request, info: memchunk.FileInfo) -> bool:
-    """Whether the client's part is of this version, by If-Range (13.1.5). Only a strong
-    ETag says so: a file can change twice in the second of a date. Werkzeug's parser
-    drops the mark of a weak one."""
-    return request.headers.get("If-Range") in (None, f'"{info.version}"')
 
 
 # --- Metadata: a file's content type and name (RFC 6266, 8187) ------------------------

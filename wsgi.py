@@ -132,7 +132,7 @@ class Settings:
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Settings:
         """Read every setting that is there. Raises SettingError."""
-        fields = {_variable(field.name): field for field in dataclasses.fields(cls)}
+        fields = {f"MEMCHUNK_{f.name.upper()}": f for f in dataclasses.fields(cls)}
         _refuse_unknown(environ, fields)
         values = {
             field.name: _parsed(variable, environ[variable], field)
@@ -182,10 +182,6 @@ class Settings:
             text = f"{variables} is no PEM file that can be used: {error}"
             raise SettingError(text) from None
         return context
-
-
-def _variable(name: str) -> str:
-    return f"MEMCHUNK_{name.upper()}"
 
 
 def _refuse_unknown(environ: Mapping[str, str], known: Iterable[str]) -> None:
@@ -578,8 +574,12 @@ class Application:
         except (Problem, memchunk.MemchunkError) as error:
             if not infos:
                 raise
+            known = _problem_of(error)
             stored = [self.describe(request, info) for info in infos]
-            raise _problem_of(error).with_members(stored=stored) from error
+            members = {**known.members, "stored": stored}
+            raise Problem(
+                known.status, known.detail, known.headers, **members
+            ) from error
         return self.stored_response(request, infos, 201)
 
     def post_file(self, request: FileRequest, name: str) -> Response:
