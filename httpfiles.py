@@ -329,7 +329,7 @@ class SentFile:
 
     @property
     def extension(self) -> str:
-        return extension(self.filename, self.content_type)
+        return extension(self.content_type, self.filename)
 
 
 class Part(NamedTuple):
@@ -651,7 +651,7 @@ def _clean_filename(text: str) -> str:
     return "".join(kept).strip(" .")[-100:].strip(" .") or "file"
 
 
-def extension(filename: str, content_type: str) -> str:
+def extension(content_type: str, filename: str) -> str:
     """What a random name may end with, such as ".pdf": of the file's name, or without a
     name of its type. Nothing else of it may get into an address."""
     essence = content_type.partition(";")[0].strip().lower()

@@ -54,9 +54,10 @@ MAX_HEADERS = 8 * 1024  # bytes of Upload-Metadata that a record keeps
 # memcached keeps items of each other size in pages of their own, which the file needs.
 SMALL = 32 * 1024
 RECORD = 480_000
-RESERVED = "\ufffd"  # begins the names of records: no address can spell it, see `wsgi`
+RESERVED = "\ufffd"  # begins the names of records: no address can spell it, see wsgi.py
 TYPE = "application/offset+octet-stream"
 BEYOND = "The upload was announced with fewer bytes."
+Handler = Callable[..., Response]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,19 +121,18 @@ class Uploads:
             "Tus-Max-Size": str(self.cache.max_size),
         }
 
-    def routes(self) -> list[tuple[str, str, Callable[..., Response]]]:
+    def routes(self) -> list[tuple[str, str, Handler]]:
         """Rows for the application's table: method, path, handler."""
-        one, answer = "/uploads/<upload_id>", functools.partial
-        return [
-            ("POST", "/uploads", answer(self.answer, self.post)),
-            ("HEAD", one, answer(self.answer, self.head)),
-            ("PATCH", one, answer(self.answer, self.patch)),
-            ("DELETE", one, answer(self.answer, self.delete)),
+        one = "/uploads/<upload_id>"
+        table: list[tuple[str, str, Handler]] = [
+            ("POST", "/uploads", self.post),
+            ("HEAD", one, self.head),
+            ("PATCH", one, self.patch),
+            ("DELETE", one, self.delete),
         ]
+        return [(m, path, functools.partial(self.answer, to)) for m, path, to in table]
 
-    def answer(
-        self, handler: Callable[..., Response], request: FileRequest, **arguments: str
-    ) -> Response:
+    def answer(self, handler: Handler, request: FileRequest, **ids: str) -> Response:
         """What all handlers have in common."""
         version = request.headers.get("Tus-Resumable")
         detail = "Send 'Tus-Resumable: 1.0.0': that is spoken here."
@@ -140,7 +140,7 @@ class Uploads:
         if request.method != "HEAD":
             httpfiles.refuse_content_coding(request)
         try:
-            return handler(request, **arguments)
+            return handler(request, **ids)
         except memchunk.FileChanged as error:
             detail = "Another request continued this upload. Ask where it is."
             raise Problem(409, detail) from error
@@ -215,10 +215,9 @@ class Uploads:
         """A new upload, of no bytes yet. Raises Problem."""
         metadata = request.headers.get("Upload-Metadata", "")
         require(len(metadata) <= MAX_HEADERS, 431, "The Upload-Metadata is too long.")
-        content_type, filename = _type_and_filename(metadata)
+        extension = httpfiles.extension(*_type_and_filename(metadata))
         expire = self.application.seconds_to_keep(request.query_value("expire"))
         # 128 random bits each: the file's address does not tell the upload's.
-        extension = httpfiles.extension(filename, content_type)
         name = request.query_value("name") or secrets.token_hex(16) + extension
         require(RESERVED not in name, 400, "The name is not UTF-8.")
         require(name not in self.cache, *ERRORS[memchunk.FileExists])

@@ -566,6 +566,7 @@ class Application:
     def post_files(self, request: FileRequest) -> Response:
         """Store the body, or each file of a form, under a name of 128 random bits: who
         doesn't know it can't find the file."""
+        httpfiles.check_preconditions(request, None)
         infos: list[FileInfo] = []
         try:
             for file in self.sent_files(request, several=True):

@@ -146,6 +146,13 @@ def test_several_files_are_limited_together(memcached: Memcached) -> None:
     assert memcached.keys() == []
 
 
+def test_new_files_fulfil_no_if_match(client: Any, memcached: Memcached) -> None:
+    for headers in ({"If-Match": "*"}, {"If-Match": '"x"'}):
+        assert post(client, A, B, headers=headers).status_code == 412
+    assert memcached.keys() == []
+    assert post(client, A, headers={"If-None-Match": "*"}).status_code == 201
+
+
 # Extensions
 
 
@@ -188,7 +195,7 @@ def test_extension_of_a_file_name_is_that_of_the_address(
 ) -> None:
     name = post(client, ("file", filename, b"x")).json["name"]
     assert re.fullmatch("[0-9a-f]{32}" + re.escape(extension), name)
-    assert httpfiles.extension(filename, "image/png") == extension
+    assert httpfiles.extension("image/png", filename) == extension
 
 
 @pytest.mark.parametrize(("content_type", "extension"), TYPES)
