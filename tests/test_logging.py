@@ -145,7 +145,8 @@ def test_a_memcached_that_stops_and_is_back_has_two_lines(
     memcached.start()
     for _ in range(3):
         assert client.put("/files/a", data=b"x").status_code in (200, 201)
-    assert lines(caplog, WARNING)[1:] == [stopped, f"{memcached.server} answers again"]
+    told = [stopped, f"{memcached.server} answers again"]
+    wait_for(lambda: lines(caplog, WARNING)[1:] == told, "the line that it is back")
     memcached.kill()
     client.get("/files/a")
     assert lines(caplog, WARNING)[3:] == [stopped]
@@ -176,7 +177,7 @@ def test_a_memcached_of_several_is_back_when_it_is(
         client.application.cache.set(name, b"x")
     assert client.get(f"/files/{name}").status_code == 200
     told = [f"{second.server} does not answer", f"{second.server} answers again"]
-    assert lines(caplog, WARNING) == told
+    wait_for(lambda: lines(caplog, WARNING) == told, "the line that it is back")
 
 
 # Where nothing is configured
