@@ -107,8 +107,8 @@ def problem_of(error: memchunk.MemchunkError) -> Problem:
     return unavailable(detail) if status == 503 else Problem(status, detail)
 
 
-def too_large(limit: int, what: str = "Files") -> Problem:
-    detail = f"{what} may have up to {size_in_words(limit)}; this one has more."
+def too_large(limit: int, what: str = "this one") -> Problem:
+    detail = f"Files may have up to {size_in_words(limit)}; {what} has more."
     return Problem(413, detail, limit=limit)
 
 

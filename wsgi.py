@@ -631,7 +631,7 @@ class Application:
         beside = httpfiles.MAX_FORM_OVERHEAD if is_form else 0
         # Before the body is read, since a client may wait for what we say.
         if (request.body.size or 0) > self.cache.max_size + beside:
-            what = "Forms" if is_form and several else "Files"
+            what = "this form" if is_form else "this one"
             raise httpfiles.too_large(self.cache.max_size, what)
         expire = request.query_value("expire")
         content_type = request.headers.get("Content-Type", "")
