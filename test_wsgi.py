@@ -34,10 +34,11 @@ from werkzeug.http import http_date, parse_options_header
 from werkzeug.test import Client, TestResponse, create_environ, run_wsgi_app
 from werkzeug.wrappers import Request
 
+import httpfiles
 import mcpool
 import memchunk
 import wsgi
-from tests.support import CLOCK, WAIT, Memcached, Start, opened, wait_for
+from tests.support import CLOCK, COPIED, WAIT, Memcached, Start, opened, wait_for
 
 MIB = 1024 * 1024
 CHUNK = 1000  # bytes, so that small files have many chunks
@@ -1011,7 +1012,7 @@ def test_a_length_that_is_none(client: Any, length: str) -> None:
 
 
 def test_a_refused_body_is_read_after_the_answer(client: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(wsgi, "DRAIN_SECONDS", WAIT)
+    monkeypatch.setattr(httpfiles, "DRAIN_SECONDS", WAIT)
     stream = io.BytesIO(bytes(60 * MIB))
     refused = send(client, "PUT", "/files/a", stream, 60 * MIB)
     assert refused.status_code == 413
@@ -1021,15 +1022,15 @@ def test_a_refused_body_is_read_after_the_answer(client: Any, monkeypatch: Any) 
 
 
 def test_no_more_than_that_of_a_refused_body(client: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(wsgi, "DRAIN", 1_000_000)
-    monkeypatch.setattr(wsgi, "DRAIN_SECONDS", WAIT)
+    monkeypatch.setattr(httpfiles, "DRAIN", 1_000_000)
+    monkeypatch.setattr(httpfiles, "DRAIN_SECONDS", WAIT)
     stream = io.BytesIO(bytes(60 * MIB))
     send(client, "PUT", "/files/a", stream, 60 * MIB).close()
     assert 1_000_000 < stream.tell() < 2_000_000
 
 
 def test_not_longer_than_seconds(client: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(wsgi, "DRAIN_SECONDS", 0)
+    monkeypatch.setattr(httpfiles, "DRAIN_SECONDS", 0)
     stream = io.BytesIO(bytes(60 * MIB))
     send(client, "PUT", "/files/a", stream, 60 * MIB).close()
     assert stream.tell() < MIB
@@ -1047,14 +1048,14 @@ class Recorder(io.BytesIO):
         return super().read(size)
 
 
-@pytest.mark.parametrize(("fast", "largest"), [(WAIT, wsgi.PIECE), (0, 1)])
+@pytest.mark.parametrize(("fast", "largest"), [(WAIT, httpfiles.PIECE), (0, 1)])
 def test_reads_of_a_refused_body_are_small_while_it_comes_slowly(
     client: Any, monkeypatch: Any, fast: float, largest: int
 ) -> None:
     """Hosts wait for all bytes of a read: a sender that drips must not hold a
     thread."""
-    monkeypatch.setattr(wsgi, "FAST", fast)
-    monkeypatch.setattr(wsgi, "DRAIN_SECONDS", WAIT)
+    monkeypatch.setattr(httpfiles, "FAST", fast)
+    monkeypatch.setattr(httpfiles, "DRAIN_SECONDS", WAIT)
     stream = Recorder(bytes(1_000_000 if fast else 1000))
     send(client, "PUT", "/nowhere", stream, len(stream.getvalue())).close()
     assert (stream.sizes[0], max(stream.sizes)) == (1, largest)
@@ -1252,7 +1253,7 @@ def test_a_file_in_a_form(client: Any, data: bytes) -> None:
 def test_a_form_in_pieces_of_any_size(
     client: Any, monkeypatch: Any, piece: int
 ) -> None:
-    monkeypatch.setattr(wsgi, "PIECE", piece)
+    monkeypatch.setattr(httpfiles, "PIECE", piece)
     for data in TRICKY:
         created = post_form(client, form(("expire", None, b"60"), ("file", "a", data)))
         assert client.get(address(created)).data == data
@@ -1342,8 +1343,6 @@ def test_a_form_part_in_a_coding_that_changes_no_byte(client: Any, coding: str) 
         b"--XbX--\r\n",
         form(("other", None, b"x")),
         form(("file", "", b"")),
-        form(("file", "a", b"1"), ("file", "b", b"2")),
-        form(("file", "a", b"1"), ("other", "b", b"2")),
         form(("file", None, b"1")),
         form(("file", "a", b"1"), end=""),
         form(("file", "a", b"1"), end="-"),
@@ -1758,9 +1757,7 @@ def test_tokens_are_all_compared(memcached: Memcached, monkeypatch: Any) -> None
 
     client = make(memcached, token="one,two")
     monkeypatch.setattr(hmac, "compare_digest", compare)
-    assert wsgi.Application.has_token(
-        client.application, Request(create_environ(headers=bearer("one")))
-    )
+    is_problem(client.get("/files/a", headers=bearer("one")), 404)
     assert compared == [b"one", b"two"]
 
 
@@ -1901,7 +1898,7 @@ def test_without_tus_the_page_sends_files_whole(
     memcached: Memcached, tmp_path: pathlib.Path, names: tuple[str, ...]
 ) -> None:
     folder = pathlib.Path(wsgi.__file__).parent
-    for name in ("memchunk.py", "mcpool.py", "wsgi.py", "upload.html", *names):
+    for name in COPIED + names:
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "tus.py").write_text("")  # PyPI has a module of this name

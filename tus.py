@@ -37,12 +37,14 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
 
 from werkzeug.http import http_date
-from werkzeug.routing import MapAdapter, Rule
-from werkzeug.wrappers import Request, Response
+from werkzeug.wrappers import Response
 
+import httpfiles
 import memchunk
+from httpfiles import ERRORS, FileRequest, Problem, require
 
 EXPIRE = 24 * 3600  # seconds that an upload lives
 SLACK = 3600  # seconds that its parts live longer, so that the last piece can finish
@@ -52,9 +54,10 @@ MAX_HEADERS = 8 * 1024  # bytes of Upload-Metadata that a record keeps
 # memcached keeps items of each other size in pages of their own, which the file needs.
 SMALL = 32 * 1024
 RECORD = 480_000
-RESERVED = "\ufffd"  # begins the names of records: no address can spell it, see `wsgi`
+RESERVED = "\ufffd"  # begins the names of records: no address can spell it, see wsgi.py
 TYPE = "application/offset+octet-stream"
 BEYOND = "The upload was announced with fewer bytes."
+Handler = Callable[..., Response]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,13 +95,22 @@ class Upload:
     def label(self) -> bytes:
         """The metadata of its file, which no other file has."""
         about = _type_and_filename(self.metadata)
-        return wsgi.pack_metadata(*about, upload=self.id)
+        return httpfiles.pack_metadata(*about, upload=self.id)
+
+
+class Application(Protocol):
+    """What this module needs of the application that it belongs to."""
+
+    cache: memchunk.FileCache
+
+    def file_path(self, name: str) -> str: ...
+    def seconds_to_keep(self, text: str | None) -> int: ...
 
 
 class Uploads:
     """What is at /uploads of an application. headers: of its every answer."""
 
-    def __init__(self, application: wsgi.Application) -> None:
+    def __init__(self, application: Application) -> None:
         self.application, self.cache = application, application.cache
         extensions = "creation,creation-with-upload,checksum,expiration,termination"
         self.headers = {
@@ -109,109 +121,106 @@ class Uploads:
             "Tus-Max-Size": str(self.cache.max_size),
         }
 
-    def rules(self) -> list[Rule]:
-        methods = ["DELETE", "HEAD", "PATCH"]
-        one = Rule("/uploads/<upload_id>", endpoint="upload", methods=methods)
-        return [Rule("/uploads", endpoint="uploads", methods=["POST"]), one]
+    def routes(self) -> list[tuple[str, str, Handler]]:
+        """Rows for the application's table: method, path, handler."""
+        one = "/uploads/<upload_id>"
+        table: list[tuple[str, str, Handler]] = [
+            ("POST", "/uploads", self.post),
+            ("HEAD", one, self.head),
+            ("PATCH", one, self.patch),
+            ("DELETE", one, self.delete),
+        ]
+        return [(m, path, functools.partial(self.answer, to)) for m, path, to in table]
 
-    def dispatch(
-        self, request: Request, adapter: MapAdapter, body: wsgi.Body
-    ) -> Response:
-        override = request.headers.get("X-HTTP-Method-Override")
-        request.method = (override or request.method).upper()
-        if request.method == "OPTIONS":
-            return self.application.on_options(request, adapter)
-        _, arguments = adapter.match(method=request.method)
+    def answer(self, handler: Handler, request: FileRequest, **ids: str) -> Response:
+        """What all handlers have in common."""
         version = request.headers.get("Tus-Resumable")
         detail = "Send 'Tus-Resumable: 1.0.0': that is spoken here."
-        _check(version == "1.0.0", 412, detail)
+        require(version == "1.0.0", 412, detail)
         if request.method != "HEAD":
-            self.application.refuse_foreign_site(request)
-            wsgi.refuse_coding(request)
-        handler: Callable[..., Response]
-        handler = getattr(self, f"on_{request.method.lower()}")
+            httpfiles.refuse_content_coding(request)
         try:
-            return handler(request, body, **arguments)
+            return handler(request, **ids)
         except memchunk.FileChanged as error:
             detail = "Another request continued this upload. Ask where it is."
-            raise wsgi.Problem(409, detail) from error
+            raise Problem(409, detail) from error
 
-    def on_post(self, request: Request, body: wsgi.Body) -> Response:
+    def post(self, request: FileRequest) -> Response:
         text = request.headers.get("Upload-Length", "")
         is_sound = "Upload-Concat" not in request.headers and _is_number(text)
         detail = "Send an Upload-Length: it can't come later, nor in other uploads."
-        _check(is_sound, 400, detail)
+        require(is_sound, 400, detail)
         if int(text) > self.cache.max_size:
-            raise wsgi.too_large(self.cache.max_size)
+            raise httpfiles.too_large(self.cache.max_size)
         has_bytes = request.mimetype == TYPE
-        content = self.content(request, body, int(text)) if has_bytes else ()
+        content = self.content(request, int(text)) if has_bytes else ()
         upload = self.start(request, int(text))
         try:
             upload = self.append(upload, content)
-        except (wsgi.Problem, memchunk.CacheFull, memchunk.FileEvicted):
+        except (Problem, memchunk.CacheFull, memchunk.FileEvicted):
             # Its sender is not told where it is.
             with contextlib.suppress(memchunk.FileNotFound):
                 self.remove(upload.id)
             raise
-        location = self.application.url(request, "upload", upload_id=upload.id)
+        location = httpfiles.relative_reference(request, f"/uploads/{upload.id}")
         return self.progress(request, upload, 201, Location=location)
 
-    def on_head(self, request: Request, body: wsgi.Body, upload_id: str) -> Response:
+    def head(self, request: FileRequest, upload_id: str) -> Response:
         upload = self.current(upload_id)
         if not upload.version:
             self.stage(upload, b"")
         return self.progress(request, upload, 200)
 
-    def on_patch(self, request: Request, body: wsgi.Body, upload_id: str) -> Response:
-        _check(request.mimetype == TYPE, 415, f"Send it as 'Content-Type: {TYPE}'.")
+    def patch(self, request: FileRequest, upload_id: str) -> Response:
+        require(request.mimetype == TYPE, 415, f"Send it as 'Content-Type: {TYPE}'.")
         text = request.headers.get("Upload-Offset", "")
-        _check(_is_number(text), 400, "The Upload-Offset is not a number.")
+        require(_is_number(text), 400, "The Upload-Offset is not a number.")
         upload, offset = self.current(upload_id), int(text)
         detail = f"The upload has {upload.offset} bytes: go on there."
-        _check(offset == upload.offset, 409, detail)
-        content = self.content(request, body, upload.length - offset)
+        require(offset == upload.offset, 409, detail)
+        content = self.content(request, upload.length - offset)
         return self.progress(request, self.append(upload, content), 204)
 
-    def on_delete(self, request: Request, body: wsgi.Body, upload_id: str) -> Response:
+    def delete(self, request: FileRequest, upload_id: str) -> Response:
         self.remove(upload_id)
-        return wsgi.empty({})
+        return httpfiles.empty_response({})
 
     def progress(
-        self, request: Request, upload: Upload, status: int, **more: str
+        self, request: FileRequest, upload: Upload, status: int, **more: str
     ) -> Response:
         more["Upload-Offset"] = str(upload.offset)
         more["Upload-Length"] = str(upload.length)
         if upload.metadata:
             more["Upload-Metadata"] = upload.metadata
         if upload.version:
-            path = self.application.path(request, "read", name=upload.name)
-            more["Content-Location"] = path
+            path = self.application.file_path(upload.name)
+            more["Content-Location"] = httpfiles.absolute_path(request, path)
         else:
             more["Upload-Expires"] = http_date(upload.end)
-        return wsgi.empty({**more, "Cache-Control": "no-store"}, status)
+        return httpfiles.empty_response({**more, "Cache-Control": "no-store"}, status)
 
-    def content(self, request: Request, body: wsgi.Body, room: int) -> Iterator[bytes]:
+    def content(self, request: FileRequest, room: int) -> Iterator[bytes]:
         """What comes of the body until it ends or breaks off, up to `room` bytes.
         Raises Problem; at once, if the headers say enough."""
-        _check((body.size or 0) <= room, 413, BEYOND)
+        require((request.body.size or 0) <= room, 413, BEYOND)
         header = request.headers.get("Upload-Checksum")
         if header is None:
-            return _limited(body.arrived(), room)
+            return _limited(request.body.until_cut_off(), room)
         is_known = re.fullmatch("(sha1|sha256|sha512) [A-Za-z0-9+/]+=*", header)
         detail = "Send an Upload-Checksum of sha1, sha256 or sha512: 'sha1 BASE64'."
-        _check(is_known, 400, detail)
-        return _checked(_limited(body.arrived(), room), *header.split())
+        require(is_known, 400, detail)
+        return _checked(_limited(request.body.until_cut_off(), room), *header.split())
 
-    def start(self, request: Request, length: int) -> Upload:
+    def start(self, request: FileRequest, length: int) -> Upload:
         """A new upload, of no bytes yet. Raises Problem."""
         metadata = request.headers.get("Upload-Metadata", "")
-        _check(len(metadata) <= MAX_HEADERS, 431, "The Upload-Metadata is too long.")
-        _type_and_filename(metadata)
-        expire = self.application.expire(wsgi.query_value(request, "expire"))
+        require(len(metadata) <= MAX_HEADERS, 431, "The Upload-Metadata is too long.")
+        extension = httpfiles.extension(*_type_and_filename(metadata))
+        expire = self.application.seconds_to_keep(request.query_value("expire"))
         # 128 random bits each: the file's address does not tell the upload's.
-        name = wsgi.query_value(request, "name") or secrets.token_hex(16)
-        _check(RESERVED not in name, 400, "The name is not UTF-8.")
-        _check(name not in self.cache, *wsgi.ERRORS[memchunk.FileExists])
+        name = request.query_value("name") or secrets.token_hex(16) + extension
+        require(RESERVED not in name, 400, "The name is not UTF-8.")
+        require(name not in self.cache, *ERRORS[memchunk.FileExists])
         about = length, expire, metadata, int(time.time()) + EXPIRE
         return self.save(Upload(secrets.token_hex(16), name, *about))
 
@@ -231,13 +240,13 @@ class Uploads:
         """The upload to go on with, finished if all of it is there. Raises
         FileNotFound; Problem if its tail, or the file that it became, is gone."""
         upload = self.find(upload_id)
-        gone = wsgi.ERRORS[memchunk.FileEvicted]
-        _check(upload.tail is not None, *gone)
+        gone = ERRORS[memchunk.FileEvicted]
+        require(upload.tail is not None, *gone)
         if upload.is_finishing:
             return self.finish(upload)
         if upload.version:
             info = self.published(upload)
-            _check(info and info.version == upload.version, *gone)
+            require(info and info.version == upload.version, *gone)
         return upload
 
     def save(self, upload: Upload) -> Upload:
@@ -247,7 +256,7 @@ class Uploads:
         del kept["id"], kept["record"]
         metadata = json.dumps({**kept, "tail": len(tail)}).encode()
         detail = "The upload came in too many small pieces."
-        _check(len(metadata) <= memchunk.MAX_METADATA, 507, detail)
+        require(len(metadata) <= memchunk.MAX_METADATA, 507, detail)
         if len(tail) > SMALL:
             tail = tail.ljust(min(RECORD, upload.length))
         write: Callable[..., memchunk.FileInfo] = self.cache.add
@@ -287,7 +296,7 @@ class Uploads:
             return self.save(new)
         except memchunk.CacheUnavailable:
             raise  # the record may name the part
-        except (wsgi.Problem, memchunk.MemchunkError):
+        except (Problem, memchunk.MemchunkError):
             self.cache.unstage(upload.name, [part])
             raise
 
@@ -351,11 +360,6 @@ class Uploads:
                 return self.discard(self.find(upload_id))
 
 
-def _check(condition: object, status: int, detail: str) -> None:
-    if not condition:
-        raise wsgi.Problem(status, detail)
-
-
 def _is_number(text: str) -> bool:
     return re.fullmatch("[0-9]{1,18}", text) is not None
 
@@ -363,7 +367,7 @@ def _is_number(text: str) -> bool:
 def _limited(pieces: Iterable[bytes], room: int) -> Iterator[bytes]:
     for piece in pieces:
         room -= len(piece)
-        _check(room >= 0, 413, BEYOND)
+        require(room >= 0, 413, BEYOND)
         yield piece
 
 
@@ -375,9 +379,9 @@ def _checked(pieces: Iterable[bytes], algorithm: str, expected: str) -> Iterator
             held.write(piece)
             digest.update(piece)
         is_right = base64.b64encode(digest.digest()).decode() == expected
-        _check(is_right, 460, "The body has another checksum. Send it again.")
+        require(is_right, 460, "The body has another checksum. Send it again.")
         held.seek(0)
-        yield from iter(lambda: held.read(wsgi.PIECE), b"")
+        yield from iter(lambda: held.read(httpfiles.PIECE), b"")
 
 
 def _type_and_filename(header: str) -> tuple[str, str]:
@@ -390,9 +394,6 @@ def _type_and_filename(header: str) -> tuple[str, str]:
             given[key] = data.decode("utf-8", "replace")
     is_sound = all(re.fullmatch("[!-~]+", key) for key in given)
     detail = "Upload-Metadata has not the form KEY BASE64,KEY BASE64,...."
-    _check(is_sound and len(given) == len(pairs), 400, detail)
+    require(is_sound and len(given) == len(pairs), 400, detail)
     filename = given.get("filename") or given.get("name", "")
     return given.get("filetype") or given.get("type", ""), filename
-
-
-import wsgi  # noqa: E402 - at the end: if this module is first, `wsgi` mounts it now

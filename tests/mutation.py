@@ -24,6 +24,7 @@ also_copy=
     tests
     conftest.py
     tox.ini
+    httpfiles.py
     wsgi.py
     tus.py
 """

@@ -29,6 +29,8 @@ import memchunk
 
 MIB = 1024 * 1024
 FOLDER = pathlib.Path(memchunk.__file__).parent
+# What people copy for the HTTP API; `tus.py` is optional.
+COPIED = ("memchunk.py", "mcpool.py", "httpfiles.py", "wsgi.py", "upload.html")
 SECONDS = 240  # that any answer may take; only a hang takes as long
 BOUNDARY = "no-file-of-the-tests-has-this-in-it"
 WAIT = 120  # seconds for what takes a moment on any machine that is not stuck

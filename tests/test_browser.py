@@ -19,7 +19,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-import wsgi
+import httpfiles
 from tests.support import HOSTS, MIB, SECONDS, Memcached, Proxy, Server, wait_for
 from tests.test_proxies import Nginx
 
@@ -628,7 +628,7 @@ def test_axe_finds_nothing_without_script(start: Start, tmp_path: pathlib.Path) 
     browser = start(MEMCHUNK_MAX_SIZE="1000")
     for name, data, title in (
         ("a", b"x", "Stored"),
-        ("b", bytes(9999), wsgi.TITLES[413]),
+        ("b", bytes(9999), httpfiles.TITLES[413]),
     ):
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
         browser.get(browser.server.url("/"))
@@ -657,7 +657,7 @@ def test_words_without_script(start: Start, tmp_path: pathlib.Path) -> None:
     browser = start(script=False, MEMCHUNK_MAX_SIZE="1000")
     choose(browser, make(tmp_path, "large.bin", bytes(10_000_000)))
     browser.find_element(By.TAG_NAME, "button").click()
-    wait_for_page(browser, wsgi.TITLES[413])
+    wait_for_page(browser, httpfiles.TITLES[413])
     assert "Files may have up to" in browser.find_element(By.TAG_NAME, "body").text
     browser.find_element(By.LINK_TEXT, "Upload a file").click()
     wait_for_page(browser, "memchunk: upload files")

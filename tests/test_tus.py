@@ -42,7 +42,7 @@ from test_wsgi import (
     version,
 )
 from tests.faults import Hook, Wrapped
-from tests.support import CLOCK, Memcached, opened, wait_for
+from tests.support import CLOCK, COPIED, Memcached, opened, wait_for
 
 TUS = {"Tus-Resumable": "1.0.0"}
 TYPE = "application/offset+octet-stream"
@@ -1186,6 +1186,6 @@ def test_whichever_is_imported_first(memcached: Memcached, first: str) -> None:
 def test_without_it_all_else_is_served(
     memcached: Memcached, tmp_path: pathlib.Path
 ) -> None:
-    for name in ("memchunk.py", "mcpool.py", "wsgi.py", "upload.html"):
+    for name in COPIED:
         shutil.copy(ROOT / name, tmp_path)
     assert run(tmp_path, memcached, "wsgi")[:3] == ["404", "201 x", "200 True"]
