@@ -50,8 +50,9 @@ EXPIRE = 24 * 3600  # seconds that an upload lives
 SLACK = 3600  # seconds that its parts live longer, so that the last piece can finish
 BLOCK = 4 * 1024 * 1024  # bytes of a request after which they count
 MAX_HEADERS = 8 * 1024  # bytes of Upload-Metadata that a record keeps
-# A tail above SMALL is padded to RECORD bytes, about the size of the file's own chunks:
-# memcached keeps items of each other size in pages of their own, which the file needs.
+# A tail is padded to SMALL bytes, or to RECORD bytes, about the size of the file's own
+# chunks. memcached keeps items of each other size in pages of their own, and the file
+# needs these pages.
 SMALL = 32 * 1024
 RECORD = 480_000
 RESERVED = "\ufffd"  # begins the names of records: no address can spell it, see wsgi.py
@@ -257,8 +258,9 @@ class Uploads:
         metadata = json.dumps({**kept, "tail": len(tail)}).encode()
         detail = "The upload came in too many small pieces."
         require(len(metadata) <= memchunk.MAX_METADATA, 507, detail)
-        if len(tail) > SMALL:
-            tail = tail.ljust(min(RECORD, upload.length))
+        if tail:
+            size = SMALL if len(tail) <= SMALL else RECORD
+            tail = tail.ljust(min(size, upload.length))
         write: Callable[..., memchunk.FileInfo] = self.cache.add
         if upload.record:
             write = functools.partial(self.cache.cas, version=upload.record)

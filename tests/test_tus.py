@@ -233,6 +233,17 @@ def test_an_upload_without_bytes_costs_at_most_1_kib(
     assert int(memcached.stats()["bytes"]) - before <= 100 * 1024
 
 
+def test_a_large_upload_has_room_after_tails_of_all_sizes(start_memcached: Any) -> None:
+    """memcached keeps items of each size in pages of their own."""
+    client = make(start_memcached("-m", "64"), chunk_size=None)
+    for power in range(40):
+        path = start(client, 5 * MIB)
+        patch(client, path, 0, bytes(int(500 * 1.19**power)))
+        client.delete(path, headers=TUS)
+    data = bytes(50 * MIB)
+    complete(client, start(client, len(data)), data, 5 * MIB)
+
+
 def test_a_large_tail_fits_the_pages_of_chunks(memcached: Memcached) -> None:
     """memcached keeps items of another size in pages of their own."""
     client = make(memcached, chunk_size=None)
