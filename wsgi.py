@@ -879,8 +879,9 @@ class Pages:
         """A page of lines, which are HTML, with more headers."""
         head = re.sub("<title>.*?</title>", f"<title>{title}</title>", self._head)
         home = _link(httpfiles.relative_reference(request, "/"), "Upload a file")
-        texts = "\n".join(f"<p>{line}</p>" for line in [*lines, home])
-        page = f"{head}<body>\n<main>\n<h1>{title}</h1>\n{texts}\n</main>\n</html>\n"
+        items = "\n".join(f"<li><div>{line}</div></li>" for line in [*lines, home])
+        body = f"<main>\n<h1>{title}</h1>\n<ul>\n{items}\n</ul>\n</main>"
+        page = f"{head}<body>\n{body}\n</body>\n</html>\n"
         headers = {"Vary": "Accept", "Content-Type": "text/html; charset=utf-8"}
         return Response(page, status, {**self._headers, **more, **headers})
 
