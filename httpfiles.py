@@ -198,13 +198,13 @@ class Body:
         if self._left == 0:
             return b""
         piece = self._read(size if self._left is None else min(size, self._left))
-        if piece and self._left is not None:
-            self._left -= len(piece)
+        if self._left is None:
+            self._left = None if piece else 0
+            return piece
+        self._left = self._left - len(piece) if piece else 0
         if not piece:
-            is_cut_off, self._left = self._left is not None, 0
-            if is_cut_off:
-                detail = "The body ended before its Content-Length. Send it again."
-                raise CutOff(400, detail)
+            detail = "The body ended before its Content-Length. Send it again."
+            raise CutOff(400, detail)
         return piece
 
     def _read(self, size: int) -> bytes:
@@ -250,17 +250,15 @@ def _announced_size(environ: WSGIEnvironment) -> int | None:
     # a2wsgi's stream ends with the body too, but does not say so.
     ends = environ.get("wsgi.input_terminated") or "asgi.scope" in environ
     if coding is not None:
-        if not ends:
-            raise Problem(411, "Send a Content-Length: this host needs one.")
+        require(ends, 411, "Send a Content-Length: this host needs one.")
+        is_chunked = coding.strip().lower() == "chunked"
         # Some hosts show the body of any other as empty.
-        is_old = environ["SERVER_PROTOCOL"] == "HTTP/1.0"
-        if coding.strip().lower() != "chunked" or is_old:
-            raise Problem(400, "The only Transfer-Encoding is chunked, of HTTP/1.1.")
+        is_known = is_chunked and environ["SERVER_PROTOCOL"] != "HTTP/1.0"
+        require(is_known, 400, "The only Transfer-Encoding is chunked, of HTTP/1.1.")
         return None
     if re.fullmatch("[0-9]{1,18}", length):
         return int(length)
-    if length:
-        raise Problem(400, "The Content-Length is not a number.")
+    require(not length, 400, "The Content-Length is not a number.")
     return None if ends and not _announces_bodies(environ) else 0
 
 

@@ -118,7 +118,7 @@ class Settings:
     max_response: int = _row(0)  # most bytes of a file in one answer; 0: any number
     max_expire: int = _row(0)  # most seconds that an upload may ask for; 0: any number
     origins: str = _row("")  # a list of other sites whose pages may use the API, or "*"
-    public_read: bool = _row(False)  # reads need no token
+    public_read: bool = _row(False, most=1)  # reads need no token
     proxies: int = _row(0)  # how many in front set X-Forwarded-*; more is a risk
     hosts: str = _row("")  # a list of names to answer for; ".a.example": all below, too
     token_file: str = _row("")  # a file with such tokens, which may change meanwhile
@@ -197,18 +197,14 @@ def _parsed(variable: str, text: str, field: dataclasses.Field[Any]) -> Any:
         raise SettingError(f"{variable} is empty; give it a value or unset it")
     if kind is str:
         return text
-    if kind is bool:
-        if text not in ("0", "1"):
-            raise SettingError(f"{variable} must be 0 or 1, not {text!r}")
-        return text == "1"
     try:
-        number = kind(text)
+        number = float(text) if kind is float else int(text)
     except ValueError:
         raise SettingError(f"{variable} must be a number, not {text!r}") from None
     least, most = field.metadata["least"], field.metadata["most"]
     if not least <= number <= most:
         raise SettingError(f"{variable} is {text}, but must be {least} to {most}")
-    return number
+    return kind(number)
 
 
 def _items(variable: str, text: str, pattern: str, example: str) -> frozenset[str]:
@@ -233,39 +229,39 @@ class Tokens:
     """
 
     def __init__(self, settings: Settings) -> None:
-        text, self._path = settings.token, settings.token_file
-        self._fixed = _tokens("MEMCHUNK_TOKEN", text) if text else []
-        self._in_file = self._read() if self._path else []
-        self._due = time.monotonic() + TOKEN_FILE_SECONDS
-        self._is_broken = False
+        self._text, self._path = settings.token, settings.token_file
+        self._tokens, self._is_broken = self._read(), False
 
     def __bool__(self) -> bool:
-        return bool(self._fixed or self._in_file)
+        return bool(self._tokens)
 
     def accept(self, sent: str) -> bool:
         """Whether it is one of them. All are compared, so that time tells nothing."""
+        if self._path and time.monotonic() >= self._due:
+            self._read_again()
         given, found = sent.encode(), False
-        for token in self._current():
+        for token in self._tokens:
             found |= hmac.compare_digest(given, token)
         return found
 
-    def _current(self) -> list[bytes]:
-        if self._path and time.monotonic() >= self._due:
-            self._due = time.monotonic() + TOKEN_FILE_SECONDS
-            try:
-                self._in_file, self._is_broken = self._read(), False
-            except SettingError as error:
-                if not self._is_broken:
-                    log.error("%s; the last tokens stay", error)
-                self._is_broken = True
-        return self._fixed + self._in_file
+    def _read_again(self) -> None:
+        try:
+            self._tokens, self._is_broken = self._read(), False
+        except SettingError as error:
+            if not self._is_broken:
+                log.error("%s; the last tokens stay", error)
+            self._is_broken = True
 
     def _read(self) -> list[bytes]:
-        try:
-            text = pathlib.Path(self._path).read_text("utf-8-sig")
-        except (OSError, ValueError) as error:
-            raise SettingError(f"MEMCHUNK_TOKEN_FILE: {error}") from None
-        return _tokens("MEMCHUNK_TOKEN_FILE", text)
+        self._due = time.monotonic() + TOKEN_FILE_SECONDS
+        tokens = _tokens("MEMCHUNK_TOKEN", self._text) if self._text else []
+        if self._path:
+            try:
+                text = pathlib.Path(self._path).read_text("utf-8-sig")
+            except (OSError, ValueError) as error:
+                raise SettingError(f"MEMCHUNK_TOKEN_FILE: {error}") from None
+            tokens += _tokens("MEMCHUNK_TOKEN_FILE", text)
+        return tokens
 
 
 def _tokens(variable: str, text: str) -> list[bytes]:
@@ -875,8 +871,9 @@ class Pages:
         """A page of lines, which are HTML, with more headers."""
         head = re.sub("<title>.*?</title>", f"<title>{title}</title>", self._head)
         home = _link(httpfiles.relative_reference(request, "/"), "Upload a file")
-        texts = "\n".join(f"<p>{line}</p>" for line in [*lines, home])
-        page = f"{head}<body>\n<main>\n<h1>{title}</h1>\n{texts}\n</main>\n</html>\n"
+        items = "\n".join(f"<li><div>{line}</div></li>" for line in [*lines, home])
+        body = f"<main>\n<h1>{title}</h1>\n<ul>\n{items}\n</ul>\n</main>"
+        page = f"{head}<body>\n{body}\n</body>\n</html>\n"
         headers = {"Vary": "Accept", "Content-Type": "text/html; charset=utf-8"}
         return Response(page, status, {**self._headers, **more, **headers})
 
