@@ -31,27 +31,25 @@ from werkzeug.test import Client, TestResponse
 import memchunk
 import tus
 import wsgi
-from test_wsgi import (
+from tests.faults import Hook, Wrapped
+from tests.support import (
     CHUNK,
+    CLOCK,
     MIB,
+    Memcached,
     chunk_key,
     content,
     is_problem,
     make,
+    opened,
     send,
     version,
+    wait_for,
 )
-from tests.faults import Hook, Wrapped
-from tests.support import CLOCK, Memcached, opened, wait_for
 
 TUS = {"Tus-Resumable": "1.0.0"}
 TYPE = "application/offset+octet-stream"
 CHUNKED = {"wsgi.input_terminated": True, "HTTP_TRANSFER_ENCODING": "chunked"}
-
-
-@pytest.fixture
-def client(memcached: Memcached) -> Any:
-    return make(memcached)
 
 
 def pair(key: str, value: str | bytes) -> str:
