@@ -660,6 +660,8 @@ def content(size: int, seed: int = 0) -> bytes:
     return block[:size]
 
 
-def cases(names: str, table: Mapping[str, Any]) -> pytest.MarkDecorator:
+def cases(
+    names: str | tuple[str, ...], table: Mapping[str, Any]
+) -> pytest.MarkDecorator:
     """Parameters whose ids are the keys of the table."""
     return pytest.mark.parametrize(names, list(table.values()), ids=list(table))
