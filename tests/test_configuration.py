@@ -1,0 +1,267 @@
+"""Settings from the environment, and `python wsgi.py`.
+
+These need `wsgi.Settings` itself, because a bad setting stops the start."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from typing import Any, Callable
+
+import pytest
+from werkzeug.test import Client
+
+import memchunk
+import wsgi
+from tests.support import FOLDER, WAIT, Memcached, cases
+
+FIELDS = {
+    f"MEMCHUNK_{each.name.upper()}": each for each in dataclasses.fields(wsgi.Settings)
+}
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "value"),
+    [
+        ("MEMCHUNK_SERVERS", "a:1,b:2", "a:1,b:2"),
+        ("MEMCHUNK_NAMESPACE", "n", "n"),
+        ("MEMCHUNK_MAX_SIZE", "1000", 1000),
+        ("MEMCHUNK_EXPIRE", "60", 60),
+        ("MEMCHUNK_MAX_EXPIRE", "60", 60),
+        ("MEMCHUNK_TIMEOUT", "0.5", 0.5),
+        ("MEMCHUNK_TOKEN", "t", "t"),
+        ("MEMCHUNK_TOKEN_FILE", __file__, None),
+        ("MEMCHUNK_PUBLIC_READ", "1", True),
+        ("MEMCHUNK_ORIGINS", "https://a.example, http://b.example:81", None),
+        ("MEMCHUNK_ORIGINS", "*", "*"),
+        ("MEMCHUNK_HOSTS", "files.example, .b.example", None),
+        ("MEMCHUNK_PROXIES", "2", 2),
+        ("MEMCHUNK_MAX_RESPONSE", "500", 500),
+    ],
+)
+def test_setting_is_read(
+    variable: str, text: str, value: Any, tmp_path: pathlib.Path
+) -> None:
+    if variable.endswith("_FILE"):
+        text = str(tmp_path / "tokens")
+        pathlib.Path(text).write_text("t")
+    settings = wsgi.Settings.from_environment({variable: text, "MEM": "", "OTHER": "x"})
+    expected: Any = {FIELDS[variable].name: text if value is None else value}
+    assert settings == dataclasses.replace(wsgi.Settings(), **expected)
+
+
+@pytest.mark.parametrize("variable", FIELDS)
+def test_setting_may_be_its_default(variable: str) -> None:
+    default = FIELDS[variable].default
+    text = str(int(default)) if isinstance(default, bool) else str(default)
+    environ = {variable: text} if text else {}
+    assert wsgi.Settings.from_environment(environ) == wsgi.Settings()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("MEMCHUNK_MAX_SIZE", "50M"),
+        ("MEMCHUNK_MAX_SIZE", "0"),
+        ("MEMCHUNK_MAX_SIZE", ""),
+        ("MEMCHUNK_EXPIRE", "-1"),
+        ("MEMCHUNK_TIMEOUT", "nan"),
+        ("MEMCHUNK_TIMEOUT", "0"),
+        ("MEMCHUNK_MAX_RESPONSE", "1.5"),
+        ("MEMCHUNK_MAX_EXPIRE", "-1"),
+        ("MEMCHUNK_PROXIES", "-1"),
+        ("MEMCHUNK_PUBLIC_READ", "yes"),
+        ("MEMCHUNK_ORIGINS", "example.com"),
+        ("MEMCHUNK_ORIGINS", "https://example.com/page"),
+        ("MEMCHUNK_TOKEN", ""),
+        ("MEMCHUNK_TOKEN", "two words"),
+        ("MEMCHUNK_TOKEN", "\u00e9"),
+        ("MEMCHUNK_TOKEN", ","),
+        ("MEMCHUNK_TOKEN", "one,two words"),
+        ("MEMCHUNK_HOSTS", ","),
+        ("MEMCHUNK_HOSTS", "*"),
+        ("MEMCHUNK_HOSTS", "https://files.example"),
+        ("MEMCHUNK_HOSTS", "files.example:8000"),
+        ("MEMCHUNK_HOSTS", "a.example,b\u00fccher.example"),
+        ("MEMCHUNK_NAMESPACE", "two words"),
+        ("MEMCHUNK_SERVERS", " "),
+        ("MEMCHUNK_SERVERS", ","),
+    ],
+)
+def test_setting_that_is_bad_stops_the_start(variable: str, value: str) -> None:
+    with pytest.raises(wsgi.SettingError, match=variable):
+        wsgi.Settings.from_environment({variable: value}).connect()
+
+
+TOKEN_FILES = {
+    "missing": None,
+    "empty": b"",
+    "only commas": b"\n,\n",
+    "two words": b"a b",
+    "no UTF-8": b"\xff",
+    "no ASCII": b"\xc3\xa9",
+}
+
+
+@cases("text", TOKEN_FILES)
+def test_token_file_without_a_token_stops_the_start(
+    tmp_path: pathlib.Path, text: bytes | None
+) -> None:
+    file = tmp_path / "tokens"
+    if text is not None:
+        file.write_bytes(text)
+    with pytest.raises(wsgi.SettingError, match="MEMCHUNK_TOKEN_FILE"):
+        wsgi.Settings.from_environment({"MEMCHUNK_TOKEN_FILE": str(file)})
+
+
+@pytest.mark.parametrize(("name", "least"), [("MAX_SIZE", "1"), ("TIMEOUT", "0.001")])
+def test_setting_below_its_least_is_told_it(name: str, least: str) -> None:
+    with pytest.raises(wsgi.SettingError, match=f"must be {least} to "):
+        wsgi.Settings.from_environment({f"MEMCHUNK_{name}": "0"})
+
+
+@pytest.mark.parametrize(
+    ("variable", "nearest"),
+    [
+        ("MEMCHUNK_TOKENS", "MEMCHUNK_TOKEN"),
+        ("MEMCHUNK_SERVER", "MEMCHUNK_SERVERS"),
+        ("MEMCHUNK_MAXSIZE", "MEMCHUNK_MAX_SIZE"),
+        ("MEMCHUNK_", "MEMCHUNK_"),
+        ("MEMCHUNK_token", "MEMCHUNK_"),
+    ],
+)
+def test_setting_that_is_unknown_stops_the_start(variable: str, nearest: str) -> None:
+    expected = f"^{variable} is not a setting; the nearest is {nearest}"
+    with pytest.raises(wsgi.SettingError, match=expected):
+        wsgi.Settings.from_environment({variable: "x", "PATH": "/bin"})
+
+
+@pytest.mark.parametrize(
+    "servers",
+    [
+        "user:s3cret@127.0.0.1:1",
+        "127.0.0.1:1,user:s3cret@localhost:1",
+        "tls://user:s3cret@127.0.0.1:1",
+        "user:s3cret@127.0.0.1:port",
+        "user:s3,cret@127.0.0.1:1",
+        "user:s3cret@127.0.0.1:1,user:s3cret@127.0.0.1:1",
+    ],
+)
+def test_servers_passwords_are_neither_logged_nor_answered(
+    servers: str, caplog: Any
+) -> None:
+    settings = wsgi.Settings.from_environment({"MEMCHUNK_SERVERS": servers})
+    told = repr(settings)
+    try:
+        client = Client(wsgi.Application(settings.connect(), settings))
+        answers = [client.get(path) for path in ("/files/a", "/readyz")]
+        assert [answer.status_code for answer in answers] == [503, 503]
+        for answer in answers:
+            told += f"{answer.headers} {answer.text} {caplog.text}"
+    except wsgi.SettingError as error:
+        told += f"{error!r}"
+    assert "cret" not in told
+
+
+# python wsgi.py
+
+
+def call(method: str, url: str, data: bytes | None = None) -> tuple[int, bytes]:
+    request = urllib.request.Request(url, data=data, method=method)
+    with urllib.request.urlopen(request, timeout=WAIT) as answer:
+        return answer.status, answer.read()
+
+
+@pytest.fixture
+def run() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start `python wsgi.py` with the given arguments and environment."""
+    started = []
+
+    def start(*arguments: str, **environ: str) -> subprocess.Popen[str]:
+        started.append(
+            subprocess.Popen(
+                [sys.executable, str(FOLDER / "wsgi.py"), *arguments],
+                env={**os.environ, **environ},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        )
+        return started[-1]
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            # And the memcached that it may have left.
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_python_wsgi_py_brings_its_own_memcached(
+    run: Any, tmp_path: Any, stop: int
+) -> None:
+    process = run("--port", "0", TMPDIR=str(tmp_path))
+    url = process.stdout.readline().split()[1]
+    assert call("PUT", url + "files/a", b"x")[0] == 201
+    assert call("GET", url + "files/a") == (200, b"x")
+    [folder] = tmp_path.iterdir()
+    assert folder.stat().st_mode & 0o77 == 0
+    [path] = folder.iterdir()
+    with memchunk.FileCache(f"unix:{path}") as cache:
+        cache.ping()
+        process.send_signal(stop)
+        assert process.wait(WAIT) == 0
+        assert list(tmp_path.iterdir()) == []
+        # Its idle connection has ended with it.
+        with pytest.raises(memchunk.CacheUnavailable):
+            cache.ping()
+
+
+def test_python_wsgi_py_with_servers(
+    run: Any, memcached: Memcached, cache: memchunk.FileCache
+) -> None:
+    process = run("--port", "0", MEMCHUNK_SERVERS=memcached.server)
+    url = process.stdout.readline().split()[1]
+    assert call("PUT", url + "files/a", b"x")[0] == 201
+    assert cache.get("a") == b"x"
+
+
+def test_python_wsgi_py_without_memcached(run: Any, tmp_path: Any) -> None:
+    process = run(PATH=str(tmp_path))
+    assert process.wait(WAIT) == 1
+    assert "apt-get install memcached" in process.stderr.read()
+
+
+def test_python_wsgi_py_with_a_bad_setting(run: Any) -> None:
+    process = run(MEMCHUNK_MAX_SIZE="50M")
+    assert process.wait(WAIT) == 1
+    told = "wsgi.py: MEMCHUNK_MAX_SIZE must be a number, not '50M'\n"
+    assert process.stderr.read() == told
+
+
+@pytest.mark.parametrize(
+    ("host", "token", "warns"),
+    [
+        ("0.0.0.0", {}, True),
+        ("0.0.0.0", {"MEMCHUNK_TOKEN": "t"}, False),
+        ("127.0.0.1", {}, False),
+        ("localhost", {}, False),
+    ],
+)
+def test_python_wsgi_py_warns_if_it_is_open_to_other_machines(
+    run: Any, memcached: Memcached, host: str, token: dict[str, str], warns: bool
+) -> None:
+    environ = {"MEMCHUNK_SERVERS": memcached.server, **token}
+    process = run("--host", host, "--port", "0", **environ)
+    assert process.stdout.readline().startswith("memchunk: http://")  # comes after it
+    process.kill()
+    assert ("set MEMCHUNK_TOKEN" in process.stderr.read()) == warns

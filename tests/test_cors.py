@@ -1,0 +1,185 @@
+"""Pages of other sites: those that may change nothing, and those that are listed
+(https://fetch.spec.whatwg.org/#http-cors-protocol)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.support import (
+    FORM,
+    Memcached,
+    bearer,
+    cases,
+    is_problem,
+    make,
+    multipart,
+    post_form,
+)
+
+FOREIGN = {
+    "cross-site": {"Sec-Fetch-Site": "cross-site"},
+    "same-site": {"Sec-Fetch-Site": "same-site"},
+    "another origin": {"Origin": "https://evil.example"},
+    "no origin": {"Origin": "null"},
+    "cross-site before the origin": {
+        "Sec-Fetch-Site": "cross-site",
+        "Origin": "http://localhost",
+    },
+}
+
+
+@cases("headers", FOREIGN)
+def test_other_site_changes_nothing(
+    client: Any, memcached: Memcached, headers: dict[str, str]
+) -> None:
+    etag, before = client.put("/files/a", data=b"x").headers["ETag"], memcached.keys()
+    form = multipart(("file", "a", b"1"))
+    is_problem(post_form(client, form, headers=headers), 403)
+    for method in ("PUT", "POST", "PATCH", "DELETE"):
+        answer = client.open("/files/a?expire=9", method=method, headers=headers)
+        is_problem(answer, 403)
+    assert memcached.keys() == before
+    assert client.get("/files/a", headers=headers).headers["ETag"] == etag
+
+
+OWN = {
+    "same-origin": {"Sec-Fetch-Site": "same-origin", "Origin": "http://localhost"},
+    "a person": {"Sec-Fetch-Site": "none"},
+    "the same host": {"Origin": "http://localhost"},
+    "behind a proxy that speaks TLS": {"Origin": "https://localhost"},
+}
+
+
+@cases("headers", OWN)
+def test_own_site_may_change_files(client: Any, headers: dict[str, str]) -> None:
+    assert client.put("/files/a", data=b"1", headers=headers).status_code == 201
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("files.example", "http://files.example:8080", 201),  # nginx: Host $host
+        ("files.example:81", "http://files.example", 201),
+        ("[::1]:8000", "http://[::1]:8080", 201),
+        ("127.0.0.1:8000", "http://files.example", 403),
+        ("files.example", "http://files.example.evil.example", 403),
+        ("", "null", 403),
+        ("", "http://", 403),
+        ("[", "http://[", 403),
+    ],
+)
+def test_own_site_over_plain_http_is_known_by_its_host(
+    client: Any, host: str, origin: str, status: int
+) -> None:
+    """Browsers send no Sec-Fetch-Site there, and proxies change ports."""
+    headers = {"Host": host, "Origin": origin}
+    assert client.post("/files", data=b"x", headers=headers).status_code == status
+
+
+PROXIED = {"Host": "127.0.0.1:8000", "Origin": "http://files.example"}
+TUS = {**PROXIED, "Tus-Resumable": "1.0.0", "Upload-Length": "3"}
+ASKED = {
+    "tus": ("POST", "/uploads", TUS, 201),
+    "PUT": ("PUT", "/files/a", PROXIED, 201),
+    "a picture": ("POST", "/files", {**PROXIED, "Content-Type": "image/png"}, 201),
+    "text": ("POST", "/files", {**PROXIED, "Content-Type": "Text/Plain; x=y"}, 403),
+    "a form": ("POST", "/files", {**PROXIED, "Content-Type": FORM}, 403),
+    "no type": ("POST", "/files", PROXIED, 403),
+    "https": ("PUT", "/files/a", {**PROXIED, "Origin": "https://files.example"}, 403),
+    "tus across": ("POST", "/uploads", {**TUS, "Sec-Fetch-Site": "cross-site"}, 403),
+}
+
+
+@cases(("method", "path", "headers", "status"), ASKED)
+def test_own_site_behind_a_proxy_that_changes_the_host(
+    client: Any, method: str, path: str, headers: dict[str, str], status: int
+) -> None:
+    """Its script sends what a page of another site may not send without asking."""
+    answer = client.open(path, method=method, data=b"", headers=headers)
+    assert answer.status_code == status
+
+
+def test_preflight_is_answered_no_without_origins(client: Any) -> None:
+    asks = {"Access-Control-Request-Method": "POST", "Origin": "http://files.example"}
+    for path in ("/uploads", "/files/a"):
+        asked = client.options(path, headers=asks)
+        assert (asked.status_code, asked.data) == (204, b"")
+        assert "Access-Control" not in str(asked.headers)
+
+
+# MEMCHUNK_ORIGINS
+
+LISTED = "https://a.example,http://b.example:81"
+PAGE = {"Origin": "http://b.example:81", "Sec-Fetch-Site": "cross-site"}
+ASKS = {
+    "Access-Control-Request-Method": "PUT",
+    "Access-Control-Request-Headers": "authorization,tus-resumable",
+}
+
+
+@pytest.mark.parametrize("origins", [LISTED, "*"])
+@pytest.mark.parametrize(
+    ("path", "method"),
+    [
+        ("/files/a", "PUT"),
+        ("/files", "POST"),
+        ("/uploads", "POST"),
+        ("/uploads/x", "PATCH"),
+    ],
+)
+def test_preflight_needs_no_token(
+    memcached: Memcached, origins: str, path: str, method: str
+) -> None:
+    client = make(memcached, token="t", origins=origins)
+    preflight = client.options(path, headers={**PAGE, **ASKS})
+    assert (preflight.status_code, preflight.data) == (204, b"")
+    allowed = preflight.headers["Access-Control-Allow-Origin"]
+    assert allowed == ("*" if origins == "*" else PAGE["Origin"])
+    sent = ASKS["Access-Control-Request-Headers"]
+    assert preflight.headers["Access-Control-Allow-Headers"] == sent
+    methods = preflight.headers["Access-Control-Allow-Methods"].split(", ")
+    assert method in methods
+    assert int(preflight.headers["Access-Control-Max-Age"]) > 0
+
+
+READABLE = {"ETag", "Location", "Content-Range", "Upload-Offset", "Repr-Digest"}
+
+
+@pytest.mark.parametrize("origins", [LISTED, "*"])
+def test_listed_origin_may_read_all_answers(memcached: Memcached, origins: str) -> None:
+    client, token = make(memcached, token="t", origins=origins), {**bearer("t"), **PAGE}
+    for answer, status in (
+        (client.put("/files/a", data=b"x", headers=token), 201),
+        (client.get("/files/a", headers=token), 200),
+        (client.get("/files/none", headers=token), 404),
+        (client.get("/files/a", headers=PAGE), 401),
+        (client.options("/files/a", headers=PAGE), 401),
+    ):
+        assert answer.status_code == status
+        allowed = answer.headers["Access-Control-Allow-Origin"]
+        assert allowed == ("*" if origins == "*" else PAGE["Origin"])
+        exposed = answer.headers["Access-Control-Expose-Headers"].split(", ")
+        assert set(exposed) >= READABLE
+        assert "Access-Control-Allow-Credentials" not in answer.headers
+        assert ("Origin" in answer.headers.get("Vary", "")) == (origins != "*")
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["https://a.example.evil", "http://a.example", "null", "https://a.example:444"],
+)
+def test_origin_that_is_not_listed(memcached: Memcached, origin: str) -> None:
+    client = make(memcached, token="t", origins="https://a.example")
+    page = {**bearer("t"), "Origin": origin, "Sec-Fetch-Site": "cross-site"}
+    answers = [
+        client.options("/files/a", headers={**page, **ASKS}),
+        client.get("/files/a", headers=page),
+        client.put("/files/a", data=b"x", headers=page),
+    ]
+    assert [answer.status_code for answer in answers] == [204, 404, 403]
+    for answer in answers:
+        assert "Access-Control" not in str(answer.headers)
+        assert "Origin" in answer.headers["Vary"]
+    is_problem(client.options("/files/a", headers={"Origin": origin, **ASKS}), 401)
