@@ -3,19 +3,14 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
 from werkzeug.http import http_date
 
 from tests.support import (
-    CHUNK,
-    Memcached,
     Stream,
     cases,
-    chunk_key,
-    content,
     is_problem,
     send,
 )
@@ -116,21 +111,6 @@ def test_condition_that_fails_says_why(
     assert words in is_problem(refused, 412)["detail"]
 
 
-@pytest.mark.parametrize(
-    ("there", "words"), [(True, "has changed"), (False, "another upload stored")]
-)
-def test_condition_that_fails_during_an_upload(
-    client: Any, there: bool, words: str
-) -> None:
-    headers = {"If-None-Match": "*"}
-    if there:
-        headers = {"If-Match": client.put("/files/a", data=b"old").headers["ETag"]}
-    stream = Stream(b"mine", functools.partial(client.put, "/files/a", data=b"theirs"))
-    upload = send(client, "PUT", "/files/a", stream, 4, headers=headers)
-    assert words in is_problem(upload, 412)["detail"]
-    assert client.get("/files/a").data == b"theirs"
-
-
 @pytest.mark.parametrize("header", ["If-Match", "If-Unmodified-Since"])
 def test_condition_on_a_file_that_is_deleted_during_the_upload(
     client: Any, header: str
@@ -140,16 +120,3 @@ def test_condition_on_a_file_that_is_deleted_during_the_upload(
     headers = {header: etag if header == "If-Match" else http_date(4e9)}
     is_problem(send(client, "PUT", "/files/a", stream, 4, headers=headers), 412)
     is_problem(client.get("/files/a"), 404)
-
-
-def test_condition_of_new_files_takes_a_dead_one_for_none(
-    client: Any, memcached: Memcached
-) -> None:
-    created, new = (
-        client.put("/files/a", data=content(5 * CHUNK)),
-        {"If-None-Match": "*"},
-    )
-    memcached.delete(chunk_key(memcached, created, 3))
-    assert client.put("/files/a", data=b"new", headers=new).status_code == 201
-    assert client.get("/files/a").data == b"new"
-    is_problem(client.put("/files/a", data=b"x", headers=new), 412)
