@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Callable
-from urllib.parse import unquote, urljoin
+from urllib.parse import unquote, unquote_to_bytes, urljoin
 
 import pytest
 from werkzeug.test import Client, TestResponse
@@ -612,6 +612,21 @@ def send(
     if length is not None:
         environ["CONTENT_LENGTH"] = str(length)
     return client.open(path, method=method, environ_overrides=environ, **options)
+
+
+def ask(client: Any, text: str, data: bytes = b"x", **words: str) -> Any:
+    """The answer to a request like "PUT /files/a?expire=9 | If-Match: ETAG", in which
+    words stand for others. Its address arrives as a host would decode it."""
+    for word, value in words.items():
+        text = text.replace(word, value)
+    line, *fields = text.split(" | ")
+    (method, url), headers = line.split(), dict(each.split(": ", 1) for each in fields)
+    path, _, query = url.partition("?")
+    environ = {"PATH_INFO": unquote_to_bytes(path).decode("latin-1")}
+    if "Content-Length" in headers:
+        environ["CONTENT_LENGTH"] = headers["Content-Length"]
+    options: Any = {"method": method, "headers": headers, "data": data}
+    return client.open("/", query_string=query, environ_overrides=environ, **options)
 
 
 def post_form(client: Any, body: bytes, path: str = "/files", **options: Any) -> Any:
