@@ -70,14 +70,3 @@ def test_range_fetches_only_the_chunks_that_it_touches(memcached: Memcached) -> 
     assert read.data == data[40_001:42_001]
     # The manifest and three chunks.
     assert int(memcached.stats()["get_hits"]) - before == 1 + 3
-
-
-def test_range_comes_in_parts_if_answers_are_limited(memcached: Memcached) -> None:
-    client = make(memcached, max_response=2500)
-    client.put("/files/a", data=DATA)
-    received = b""
-    while len(received) < len(DATA):
-        read = client.get("/files/a", headers={"Range": f"bytes={len(received)}-"})
-        assert (read.status_code, len(read.data)) == (206, 2500)
-        received += read.data
-    assert received == DATA

@@ -128,23 +128,6 @@ def test_token_file_alone_is_enough(memcached: Memcached, tmp_path: Any) -> None
     assert 'id="token-label" hidden' not in client.get("/").text
 
 
-def test_token_of_public_read_is_asked_for_changes_only(memcached: Memcached) -> None:
-    client = make(memcached, token="t", public_read=1)
-    client.put("/files/a", data=b"x", headers=bearer("t"))
-    assert client.get("/files/a").data == b"x"
-    assert client.head("/files/a").status_code == 200
-    assert client.get("/files/a?info").json["size"] == 1
-    for method in ("PUT", "POST", "DELETE", "PATCH"):
-        is_problem(client.open("/files/a?expire=9", method=method, data=b"y"), 401)
-    is_problem(client.post("/files", data=b"y"), 401)
-    for method in ("POST", "HEAD", "PATCH", "DELETE"):
-        headers = {"Tus-Resumable": "1.0.0"}
-        answer = client.open("/uploads/a", method=method, headers=headers)
-        assert answer.status_code == 401, method
-    overridden = {"X-HTTP-Method-Override": "GET"}
-    is_problem(client.delete("/files/a", headers=overridden), 401)
-
-
 def test_token_is_what_a_browser_asks_its_user_for(memcached: Memcached) -> None:
     answer = make(memcached, token="s3cret").get("/files/a", headers=BROWSER)
     assert answer.status_code == 401
