@@ -101,16 +101,10 @@ BINARY, CURL = "application/octet-stream", "application/x-www-form-urlencoded"
         ("folder/A.PDF", "", "application/pdf"),
         ("a.png", CURL, "image/png"),  # curl says it of any body
         ("a.png", BINARY, BINARY),
-        ("a.tar.gz", "", BINARY),
-        ("a.tgz", "", BINARY),
+        *[(name, "", BINARY) for name in ("a.tar.gz", "a.tgz", "png", ".png")],
         ("data:text/html,x", "", BINARY),
-        ("png", "", BINARY),
-        (".png", "", BINARY),
-        ("a", "text", BINARY),
-        ("a", "text/html\u00e9", BINARY),
-        ("a", "a/b, c/d", BINARY),
+        *[("a", sent, BINARY) for sent in ("text", "text/a\u00e9", "a/b, c/d", CURL)],
         ("a", "x/" + "y" * 300, BINARY),
-        ("a", CURL, BINARY),
     ],
 )
 def test_content_type_that_is_none_is_guessed_from_the_name(

@@ -36,10 +36,7 @@ def test_page_knows_the_settings(memcached: Memcached) -> None:
     ("settings", "expected"),
     [
         ({"max_expire": 2 * 86400}, ["1 hour", "1 day", "*2 days"]),
-        (
-            {"max_expire": 86400, "expire": 5400},
-            ["1 hour", "*90 minutes", "1 day"],
-        ),
+        ({"max_expire": 86400, "expire": 5400}, ["1 hour", "*90 minutes", "1 day"]),
         ({"expire": 1}, ["*1 second", "1 hour", "1 day", "7 days", "30 days"]),
     ],
 )
@@ -86,13 +83,11 @@ def test_page_without_tus_sends_files_whole(
             (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "tus.py").write_text("")  # PyPI has a module of this name
-    script = (
-        "import sys\n"
-        "sys.path.insert(0, 'elsewhere')\n"
-        "import wsgi, werkzeug.test\n"
-        "client = werkzeug.test.Client(wsgi.application)\n"
-        "print(client.post('/uploads').status_code, client.get('/').text)"
-    )
+    script = """import sys; sys.path.insert(0, "elsewhere")
+import wsgi, werkzeug.test
+client = werkzeug.test.Client(wsgi.application)
+print(client.post("/uploads").status_code, client.get("/").text)
+"""
     run = subprocess.run(
         [sys.executable, "-c", script],
         cwd=tmp_path,

@@ -16,26 +16,14 @@ def basic(user: str, token: str) -> str:
     return "Basic " + base64.b64encode(f"{user}:{token}".encode()).decode()
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        "",
-        "Bearer",
-        "Bearer wrong",
-        "Bearer s3cret2",
-        "Bearer \xff",
-        "s3cret",
-        "Basic",
-        "Basic =",
-        "Basic \xe9",
-        "Basic /w==",
-        "Basic s3cret",
-        basic("s3cret", ""),
-        "Digest username=a",
-        "Digest \xff",
-        "\xff",
-    ],
+NONE = (
+    *("", "Bearer", "Bearer wrong", "Bearer s3cret2", "Bearer \xff", "s3cret", "\xff"),
+    *("Basic", "Basic =", "Basic \xe9", "Basic /w==", "Basic s3cret"),
+    *(basic("s3cret", ""), "Digest username=a", "Digest \xff"),
 )
+
+
+@pytest.mark.parametrize("value", NONE)
 def test_token_that_is_none(memcached: Memcached, value: str) -> None:
     headers = {"Authorization": value}
     client = make(memcached, token="s3cret")
