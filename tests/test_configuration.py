@@ -4,14 +4,9 @@ These need `wsgi.Settings` itself, because a bad setting stops the start."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 import pathlib
 import signal
-import subprocess
-import sys
-import urllib.request
 from collections.abc import Iterator
 from typing import Any, Callable
 
@@ -20,7 +15,7 @@ from werkzeug.test import Client
 
 import memchunk
 import wsgi
-from tests.support import FOLDER, WAIT, Memcached, cases
+from tests.support import WAIT, Host, Memcached, Server, cases
 
 FIELDS = {
     f"MEMCHUNK_{each.name.upper()}": each for each in dataclasses.fields(wsgi.Settings)
@@ -167,80 +162,64 @@ def test_servers_passwords_are_neither_logged_nor_answered(
 
 # python wsgi.py
 
-
-def call(method: str, url: str, data: bytes | None = None) -> tuple[int, bytes]:
-    request = urllib.request.Request(url, data=data, method=method)
-    with urllib.request.urlopen(request, timeout=WAIT) as answer:
-        return answer.status, answer.read()
+Run = Callable[..., Server]
 
 
 @pytest.fixture
-def run() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def run(tmp_path: pathlib.Path) -> Iterator[Run]:
     """Start `python wsgi.py` with the given arguments and environment."""
-    started = []
+    started: list[Server] = []
 
-    def start(*arguments: str, **environ: str) -> subprocess.Popen[str]:
-        started.append(
-            subprocess.Popen(
-                [sys.executable, str(FOLDER / "wsgi.py"), *arguments],
-                env={**os.environ, **environ},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-            )
-        )
+    def start(arguments: str = "", **environ: str) -> Server:
+        host = Host("{python} wsgi.py --port {port} " + arguments)
+        started.append(Server(host, tmp_path / "log", **environ))
         return started[-1]
 
     yield start
-    for process in started:
-        with contextlib.suppress(ProcessLookupError):
-            # And the memcached that it may have left.
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    for server in started:
+        server.stop()
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_python_wsgi_py_brings_its_own_memcached(
-    run: Any, tmp_path: Any, stop: int
+    run: Run, tmp_path: pathlib.Path, stop: int
 ) -> None:
-    process = run("--port", "0", TMPDIR=str(tmp_path))
-    url = process.stdout.readline().split()[1]
-    assert call("PUT", url + "files/a", b"x")[0] == 201
-    assert call("GET", url + "files/a") == (200, b"x")
-    [folder] = tmp_path.iterdir()
+    (tmp_path / "folders").mkdir()
+    server = run(TMPDIR=str(tmp_path / "folders")).wait()
+    assert server.request("PUT", "/files/a", b"x").status == 201
+    assert server.request("GET", "/files/a").data == b"x"
+    [folder] = (tmp_path / "folders").iterdir()
     assert folder.stat().st_mode & 0o77 == 0
     [path] = folder.iterdir()
     with memchunk.FileCache(f"unix:{path}") as cache:
         cache.ping()
-        process.send_signal(stop)
-        assert process.wait(WAIT) == 0
-        assert list(tmp_path.iterdir()) == []
+        server.process.send_signal(stop)
+        assert server.process.wait(WAIT) == 0
+        assert not folder.exists()
         # Its idle connection has ended with it.
         with pytest.raises(memchunk.CacheUnavailable):
             cache.ping()
 
 
 def test_python_wsgi_py_with_servers(
-    run: Any, memcached: Memcached, cache: memchunk.FileCache
+    run: Run, memcached: Memcached, cache: memchunk.FileCache
 ) -> None:
-    process = run("--port", "0", MEMCHUNK_SERVERS=memcached.server)
-    url = process.stdout.readline().split()[1]
-    assert call("PUT", url + "files/a", b"x")[0] == 201
+    server = run(MEMCHUNK_SERVERS=memcached.server).wait()
+    assert server.request("PUT", "/files/a", b"x").status == 201
     assert cache.get("a") == b"x"
 
 
-def test_python_wsgi_py_without_memcached(run: Any, tmp_path: Any) -> None:
-    process = run(PATH=str(tmp_path))
-    assert process.wait(WAIT) == 1
-    assert "apt-get install memcached" in process.stderr.read()
+def test_python_wsgi_py_without_memcached(run: Run, tmp_path: pathlib.Path) -> None:
+    server = run(PATH=str(tmp_path))
+    assert server.process.wait(WAIT) == 1
+    assert "apt-get install memcached" in server.output()
 
 
-def test_python_wsgi_py_with_a_bad_setting(run: Any) -> None:
-    process = run(MEMCHUNK_MAX_SIZE="50M")
-    assert process.wait(WAIT) == 1
+def test_python_wsgi_py_with_a_bad_setting(run: Run) -> None:
+    server = run(MEMCHUNK_MAX_SIZE="50M")
+    assert server.process.wait(WAIT) == 1
     told = "wsgi.py: MEMCHUNK_MAX_SIZE must be a number, not '50M'\n"
-    assert process.stderr.read() == told
+    assert server.output() == told
 
 
 @pytest.mark.parametrize(
@@ -253,10 +232,9 @@ def test_python_wsgi_py_with_a_bad_setting(run: Any) -> None:
     ],
 )
 def test_python_wsgi_py_warns_if_it_is_open_to_other_machines(
-    run: Any, memcached: Memcached, host: str, token: dict[str, str], warns: bool
+    run: Run, memcached: Memcached, host: str, token: dict[str, str], warns: bool
 ) -> None:
     environ = {"MEMCHUNK_SERVERS": memcached.server, **token}
-    process = run("--host", host, "--port", "0", **environ)
-    assert process.stdout.readline().startswith("memchunk: http://")  # comes after it
-    process.kill()
-    assert ("set MEMCHUNK_TOKEN" in process.stderr.read()) == warns
+    server = run(f"--host {host}", **environ).wait()
+    assert "memchunk: http://" in server.output()
+    assert ("set MEMCHUNK_TOKEN" in server.output()) == warns
