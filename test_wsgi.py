@@ -221,8 +221,9 @@ def test_readyz_tells_the_state_of_each_server(start_memcached: Start) -> None:
     second.resume()
     first.kill()
     second.kill()
-    problem = is_problem(client.get("/readyz"), 503)
-    assert set(problem["servers"].values()) == {"no answer"}
+    refused = client.get("/readyz")
+    assert set(is_problem(refused, 503)["servers"].values()) == {"no answer"}
+    assert int(refused.headers["Retry-After"]) > 0
     assert client.get("/healthz").status_code == 200
 
 
@@ -610,6 +611,15 @@ def test_condition_of_put_holds_to_the_end_of_the_upload(
     assert client.get("/files/a").data == b"theirs"
 
 
+def test_condition_of_delete_holds_to_its_end(memcached: Memcached) -> None:
+    other = make(memcached)
+    etag = other.put("/files/a", data=b"old").headers["ETag"]
+    hook = Once("cas", lambda: other.put("/files/a", data=b"theirs"))
+    refused = ask(hooked(memcached, hook), f"DELETE /files/a | If-Match: {etag}")
+    is_problem(refused, 412)
+    assert other.get("/files/a").data == b"theirs"
+
+
 def test_condition_of_new_files_takes_a_dead_one_for_none(
     client: Any, memcached: Memcached
 ) -> None:
@@ -781,8 +791,9 @@ def test_memcached_that_does_not_answer_is_503(memcached: Memcached) -> None:
 
 def test_memcached_without_room_is_507(start_memcached: Start) -> None:
     client = make(start_memcached("-m", "2"), chunk_size=None)
-    is_problem(client.put("/files/a", data=content(20 * MIB)), 507)
-    is_problem(client.get("/files/a"), 404)
+    client.put("/files/a", data=content(MIB))
+    is_problem(client.put("/files/a", data=bytes(20 * MIB)), 507)
+    assert client.get("/files/a").data == content(MIB)
 
 
 # Settings of the README: who may do what

@@ -108,6 +108,11 @@ def test_body_is_not_read_beyond_its_length(client: Any) -> None:
     assert stream.tell() == 4
 
 
+def test_body_in_the_identity_coding(client: Any) -> None:
+    headers = {"Content-Encoding": "Identity"}
+    assert client.put("/files/a", data=b"x", headers=headers).status_code == 201
+
+
 def broken() -> None:
     raise OSError("Invalid chunk header")
 

@@ -132,6 +132,12 @@ def test_preflight_needs_no_token(
     assert int(shared["Max-Age"]) > 0
 
 
+def test_preflight_repeats_no_bytes_that_are_no_header(memcached: Memcached) -> None:
+    asks = ASKS.replace(SENT, "\xff")
+    preflight = ask(make(memcached, origins="*"), f"OPTIONS /files/a | {asks} | {PAGE}")
+    assert preflight.headers["Access-Control-Allow-Headers"] == ""
+
+
 @pytest.mark.parametrize("origins", [LISTED, "*"])
 @pytest.mark.parametrize(
     ("text", "status"),

@@ -86,6 +86,11 @@ def test_form_may_have_bytes_beside_its_file(client: Any) -> None:
     assert client.get(address(created)).data == b"1"
 
 
+def test_form_file_name_that_is_long_keeps_its_end(client: Any) -> None:
+    created = post_form(client, multipart(("file", "x" * 300 + ".png", b"1")))
+    assert ".png" in client.get(address(created)).headers["Content-Disposition"]
+
+
 def coded(coding: str, where: str) -> bytes:
     """A form with a Content-Transfer-Encoding in the file's part, or the one before."""
     body = multipart(("other", None, b"eA=="), ("file", "a", b"eA=="))
