@@ -89,9 +89,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture(scope="module")
-def large_memcached(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Memcached]:
+def large_memcached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Memcached]:
     """A memcached with room for several large files, which the tests of a module
     share."""
     memcached = Memcached(tmp_path_factory.mktemp("m"), "-m", "512")

@@ -213,11 +213,17 @@ def test_readyz_tells_the_state_of_each_server(start_memcached: Start) -> None:
     first, second = start_memcached(), start_memcached()
     client = make(first, client=mcpool.connect([first.server, second.server]))
     states = {first.server: "ok", second.server: "ok"}
-    assert client.get("/readyz?all").json == {"status": "ok", "servers": states}
+
+    def tells(path: str, status: int) -> bool:
+        """A busy machine may need more than the time that it gives to a server."""
+        answer = client.get(path)
+        return (answer.status_code, answer.json["servers"]) == (status, states)
+
+    wait_for(lambda: tells("/readyz?all", 200), "both to be ready")
     second.pause()
     states[second.server] = "no answer"
-    assert client.get("/readyz").json == {"status": "ok", "servers": states}
-    assert is_problem(client.get("/readyz?all"), 503)["servers"] == states
+    wait_for(lambda: tells("/readyz", 200), "one to be ready")
+    wait_for(lambda: tells("/readyz?all", 503), "not all to be ready")
     second.resume()
     first.kill()
     second.kill()
@@ -633,12 +639,25 @@ def test_condition_of_new_files_takes_a_dead_one_for_none(
 # Other sites
 
 
-def test_other_site_may_change_nothing(client: Any) -> None:
-    client.put("/files/a", data=b"x")
-    for headers in ({"Sec-Fetch-Site": "cross-site"}, {"Origin": "https://a.example"}):
-        for method in ("PUT", "POST", "PATCH", "DELETE"):
-            is_problem(client.open("/files/a", method=method, headers=headers), 403)
-        assert client.get("/files/a", headers=headers).data == b"x"
+@pytest.mark.parametrize(
+    "fields",
+    [
+        "Sec-Fetch-Site: cross-site",
+        "Sec-Fetch-Site: same-site",
+        "Origin: https://evil.example",
+        "Origin: null",
+        "Sec-Fetch-Site: cross-site | Origin: http://localhost",
+    ],
+)
+def test_other_site_changes_nothing(
+    client: Any, memcached: Memcached, fields: str
+) -> None:
+    etag, before = client.put("/files/a", data=b"x").headers["ETag"], memcached.keys()
+    for method in ("PUT", "POST", "PATCH", "DELETE"):
+        is_problem(ask(client, f"{method} /files/a?expire=9 | {fields}"), 403)
+    is_problem(ask(client, f"POST /files | Content-Type: {FORM} | {fields}"), 403)
+    assert memcached.keys() == before
+    assert ask(client, f"GET /files/a | {fields}").headers["ETag"] == etag
 
 
 def test_other_site_that_is_listed_may_use_the_api(memcached: Memcached) -> None:

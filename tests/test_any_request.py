@@ -14,16 +14,7 @@ from werkzeug.test import Client, TestResponse, create_environ, run_wsgi_app
 from werkzeug.wrappers import Request
 
 import memchunk
-from tests.support import (
-    BOUNDARY,
-    BROWSER,
-    FORM,
-    Memcached,
-    ask,
-    content,
-    make,
-    opened,
-)
+from tests.support import BOUNDARY, BROWSER, FORM, Memcached, ask, content, make, opened
 
 ETAGS = '"x"|ETAG|W/ETAG|*|"|W/"x"|W/"|,,,|"x", ETAG|"a", *'
 DATES = (

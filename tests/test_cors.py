@@ -7,34 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import (
-    FORM,
-    Memcached,
-    ask,
-    is_problem,
-    make,
-)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        "Sec-Fetch-Site: cross-site",
-        "Sec-Fetch-Site: same-site",
-        "Origin: https://evil.example",
-        "Origin: null",
-        "Sec-Fetch-Site: cross-site | Origin: http://localhost",
-    ],
-)
-def test_other_site_changes_nothing(
-    client: Any, memcached: Memcached, fields: str
-) -> None:
-    etag, before = client.put("/files/a", data=b"x").headers["ETag"], memcached.keys()
-    for method in ("PUT", "POST", "PATCH", "DELETE"):
-        is_problem(ask(client, f"{method} /files/a?expire=9 | {fields}"), 403)
-    is_problem(ask(client, f"POST /files | Content-Type: {FORM} | {fields}"), 403)
-    assert memcached.keys() == before
-    assert ask(client, f"GET /files/a | {fields}").headers["ETag"] == etag
+from tests.support import FORM, Memcached, ask, is_problem, make
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import (
-    BROWSER,
-    FOLDER,
-    Memcached,
-    make,
-    multipart,
-    post_form,
-)
+from tests.support import BROWSER, FOLDER, Memcached, make, multipart, post_form
 
 
 def test_page_knows_the_settings(memcached: Memcached) -> None:
@@ -86,7 +79,8 @@ def test_page_without_tus_sends_files_whole(
     script = """import sys; sys.path.insert(0, "elsewhere")
 import wsgi, werkzeug.test
 client = werkzeug.test.Client(wsgi.application)
-print(client.post("/uploads").status_code, client.get("/").text)
+print(client.post("/uploads").status_code, client.post("/files").status_code)
+print(client.get("/").text)
 """
     run = subprocess.run(
         [sys.executable, "-c", script],
@@ -95,5 +89,5 @@ print(client.post("/uploads").status_code, client.get("/").text)
         stdout=subprocess.PIPE,
         check=True,
     )
-    assert run.stdout.startswith(b"404 ")
+    assert run.stdout.startswith(b"404 201\n")
     assert b'data-uploads=""' in run.stdout

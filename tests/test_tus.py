@@ -13,7 +13,6 @@ import hashlib
 import io
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 import threading
@@ -860,10 +859,7 @@ def test_finish_against_delete(
 
 @pytest.mark.parametrize("again", [finish, finish_otherwise, head])
 def test_a_published_file_survives_a_second_finisher(
-    client: Any,
-    memcached: Memcached,
-    finishing_upload: Callable[[], str],
-    again: Act,
+    client: Any, memcached: Memcached, finishing_upload: Callable[[], str], again: Act
 ) -> None:
     """Both take over from a worker that died."""
     for path, one, other in races(memcached, finishing_upload, head, again):
@@ -1079,11 +1075,3 @@ ROOT = pathlib.Path(wsgi.__file__).parent
 @pytest.mark.parametrize("first", ["tus", "wsgi"])
 def test_whichever_is_imported_first(memcached: Memcached, first: str) -> None:
     assert run(ROOT, memcached, first)[:3] == ["201", "201 x", "200 False"]
-
-
-def test_without_it_all_else_is_served(
-    memcached: Memcached, tmp_path: pathlib.Path
-) -> None:
-    for name in ("memchunk.py", "mcpool.py", "wsgi.py", "upload.html"):
-        shutil.copy(ROOT / name, tmp_path)
-    assert run(tmp_path, memcached, "wsgi")[:3] == ["404", "201 x", "200 True"]
