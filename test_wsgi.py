@@ -128,7 +128,8 @@ def test_head_answers_as_get_without_the_bytes(client: Any) -> None:
     client.put("/files/a", data=DATA)
     read, head = client.get("/files/a"), client.head("/files/a")
     assert (head.status_code, head.data) == (200, b"")
-    assert dict(head.headers) == dict(read.headers)
+    for key in ("Content-Length", "Content-Type", "ETag", "Last-Modified"):
+        assert head.headers[key] == read.headers[key]
 
 
 @pytest.mark.parametrize("query", ["?info", "?info=", "?info=1"])
