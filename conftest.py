@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ssl
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from tests.support import Memcached, Start, opened
+import memchunk
+from tests.support import CHUNK, Memcached, Start, make, opened
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +56,40 @@ def memcached(_stock: Memcached) -> Memcached:
     return _stock
 
 
+@pytest.fixture
+def cache(memcached: Memcached) -> Iterator[memchunk.FileCache]:
+    """A cache of files with small chunks, on an empty memcached."""
+    with memchunk.FileCache(memcached.server, chunk_size=CHUNK) as cache:
+        yield cache
+
+
+@pytest.fixture
+def client(memcached: Memcached) -> Any:
+    """A client of the API with default settings, on an empty memcached."""
+    return make(memcached)
+
+
+class Clock:
+    """Stands still, unless a test moves it."""
+
+    def __init__(self) -> None:
+        # Behind the real one, by which connections are closed in the end.
+        self.now = time.monotonic() - 3600
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """In place of `time.monotonic`, by which the API tells how long a thing takes."""
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", clock)
+    return clock
+
+
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Memcached]:
+def large_memcached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Memcached]:
     """A memcached with room for several large files, which the tests of a module
     share."""
     memcached = Memcached(tmp_path_factory.mktemp("m"), "-m", "512")

@@ -1,11 +1,13 @@
 """What the tests share: memcached, WSGI hosts and proxies, for real, each on a port of
-its own."""
+its own; and the API in the process of the tests."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import http.client
+import io
 import itertools
 import json
 import os
@@ -19,12 +21,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Callable
-from urllib.parse import unquote
+from urllib.parse import unquote, unquote_to_bytes, urljoin
 
 import pytest
+from werkzeug.test import Client, TestResponse
 
+import mcpool
 import memchunk
 
 MIB = 1024 * 1024
@@ -455,10 +459,10 @@ def receive(connection: socket.socket) -> bytes:
 
 @contextlib.contextmanager
 def running(
-    host: Host, cache: Memcached, folder: pathlib.Path, **environ: str
+    host: Host, memcached: Memcached, folder: pathlib.Path, **environ: str
 ) -> Iterator[Server]:
     """A server with its log in a folder, for as long as the `with` block runs."""
-    server = Server(host, folder / "log", MEMCHUNK_SERVERS=cache.server, **environ)
+    server = Server(host, folder / "log", MEMCHUNK_SERVERS=memcached.server, **environ)
     try:
         yield server.wait()
     finally:
@@ -467,12 +471,20 @@ def running(
 
 
 def form(data: bytes, name: str = "a b.bin") -> tuple[bytes, dict[str, str]]:
-    """A multipart/form-data body, and the header that goes with it."""
-    disposition = f'form-data; name="file"; filename="{name}"'
-    head = f"--{BOUNDARY}\r\nContent-Disposition: {disposition}\r\n\r\n"
-    tail = f"\r\n--{BOUNDARY}--\r\n"
+    """A multipart/form-data body with a file, and the header that goes with it."""
     headers = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
-    return head.encode() + data + tail.encode(), headers
+    return multipart(("file", name, data)), headers
+
+
+def multipart(*parts: tuple[str, str | None, bytes], end: str = "--\r\n") -> bytes:
+    """A multipart/form-data body of (field, file name or None, content)."""
+    body = b""
+    for field, filename, data in parts:
+        disposition = f'Content-Disposition: form-data; name="{field}"'
+        if filename is not None:
+            disposition += f'; filename="{filename}"\r\nContent-Type: image/png'
+        body += f"--{BOUNDARY}\r\n{disposition}\r\n\r\n".encode() + data + b"\r\n"
+    return body + f"--{BOUNDARY}{end}".encode()
 
 
 class Proxy:
@@ -543,3 +555,130 @@ def shut(*sockets: socket.socket) -> None:
     for each in sockets:
         with contextlib.suppress(OSError):
             each.shutdown(socket.SHUT_RDWR)
+
+
+# The API in this process, through Werkzeug's test client.
+
+CHUNK = 1000  # bytes in a chunk, so that small files have many
+FORM = f"multipart/form-data; boundary={BOUNDARY}"
+BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
+
+
+def make(
+    memcached: Memcached,
+    chunk_size: int | None = CHUNK,
+    client: Any = None,
+    **settings: object,
+) -> Any:
+    """A client of an API with the given settings, over a memcached client or the
+    pool."""
+    import wsgi  # noqa: PLC0415  # the library's own tests do without
+
+    environ = {f"MEMCHUNK_{key.upper()}": str(settings[key]) for key in settings}
+    given = wsgi.Settings.from_environment(environ)
+    pool = client or mcpool.connect(memcached.server, timeout=given.timeout)
+    options: Any = {"chunk_size": chunk_size, "max_size": given.max_size}
+    opened.append(memchunk.FileCache(pool, **options))
+    return Client(wsgi.Application(opened[-1], given))
+
+
+class Stream(io.RawIOBase):
+    """A request's body that gives at most `piece` bytes at a time, calls `before` each
+    time, and notes in `sizes` how many it was asked for."""
+
+    def __init__(
+        self, data: bytes, before: Callable[[], object] = bool, piece: int = 1 << 30
+    ) -> None:
+        super().__init__()
+        self._data, self._before, self._piece = io.BytesIO(data), before, piece
+        self.sizes: list[int] = []
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        self.sizes.append(size)
+        self._before()
+        return self._data.read(min(size, self._piece))
+
+    def tell(self) -> int:
+        return self._data.tell()
+
+
+def send(
+    client: Any, method: str, path: str, stream: Any, length: int | None, **options: Any
+) -> Any:
+    """A request whose body is a stream, which the test client would rewind and
+    measure."""
+    environ = {"wsgi.input": stream, **options.pop("environ", {})}
+    if length is not None:
+        environ["CONTENT_LENGTH"] = str(length)
+    return client.open(path, method=method, environ_overrides=environ, **options)
+
+
+def ask(client: Any, text: str, data: bytes = b"x", **words: str) -> Any:
+    """The answer to a request like "PUT /files/a?expire=9 | If-Match: ETAG", in which
+    words stand for others. Its address arrives as a host would decode it."""
+    for word, value in words.items():
+        text = text.replace(word, value)
+    line, *fields = text.split(" | ")
+    (method, url), headers = line.split(), dict(each.split(": ", 1) for each in fields)
+    path, _, query = url.partition("?")
+    environ = {"PATH_INFO": unquote_to_bytes(path).decode("latin-1")}
+    if "Content-Length" in headers:
+        environ["CONTENT_LENGTH"] = headers["Content-Length"]
+    options: Any = {"method": method, "headers": headers, "data": data}
+    return client.open("/", query_string=query, environ_overrides=environ, **options)
+
+
+def post_form(client: Any, body: bytes, path: str = "/files", **options: Any) -> Any:
+    return client.post(path, data=body, content_type=FORM, **options)
+
+
+def is_problem(response: TestResponse, status: int) -> dict[str, Any]:
+    """Assert that the answer is that error, in the form of RFC 9457; return its
+    JSON."""
+    assert response.status_code == status, response.text
+    assert response.mimetype == "application/problem+json"
+    problem: dict[str, Any] = json.loads(response.data)
+    assert problem["status"] == status
+    assert problem["title"]
+    assert problem["detail"].endswith(".")
+    return problem
+
+
+def address(response: TestResponse) -> str:
+    """The URL that a client makes of an answer's Location."""
+    return urljoin(response.request.url, response.headers["Location"])
+
+
+def version(response: TestResponse) -> str:
+    return response.headers["ETag"].strip('"')
+
+
+def chunk_key(memcached: Memcached, response: TestResponse, index: int) -> str:
+    """The key of one chunk of the file whose ETag is in `response`."""
+    keys, end = memcached.keys(), f"#|{version(response)}:{index}"
+    [key] = [key for key in keys if key.endswith(end)]
+    return key
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+@functools.lru_cache(maxsize=8)
+def content(size: int, seed: int = 0) -> bytes:
+    """Bytes that differ at every offset that a chunk or a piece could be mistaken
+    for."""
+    block = b"".join(
+        (seed * 7919 + index).to_bytes(5, "big") for index in range(-(-size // 5))
+    )
+    return block[:size]
+
+
+def cases(
+    names: str | tuple[str, ...], table: Mapping[str, Any]
+) -> pytest.MarkDecorator:
+    """Parameters whose ids are the keys of the table."""
+    return pytest.mark.parametrize(names, list(table.values()), ids=list(table))

@@ -44,10 +44,10 @@ from tests.support import (
 
 @pytest.fixture(scope="module", params=HOSTS)
 def server(
-    request: Any, cache: Memcached, tmp_path_factory: pytest.TempPathFactory
+    request: Any, large_memcached: Memcached, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     with running(
-        HOSTS[request.param], cache, tmp_path_factory.mktemp("host")
+        HOSTS[request.param], large_memcached, tmp_path_factory.mktemp("host")
     ) as server:
         yield server
 
@@ -80,11 +80,15 @@ def test_50_mib_in_a_form(server: Server, big: bytes) -> None:
 @pytest.mark.parametrize("is_form", [False, True])
 @pytest.mark.parametrize("name", ["werkzeug", "gunicorn", "cheroot", "uwsgi"])
 def test_memory(
-    name: str, is_form: bool, cache: Memcached, tmp_path: pathlib.Path, big: bytes
+    name: str,
+    is_form: bool,
+    large_memcached: Memcached,
+    tmp_path: pathlib.Path,
+    big: bytes,
 ) -> None:
     """What an upload takes in a process that had none of that size: less than three of
     the library's batches, with what malloc keeps."""
-    with running(HOSTS[name], cache, tmp_path) as server:
+    with running(HOSTS[name], large_memcached, tmp_path) as server:
         for _ in range(8):  # so that each worker has done once what it does
             assert server.request("PUT", "/files/m", big[:MIB]).status in (200, 201)
         before = server.peak()
@@ -506,11 +510,11 @@ def test_every_answer_has_one_date(server: Server) -> None:
 
 
 def test_an_address_without_the_slash_of_the_mount(
-    cache: Memcached, tmp_path: pathlib.Path
+    large_memcached: Memcached, tmp_path: pathlib.Path
 ) -> None:
     command = HOSTS["waitress"].command.replace("wsgi:", "--url-prefix=/store wsgi:")
     host = dataclasses.replace(HOSTS["waitress"], command=command)
-    with running(host, cache, tmp_path) as server:
+    with running(host, large_memcached, tmp_path) as server:
         led = requests.get(server.url("/store?a=b"), timeout=SECONDS)
         assert [each.status_code for each in led.history] == [308]
         assert (led.status_code, led.url) == (200, server.url("/store/?a=b"))

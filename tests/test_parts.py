@@ -20,17 +20,10 @@ from pymemcache.exceptions import MemcacheServerError
 import memchunk
 from memchunk import FileCache
 from tests.faults import Once, Wrapped, raising
-from tests.support import CLOCK, MIB, Memcached, Start, wait_for
+from tests.support import CHUNK, CLOCK, MIB, Memcached, Start, wait_for
 
-CHUNK = 1000
 DATA = bytes(range(256)) * 50  # 12,800 bytes
 BIG = os.urandom(50 * MIB)
-
-
-@pytest.fixture
-def cache(memcached: Memcached) -> Iterator[FileCache]:
-    with FileCache(memcached.server, chunk_size=CHUNK) as cache:
-        yield cache
 
 
 def staged(cache: FileCache, data: bytes, piece: int) -> tuple[list[str], bytes]:

@@ -198,11 +198,11 @@ class Nginx:
 
 @pytest.fixture(scope="module")
 def server(
-    cache: Memcached, tmp_path_factory: pytest.TempPathFactory
+    large_memcached: Memcached, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("host")
     host = HOSTS["gunicorn-threads"]
-    with running(host, cache, folder, MEMCHUNK_PROXIES="1") as server:
+    with running(host, large_memcached, folder, MEMCHUNK_PROXIES="1") as server:
         yield server
 
 
@@ -427,13 +427,13 @@ def test_refusals_come_through(
 
 
 def test_clients_that_drip_are_held_by_nginx(
-    cache: Memcached, tmp_path: pathlib.Path
+    large_memcached: Memcached, tmp_path: pathlib.Path
 ) -> None:
     """Forty of them leave a worker's four threads to others."""
     host = Host("{python} -m gunicorn --threads 4 -b 127.0.0.1:{port} wsgi:application")
     environ = {"MEMCHUNK_PROXIES": "1", "MEMCHUNK_TOKEN": "t"}
     with (
-        running(host, cache, tmp_path, **environ) as server,
+        running(host, large_memcached, tmp_path, **environ) as server,
         contextlib.ExitStack() as stack,
     ):
         nginx = Nginx(tmp_path, server.port)

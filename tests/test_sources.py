@@ -26,20 +26,13 @@ from pymemcache.client.base import Client
 import memchunk
 from memchunk import FileCache
 from tests.faults import Once, Wrapped
-from tests.support import FOLDER, MIB, Memcached, Start
+from tests.support import CHUNK, FOLDER, MIB, Memcached, Start
 
-CHUNK = 1000
 OLD = bytes(range(256)) * 10
 NEW = bytes(reversed(range(256))) * 18  # five chunks
 LONG = NEW * 70
 LIMIT = 6 * MIB  # more than one batch
 Folder = pathlib.Path
-
-
-@pytest.fixture
-def cache(memcached: Memcached) -> Iterator[FileCache]:
-    with FileCache(memcached.server, chunk_size=CHUNK) as cache:
-        yield cache
 
 
 def sets(memcached: Memcached) -> int:

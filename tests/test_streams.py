@@ -19,9 +19,8 @@ from pymemcache.client.base import Client
 import memchunk
 from memchunk import FileCache
 from tests.faults import Once, Wrapped
-from tests.support import MIB, Memcached
+from tests.support import CHUNK, MIB, Memcached
 
-CHUNK = 1000
 DATA = os.urandom(10 * CHUNK)  # ten full chunks
 OTHER = os.urandom(9 * CHUNK + 1)
 
@@ -36,12 +35,6 @@ class Opened(NamedTuple):
         keys, end = self.server.keys(), f"|#|{self.file.info.version}:{index}"
         [key] = [key for key in keys if key.endswith(end)]
         return key
-
-
-@pytest.fixture
-def cache(memcached: Memcached) -> Iterator[FileCache]:
-    with FileCache(memcached.server, chunk_size=CHUNK) as cache:
-        yield cache
 
 
 @pytest.fixture

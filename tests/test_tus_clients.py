@@ -90,10 +90,10 @@ def stream(file: pathlib.Path) -> Iterator[Any]:
     scope="module", params=["gunicorn", "gunicorn-threads", "waitress", "cheroot"]
 )
 def server(
-    request: Any, cache: Memcached, tmp_path_factory: pytest.TempPathFactory
+    request: Any, large_memcached: Memcached, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     with running(
-        HOSTS[request.param], cache, tmp_path_factory.mktemp("host")
+        HOSTS[request.param], large_memcached, tmp_path_factory.mktemp("host")
     ) as server:
         yield server
 
@@ -227,12 +227,14 @@ def test_tus_js_client_terminates(
 
 
 def test_a_host_is_killed(
-    cache: Memcached, stream: Any, tmp_path: Any, big: bytes
+    large_memcached: Memcached, stream: Any, tmp_path: Any, big: bytes
 ) -> None:
     """In the middle of a piece, with all of its workers; another one goes on."""
     servers = [
         Server(
-            HOSTS["gunicorn"], tmp_path / f"log{number}", MEMCHUNK_SERVERS=cache.server
+            HOSTS["gunicorn"],
+            tmp_path / f"log{number}",
+            MEMCHUNK_SERVERS=large_memcached.server,
         )
         for number in range(2)
     ]
@@ -364,9 +366,9 @@ class Request(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture(params=["apig-wsgi", "serverless-wsgi", "mangum"])
-def handlers(request: Any, cache: Memcached) -> Iterator[list[Any]]:
+def handlers(request: Any, large_memcached: Memcached) -> Iterator[list[Any]]:
     """Two instances of one function, with nothing in common but memcached."""
-    settings = wsgi.Settings(servers=cache.server, max_response=LIMIT)
+    settings = wsgi.Settings(servers=large_memcached.server, max_response=LIMIT)
     caches = [settings.connect() for _ in range(2)]
     yield [
         documented(request.param, wsgi.Application(each, settings)) for each in caches
