@@ -318,8 +318,8 @@ def test_several_at_once_one_of_them_cancelled(
 def test_a_line_that_breaks(browser: Any, tmp_path: pathlib.Path) -> None:
     """The upload goes on where it broke, and sends no more twice than what was under
     way."""
-    data = os.urandom(50 * MIB)
-    proxy = Proxy(browser.server.port, 1_000_000, 10_000_000, 40_000_000)
+    data = os.urandom(40 * MIB)
+    proxy = Proxy(browser.server.port, 1_000_000, 10_000_000, 30_000_000)
     with contextlib.closing(proxy):
         browser.get(proxy.url("/"))
         store(browser, make(tmp_path, "big.dat", data))
