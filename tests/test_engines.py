@@ -7,6 +7,7 @@ import collections
 import concurrent.futures
 import contextlib
 import http.client
+import io
 import itertools
 import os
 import pathlib
@@ -126,8 +127,8 @@ def test_open_reads_any_part(cache: FileCache, name: str, data: bytes) -> None:
     cache.set(name, data)
     with cache.open(name) as file:
         assert b"".join(file.chunks()) == data
-        middle = len(data) // 2
-        assert b"".join(file.chunks(middle, middle + 9)) == data[middle : middle + 9]
+        start, stop = len(data) // 2, len(data) // 2 + 9
+        assert b"".join(file.chunks(start, stop)) == data[start:stop]
         file.seek(-100, os.SEEK_END)
         assert (file.read(40), file.read()) == (data[-100:-60], data[-60:])
 
@@ -157,8 +158,9 @@ def test_parts_are_staged_and_published(
 ) -> None:
     parts: list[str] = []
     rest = b""
-    for start in range(0, len(data), 7_000_000):
-        rest += data[start : start + 7_000_000]
+    stream = io.BytesIO(data)
+    while piece := stream.read(7_000_000):
+        rest += piece
         part, taken = cache.stage(name, rest, parts=parts)
         parts, rest = [*parts, part], rest[taken:]
     cache.add(name, rest, parts=parts)
@@ -199,7 +201,7 @@ def test_forty_threads_share_the_connections_of_a_server_with_few(lab: Lab) -> N
     memcached = lab.memcached("-m", "256", "-c", "24")
 
     def work(number: int) -> bool:
-        data, name = BYTES[number : number + 1_500_000], f"{number}"
+        data, name = BYTES[number:1_500_000], f"{number}"
         for _ in range(5):
             shared.set(name, data)
             if shared.get(name) != data:
