@@ -78,9 +78,7 @@ class Lab:
     def memcacheds(self, count: int, memory: str = "128") -> list[Memcached]:
         return [self.memcached("-m", memory) for _ in range(count)]
 
-    def twemproxy(
-        self, memcacheds: Sequence[Memcached], tag: str = "", eject: str = "false"
-    ) -> str:
+    def twemproxy(self, memcacheds: Sequence[Memcached], tag: str = "") -> str:
         """Its address. Servers are hashed by names, so that keys are where they are in
         every run."""
         program = shutil.which("nutcracker", path=f"{os.environ['PATH']}:/usr/sbin")
@@ -88,8 +86,8 @@ class Lab:
             pytest.fail("these tests need twemproxy: 'apt-get install nutcracker'")
         port, statistics = free_ports(2)
         lines = ["memchunk:", f"  listen: 127.0.0.1:{port}", "  hash: fnv1a_64"]
-        lines += ["  distribution: ketama", f"  auto_eject_hosts: {eject}"]
-        lines += ["  timeout: 2000", "  server_failure_limit: 1"]
+        lines += ["  distribution: ketama", "  auto_eject_hosts: false"]
+        lines += ["  timeout: 2000"]
         lines += [f'  hash_tag: "{tag}"'] if tag else []
         lines += ["  servers:"]
         for number, memcached in enumerate(memcacheds):
