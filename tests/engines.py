@@ -49,6 +49,12 @@ class Engine:
     memcacheds: list[Memcached]
     tls: ssl.SSLContext | None = None
     frozen: str = ""  # the address of the server that does not answer
+    is_stock: bool = False  # clients are pymemcache's
+
+    def client(self) -> Any:
+        if self.is_stock:
+            return self.server
+        return mcpool.connect(self.server, tls=self.tls)
 
 
 class Lab:
@@ -206,6 +212,10 @@ def without_stats(lab: Lab, answer: bytes) -> Engine:
     return Engine(lab.without_stats(memcached, answer), [memcached])
 
 
+def stock(engine: Engine) -> Engine:
+    return dataclasses.replace(engine, is_stock=True)
+
+
 ENGINES: dict[str, Callable[[Lab], Engine]] = {
     "twemproxy": behind_twemproxy,
     "twemproxy with tags": lambda lab: behind_twemproxy(lab, "{}"),
@@ -214,11 +224,9 @@ ENGINES: dict[str, Callable[[Lab], Engine]] = {
     "login": login,
     "ERROR to stats": lambda lab: without_stats(lab, b"ERROR\r\n"),
     "closed by stats": lambda lab: without_stats(lab, b""),
+    "twemproxy, pymemcache": lambda lab: stock(behind_twemproxy(lab, "{}")),
+    "closed by stats, pymemcache": lambda lab: stock(without_stats(lab, b"")),
 }
 if "MEMCACHED_PROXY" in os.environ:
     ENGINES["proxy"] = behind_proxy
     ENGINES["proxy with tags"] = lambda lab: behind_proxy(lab, TAGS)
-
-
-def pool(engine: Engine) -> Any:
-    return mcpool.connect(engine.server, tls=engine.tls)

@@ -21,7 +21,7 @@ import pytest
 import mcpool
 import memchunk
 from memchunk import FileCache
-from tests.engines import ENGINES, Engine, Lab, behind_twemproxy, pool
+from tests.engines import ENGINES, Engine, Lab, behind_twemproxy
 from tests.support import MIB, Host, Memcached, running, wait_for
 
 SIZES = {"small": 1000, "chunks": 3 * MIB + 1, "20 MB": 20_000_000}
@@ -58,7 +58,7 @@ def engine(
 
 @pytest.fixture(scope="module")
 def cache(engine: Engine) -> Iterator[FileCache]:
-    with FileCache(pool(engine)) as cache:
+    with FileCache(engine.client()) as cache:
         yield cache
 
 
@@ -336,7 +336,7 @@ def several(memcacheds: list[Memcached]) -> Engine:
 @pytest.mark.parametrize("kind", RESTARTED)
 def test_rolling_restarts_bring_nothing_wrong_or_old(own_lab: Lab, kind: str) -> None:
     engine = RESTARTED[kind](own_lab)
-    with FileCache(pool(engine)) as cache:
+    with FileCache(engine.client()) as cache:
         run = Verified(cache)
         with concurrent.futures.ThreadPoolExecutor(8) as threads:
             works = [threads.submit(run.work, number) for number in range(8)]
