@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import re
 import shutil
 import socket
 import ssl
@@ -157,6 +158,16 @@ def free_ports(count: int) -> list[int]:
         for probe in probes:
             probe.bind(("127.0.0.1", 0))
         return [probe.getsockname()[1] for probe in probes]
+
+
+def options_of(text: str) -> list[str]:
+    """Options of memcached in a text with `slab_chunk_max` in KiB. memcached takes it
+    in bytes up to 1.6.23."""
+    said = subprocess.run(["memcached", "-V"], capture_output=True, check=True).stdout
+    version = tuple(map(int, re.findall(rb"\d+", said)[:3]))
+    unit = 1 if version >= (1, 6, 24) else 1024
+    pattern = r"(?<=slab_chunk_max=)\d+"
+    return re.sub(pattern, lambda kib: str(int(kib[0]) * unit), text).split()
 
 
 def listens(port: int) -> bool:

@@ -21,7 +21,7 @@ import pytest
 import mcpool
 import memchunk
 from memchunk import FileCache
-from tests.engines import ENGINES, Engine, Lab, behind_twemproxy
+from tests.engines import ENGINES, Engine, Lab, behind_twemproxy, options_of
 from tests.support import MIB, Host, Memcached, running, wait_for
 
 SIZES = {"small": 1000, "chunks": 3 * MIB + 1, "20 MB": 20_000_000}
@@ -214,6 +214,19 @@ def test_forty_threads_share_the_connections_of_a_server_with_few(lab: Lab) -> N
         concurrent.futures.ThreadPoolExecutor(40) as threads,
     ):
         assert all(threads.map(work, range(40)))
+
+
+def test_small_items_behind_a_proxy_need_a_chunk_size(lab: Lab) -> None:
+    """The proxy hides what its servers would tell."""
+    options = options_of("-I 128k -o slab_chunk_max=128")
+    address = lab.twemproxy([lab.memcached(*options) for _ in range(3)], "{}")
+    with FileCache(mcpool.connect(address)) as guessing:
+        with pytest.raises(memchunk.CacheFull) as caught:
+            guessing.set("file", BYTES)
+        assert caught.value.cause == "item size"
+    with FileCache(mcpool.connect(address), chunk_size=65_536) as told:
+        told.set("file", BYTES)
+        assert told.get("file") == BYTES
 
 
 def test_healthz_answers_while_memcached_is_stopped(

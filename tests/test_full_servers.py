@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import re
-import subprocess
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +16,7 @@ from pymemcache.exceptions import MemcacheUnknownCommandError as UnknownError
 
 import memchunk
 from memchunk import FileCache
+from tests.engines import options_of
 from tests.faults import Once, Wrapped
 from tests.support import MIB, Memcached, Start, wait_for
 
@@ -37,16 +36,6 @@ def full(
 
 def sets(memcached: Memcached) -> int:
     return int(memcached.stats()["cmd_set"])
-
-
-def options_of(text: str) -> list[str]:
-    """Options of memcached in a text with `slab_chunk_max` in KiB. memcached takes it
-    in bytes up to 1.6.23."""
-    said = subprocess.run(["memcached", "-V"], capture_output=True, check=True).stdout
-    version = tuple(map(int, re.findall(rb"\d+", said)[:3]))
-    unit = 1 if version >= (1, 6, 24) else 1024
-    pattern = r"(?<=slab_chunk_max=)\d+"
-    return re.sub(pattern, lambda kib: str(int(kib[0]) * unit), text).split()
 
 
 def in_pieces(data: bytes) -> Iterator[bytes]:
