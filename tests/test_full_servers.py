@@ -16,6 +16,7 @@ from pymemcache.exceptions import MemcacheUnknownCommandError as UnknownError
 
 import memchunk
 from memchunk import FileCache
+from tests.engines import options_of
 from tests.faults import Once, Wrapped
 from tests.support import MIB, Memcached, Start, wait_for
 
@@ -158,8 +159,8 @@ def test_a_cache_of_small_items_says_no_until_it_has_room(
         assert cache.get("file") == BIG
 
 
-OPTIONS = ["-o no_modern", "-I 4m", "-I 512k", "-I 128k -o slab_chunk_max=65536"]
-OPTIONS += ["-I 16k -o slab_chunk_max=8192", "-I 2m -o slab_chunk_max=131072"]
+OPTIONS = ["-o no_modern", "-I 4m", "-I 512k", "-I 128k -o slab_chunk_max=64"]
+OPTIONS += ["-I 16k -o slab_chunk_max=8", "-I 2m -o slab_chunk_max=128"]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -167,7 +168,7 @@ OPTIONS += ["-I 16k -o slab_chunk_max=8192", "-I 2m -o slab_chunk_max=131072"]
 def test_files_are_cut_as_the_server_keeps_items(
     start_memcached: Start, options: str, size: int
 ) -> None:
-    memcached = start_memcached(*options.split())
+    memcached = start_memcached(*options_of(options))
     with FileCache(memcached.server) as cache:
         cache.set("file", BIG[:size])
         assert cache.get("file") == BIG[:size]
@@ -198,7 +199,7 @@ def test_a_chunk_size_larger_than_an_item_is_refused(start_memcached: Start) -> 
 def test_metadata_larger_than_an_item_are_refused_before_payload_is_sent(
     start_memcached: Start,
 ) -> None:
-    memcached = start_memcached("-I", "32k", "-o", "slab_chunk_max=32768")
+    memcached = start_memcached(*options_of("-I 32k -o slab_chunk_max=32"))
     with FileCache(memcached.server) as cache:
         before = sets(memcached)
         for data in (BIG[:MIB], b"small", iter([BIG[:MIB]])):
@@ -213,7 +214,7 @@ def test_a_smaller_limit_after_a_restart_is_noticed(start_memcached: Start) -> N
     with FileCache(memcached.server) as cache:
         cache.set("file", BIG[: 2 * MIB])
         memcached.kill()
-        memcached.options = "-I", "128k", "-o", "slab_chunk_max=65536"
+        memcached.options = tuple(options_of("-I 128k -o slab_chunk_max=64"))
         memcached.start()
         assert full(cache, BIG[: 2 * MIB]).cause == "item size"
         assert cache.set("file", BIG[: 2 * MIB]).chunks >= 32
