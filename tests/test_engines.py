@@ -81,7 +81,7 @@ def names() -> Iterator[str]:
 
 
 def server_of(cache: FileCache, name: str) -> str:
-    server: str = cache._entry(name).server.name
+    server: str = cache._entry(name).client.server
     return server
 
 
