@@ -1235,8 +1235,10 @@ class _Entry:
         quick: don't wait for the replies, if the chunks are few.
         """
         # Nagle's algorithm would hold up the next command of a client that allows it.
-        no_delay = getattr(self.client, "no_delay", False)
-        quick = quick and len(keys) <= _FEW and no_delay
+        # memcached's proxy 1.6.45 sends "noreplY" on, which older servers refuse.
+        is_safe = getattr(self.client, "no_delay", False)
+        is_safe = is_safe and "is_proxy" not in self.server.settings
+        quick = quick and is_safe and len(keys) <= _FEW
         verb = "delete quickly" if quick else "delete"
         for _ in range(2):
             with contextlib.suppress(CacheUnavailable, CacheFull):
@@ -1307,6 +1309,7 @@ class _Entry:
             with contextlib.suppress(ValueError, TypeError):
                 numbers[key.decode()] = int(value)
         if told.get(b"proxy_enabled") == b"yes":
+            numbers["is_proxy"] = 1
             numbers.pop("maxbytes", None)  # it is the proxy's own, not its servers'
         limits = (
             numbers.get("item_size_max", _PAGE),

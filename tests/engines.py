@@ -183,7 +183,7 @@ def behind_twemproxy(lab: Lab, tag: str = "") -> Engine:
 
 
 def behind_proxy(lab: Lab, options: str = "") -> Engine:
-    memcacheds = [lab.newer("-m", "128") for _ in range(3)]
+    memcacheds = lab.memcacheds(3)
     return Engine(lab.proxy(memcacheds, options), memcacheds)
 
 

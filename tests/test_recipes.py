@@ -283,7 +283,7 @@ def rows(document: str, mark: str) -> dict[str, list[str]]:
 
 
 def test_round_trips_are_as_the_table_says(
-    cache: Memcached, monkeypatch: pytest.MonkeyPatch
+    large_memcached: Memcached, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
     call: Any = mcpool.ServerPool._call
@@ -295,7 +295,7 @@ def test_round_trips_are_as_the_table_says(
     monkeypatch.setattr(mcpool.ServerPool, "_call", counted)
     table = rows("docs/scale.md", "round-trips")
     for column, size in enumerate((1000, 2 * MIB, 20_000_000, 50 * MIB)):
-        with FileCache(mcpool.connect(cache.server)) as files:
+        with FileCache(mcpool.connect(large_memcached.server)) as files:
             files.set("other", b"")  # asks for `stats settings`, once
             for verb, work in verbs(files, bytes(size)).items():
                 calls.clear()

@@ -18,6 +18,7 @@ import pytest
 
 import mcpool
 from memchunk import CacheFull, FileCache, FileExists, MemchunkError
+from tests.engines import options_of
 from tests.faults import Proxy
 from tests.support import Memcached, Start, wait_for
 from torture.model import manifest
@@ -38,9 +39,9 @@ SERVERS: dict[str, tuple[list[str], float, int]] = {
     "-m 64": (["-m", "64"], 50, 0),
     "-m 64, busy": (["-m", "64"], 50, 256 * 1024),
     "-m 64, held by small items": (["-m", "64"], 20, 0),
-    "-I 16k": (["-m", "16", "-I", "16k", "-o", "slab_chunk_max=8192"], 4, 0),
+    "-I 16k": (options_of("-m 16 -I 16k -o slab_chunk_max=8"), 4, 0),
     "-I 128k, busy": (
-        ["-m", "32", "-I", "128k", "-o", "slab_chunk_max=131072"],
+        options_of("-m 32 -I 128k -o slab_chunk_max=128"),
         20,
         64 * 1024,
     ),
