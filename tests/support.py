@@ -49,6 +49,10 @@ INSTALL = (
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# `keys` walks memcached's hash table: 14 ms in one of the usual size, and 2 ms in this.
+SMALL_TABLE = ["-o", "hashpower=13"]
+
+
 class Memcached:
     """A memcached process that a test owns, may damage, stop and kill.
 
@@ -85,7 +89,7 @@ class Memcached:
         self._port_file.unlink(missing_ok=True)
         user = ["-u", "root"] if os.geteuid() == 0 else []
         self.process = subprocess.Popen(
-            [self._program, *listen, "-U", "0", *user, *self.options],
+            [self._program, *listen, "-U", "0", *SMALL_TABLE, *user, *self.options],
             env={**os.environ, "MEMCACHED_PORT_FILENAME": str(self._port_file)},
         )
         wait_for(self._answers, "memcached to listen")
