@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -23,13 +24,13 @@ import hashlib
 import itertools
 import math
 import os
-import queue
 import re
 import secrets
 import socket
 import ssl
 import threading
 import time
+import weakref
 from collections.abc import Iterable
 from typing import Any, Callable, Union
 from urllib.parse import unquote_to_bytes
@@ -42,15 +43,16 @@ __version__ = "1.0.0"
 
 _IDLE = 60  # seconds; firewalls forget connections that idle longer
 _DOWN = 2  # seconds in which a server that did not answer in time is left alone
-_REFUSED = 10  # seconds until a server that refused a connection is asked for more
+_REFUSED = 10  # seconds after a refused connection until we try to open more
 _PAUSE = 0.02  # seconds after a refused connection
-# The part of its time that a call spends on a first try to open a connection. A server
-# without a descriptor for it does not say no, and another connection may come free.
+# A server that is out of descriptors does not refuse a connection, but never answers.
+# So while others are open, a call spends this part of its time on a first try to open
+# one more. Meanwhile one of the others may come free.
 _SHARE = 0.25
 _LINE = 8192  # bytes; no line of memcached is longer
 _TOGETHER = 8192  # bytes of small commands that are sent together
-_OUTSTANDING = 256  # replies that are not read yet; so many fit in any socket's buffer
-_PARTS = 64  # that one sendmsg takes; Linux allows 1024, and POSIX promises 16
+_OUTSTANDING = 256  # replies that we leave unread; so many fit in any socket's buffer
+_PARTS = 64  # in one sendmsg; Linux allows 1024, and POSIX promises 16
 
 _ADDRESS = re.compile(
     r"(?P<tls>tls://)?((?P<user>[^:@]+):(?P<password>[^@]+)@)?"
@@ -58,13 +60,23 @@ _ADDRESS = re.compile(
     r"(:(?P<port>\d{1,5}))?)"
 )
 _VALUE = re.compile(rb"VALUE (\S+) \d+ (\d{1,9})(?: (\d+))?")  # below 1 GB, as -I is
-_REPLY = re.compile(rb"DELETED|TOUCHED|NOT_FOUND|OK|VERSION .*|\d+ *")
+# pymemcache takes any reply to these commands for "no".
+_REPLIES = {
+    b"delete": re.compile(b"DELETED|NOT_FOUND"),
+    b"touch": re.compile(b"TOUCHED|NOT_FOUND"),
+    b"incr": re.compile(rb"\d+ *|NOT_FOUND"),
+    b"decr": re.compile(rb"\d+ *|NOT_FOUND"),
+}
 
 Key = Union[str, bytes]
 Fill = Callable[[Any], Any]
 Receive = Callable[[Key, int, Fill], Any]
 
 _fork_lock = threading.Lock()
+
+
+class _TooMany(ConnectionError):
+    """The server says that it has too many open connections."""
 
 
 class NoAnswer(TimeoutError):
@@ -222,15 +234,15 @@ class ServerPool(_Commands):
         self._start()
 
     def _start(self) -> None:
-        self._pid, self._lock = os.getpid(), threading.Lock()
-        # The connections that are not in use, open or not. The last used goes first.
-        self._free: queue.LifoQueue[_Connection] = queue.LifoQueue()
-        for _ in range(self._maximum):
-            self._free.put(_Connection(self._server, self._tls))
-        self._refused: list[_Connection] = []  # by the server; not asked for yet
-        self._refusal, self._refused_until = "", 0.0
+        self._pid, self._lock = os.getpid(), threading.RLock()
+        self._idle: collections.deque[_Connection] = collections.deque()
+        self._waiters: collections.deque[Any] = collections.deque()  # Futures
+        # A connection that gets lost if a signal's handler raises leaves this set.
+        self._all: weakref.WeakSet[_Connection] = weakref.WeakSet()
+        # As many as the server accepts, and the error of the one that it did not.
+        self._bound, self._bound_until, self._refusal = self._maximum, 0.0, ""
+        self._answered = 0.0  # when it answered last
         self._down_until = 0.0  # 0: the server answers
-        self._sweep_at = 0.0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ServerPool, self._given
@@ -261,18 +273,19 @@ class ServerPool(_Commands):
         self._close_idle(math.inf)
 
     def _close_idle(self, until: float) -> None:
-        """Close the connections that were last used before a moment."""
-        with self._free.mutex:
-            for connection in self._free.queue:
-                if connection.used <= until:
-                    connection.close()
+        """Close the idle connections that were last used before a moment."""
+        with self._lock:
+            while self._idle and self._idle[0].used <= until:
+                connection = self._idle.popleft()  # the newest are used first
+                connection.close()
+                self._all.discard(connection)
 
     def _check_process(self) -> None:
         """A child process must not talk on its parent's connections."""
         if self._pid != os.getpid():
             with _fork_lock:
                 if self._pid != os.getpid():
-                    for connection in self._free.queue:
+                    for connection in self._idle:
                         connection.close()
                     self._start()
 
@@ -284,7 +297,7 @@ class ServerPool(_Commands):
             connection = self._take(began + self._timeout)
             began = time.monotonic()
             result = getattr(connection, command)(*args, **options)
-            self._down_until = 0.0
+            self._down_until, self._answered = 0.0, time.monotonic()
             return result
         except BaseException as error:
             if connection:
@@ -311,57 +324,75 @@ class ServerPool(_Commands):
 
     def _take(self, deadline: float) -> _Connection:
         """An open connection, for this call alone."""
-        share, refusal = _SHARE, None
+        first: OSError | None = None
         while True:
+            connection = self._find(deadline)
+            began, alone = time.monotonic(), len(self._all) == 1
             try:
-                connection = self._free.get(timeout=max(deadline - time.monotonic(), 0))
-            except queue.Empty:
-                limit = self._refusal or f"max_connections is {self._maximum}"
-                text = f"{self.server}: no connection came free; {limit}"
-                raise TimeoutError(text) from None
-            try:
-                connection.begin(deadline, share)
+                connection.begin(deadline, 1 if first or alone else _SHARE)
                 return connection
-            except NoAnswer as error:
-                share, refusal = 1, refusal or error  # the first is the clearest
-                self._keep_back(connection, refusal, deadline)
+            except (NoAnswer, _TooMany) as error:
+                first = first or error  # the first tells the cause
+                # A server that answers no other call either is slow, or down.
+                if isinstance(first, _TooMany) or self._answered > began:
+                    self._shrink(connection, first)
+                else:
+                    self._give(connection)
+                if time.monotonic() >= deadline:
+                    raise first from None
+                time.sleep(_PAUSE)
             except BaseException:
                 self._give(connection)
                 raise
 
-    def _keep_back(
-        self, connection: _Connection, refusal: NoAnswer, deadline: float
-    ) -> None:
+    def _find(self, deadline: float) -> _Connection:
+        """The newest idle connection, else a new one, else the next to come free."""
+        with self._lock:
+            now = time.monotonic()
+            self._close_idle(now - _IDLE)
+            if self._idle:
+                return self._idle.pop()
+            if now >= self._bound_until:
+                self._bound, self._refusal = self._maximum, ""
+            if len(self._all) < self._bound:
+                connection = _Connection(self._server, self._tls)
+                self._all.add(connection)
+                return connection
+            waiter: Any = concurrent.futures.Future()
+            self._waiters.append(waiter)
+        try:
+            given: _Connection = waiter.result(max(deadline - now, 0))
+            return given
+        except BaseException as error:
+            if not waiter.cancel():  # it came at the last moment
+                self._give(waiter.result())
+            if not isinstance(error, concurrent.futures.TimeoutError):
+                raise
+        limit = self._refusal or f"max_connections is {self._maximum}"
+        raise TimeoutError(f"{self.server}: no connection came free; {limit}")
+
+    def _shrink(self, connection: _Connection, refusal: OSError) -> None:
         """Have no more connections than the server accepts, and share these."""
         with self._lock:
-            self._refused_until = time.monotonic() + _REFUSED
-            with self._free.mutex:
-                free = self._free.queue
-                self._refused += [
-                    connection,
-                    *(each for each in free if not each.is_open),
-                ]
-                free[:] = [each for each in free if each.is_open]
-            if len(self._refused) == self._maximum:
-                self._free.put(self._refused.pop())
-            accepted = self._maximum - len(self._refused)
-            self._refusal = f"the server accepts no more than {accepted}: {refusal}"
-        if time.monotonic() >= deadline:
-            raise refusal
-        time.sleep(_PAUSE)
+            self._all.discard(connection)
+            self._bound = max(len(self._all), 1)
+            self._bound_until = time.monotonic() + _REFUSED
+            self._refusal = f"the server accepts no more than {self._bound}: {refusal}"
 
     def _give(self, connection: _Connection) -> None:
-        """Give a connection back, and see to those that were given back before."""
-        now = connection.used = time.monotonic()
-        self._free.put(connection)
-        if now < self._sweep_at:
-            return
-        self._sweep_at = now + 1
-        self._close_idle(now - _IDLE)
+        """Hand a connection to the call that waits longest. Else keep it if it is
+        open."""
         with self._lock:
-            while self._refused and now >= self._refused_until:
-                self._free.put(self._refused.pop())
-                self._refusal = ""
+            connection.used = time.monotonic()
+            while self._waiters:
+                waiter = self._waiters.popleft()
+                if waiter.set_running_or_notify_cancel():
+                    waiter.set_result(connection)
+                    return
+            if connection.is_open:
+                self._idle.append(connection)
+            else:
+                self._all.discard(connection)
 
 
 class _Connection(Client):
@@ -417,7 +448,7 @@ class _Connection(Client):
                     raise
                 errors.append(error)
         # An answer tells most, and a refused connection least.
-        kinds = exceptions.MemcacheError, NoAnswer, OSError
+        kinds = exceptions.MemcacheError, _TooMany, NoAnswer, OSError
         raise next(each for kind in kinds for each in errors if isinstance(each, kind))
 
     def _connect_to(self, family: int, place: Any) -> None:
@@ -437,7 +468,7 @@ class _Connection(Client):
             raise exceptions.MemcacheUnexpectedCloseError(text) from None
         text = f"{self._server.name} says {reply[:64].decode(errors='replace')!r}"
         if b"Too many open connections" in reply:
-            raise NoAnswer(text)
+            raise _TooMany(text)
         # A proxy says SERVER_ERROR if one of its servers is down. The others may be
         # well.
         good = b"STORED" if self._server.login else b"END|SERVER_ERROR"
@@ -569,10 +600,10 @@ class _Connection(Client):
                 filled += self._wait(self._socket.recv_into, view[filled:])
         return buffer
 
-    def _misc_cmd(self, cmds: Any, *args: Any) -> list[bytes]:
-        replies = super()._misc_cmd(cmds, *args)
-        for reply in replies:
-            if not _REPLY.fullmatch(reply):  # pymemcache takes any line for "no"
+    def _misc_cmd(self, cmds: Any, name: bytes, *args: Any) -> list[bytes]:
+        replies = super()._misc_cmd(cmds, name, *args)
+        for reply in replies if name in _REPLIES else ():
+            if not _REPLIES[name].fullmatch(reply):
                 raise exceptions.MemcacheUnknownError(reply[:32])
         return replies
 

@@ -34,6 +34,7 @@ threads = [threading.Thread(target=work, args=(number,)) for number in range(5)]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]
 pool.close()
+assert pool.get("1") == pool.get("p1")
 assert sorted(done) == [0, 1, 2, 3, 4], done
 """
     command = [sys.executable, "-c", script]

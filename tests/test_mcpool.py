@@ -692,7 +692,7 @@ def test_calls_fail_at_once_while_one_tries_again(connect: Any) -> None:
 
         return handle
 
-    with fake(frozen(0), frozen(0), frozen(1)) as server:
+    with fake(frozen(0), frozen(1)) as server:
         pool = connect(server, timeout=0.5)
         with pytest.raises(mcpool.NoAnswer):
             pool.get("a")
@@ -757,11 +757,43 @@ def test_max_connections_lets_calls_wait_for_a_free_one(
     pool = connect(memcached.server, max_connections=1)
     with in_use(pool):
         waiting = [in_thread(lambda: pool.get("a", 5)) for _ in range(5)]
-        waiters = pool._free.not_empty._waiters
-        wait_for(lambda: len(waiters) == 5, "all calls to wait")
+        wait_for(lambda: len(pool._waiters) == 5, "all calls to wait")
         wait_for(lambda: has_connections(memcached, 1), "1 connections")
     assert [result() for result in waiting] == [5] * 5
     wait_for(lambda: has_connections(memcached, 1), "1 connections")
+
+
+def test_max_connections_serves_the_calls_that_wait_in_their_order(
+    connect: Any, memcached: Memcached
+) -> None:
+    pool, served, waiting = connect(memcached.server, max_connections=1), [], []
+
+    def work(number: int) -> None:
+        pool.get("a")
+        served.append(number)
+        pool.get("a")  # comes behind the others
+
+    with in_use(pool):
+        for number in range(5):
+            waiting.append(in_thread(functools.partial(work, number)))
+            wait_for(lambda: len(pool._waiters) == len(waiting), "the call to wait")
+    for result in waiting:
+        result()
+    assert served == list(range(5))
+
+
+def test_a_server_that_is_slow_once_keeps_its_connections(
+    connect: Any, memcached: Memcached
+) -> None:
+    pool = connect(memcached.server, timeout=0.5)
+    memcached.pause()
+    calls = [in_thread(lambda: pool.get("a")) for _ in range(5)]
+    assert [type(call()) for call in calls] == [mcpool.NoAnswer] * 5
+    memcached.resume()
+    wait_for(lambda: time.monotonic() > pool._down_until, "two seconds to pass")
+    assert pool.get("a") is None
+    with in_use(pool), in_use(pool), in_use(pool):
+        assert pool.get("a") is None
 
 
 @pytest.mark.parametrize("unix", [False, True])
@@ -833,7 +865,7 @@ def test_an_idle_connection_with_a_stray_reply_is_not_used(
         pool = connect(server)
         pool.touch("a")
         send.set()
-        idle = pool._free.queue[-1]._socket
+        idle = pool._idle[-1]._socket
         assert select.select([idle], [], [], WAIT)[0]
         assert pool.get("a") == b"1"
         pool.close()
@@ -847,12 +879,11 @@ def test_idle_connections_close_also_below_the_newest(
         pool.get("a")
     pool.get("a")
     wait_for(lambda: has_connections(memcached, 4), "4 connections")
-    *old, newest = pool._free.queue[-4:]
+    *old, newest = pool._idle
     for connection in old:
         connection.used -= 60
-    pool._sweep_at = 0
     pool.get("a")
-    assert [each for each in pool._free.queue if each.is_open] == [newest]
+    assert [each for each in pool._idle if each.is_open] == [newest]
     wait_for(lambda: has_connections(memcached, 1), "the old connections to close")
 
 
@@ -861,12 +892,10 @@ def test_an_idle_connection_that_is_too_old_is_not_used(
 ) -> None:
     pool = connect(memcached.server)
     pool.get("a")
-    connection = pool._free.queue[-1]
+    connection = pool._idle[-1]
     connection.used -= 60
-    old = connection._socket
     pool.get("a")
-    assert pool._free.queue[-1] is connection
-    assert connection._socket is not old
+    assert [each is connection for each in pool._idle] == [False]
 
 
 def test_close_closes_idle_connections_and_the_pool_goes_on(
@@ -896,7 +925,7 @@ def test_a_forked_child_has_connections_of_its_own(
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
-            inherited = pool._free.queue[-1]._socket
+            inherited = pool._idle[-1]._socket
             if pool.get("a") == b"1" and inherited.fileno() == -1:
                 os._exit(0)
         os._exit(1)
@@ -904,7 +933,7 @@ def test_a_forked_child_has_connections_of_its_own(
     thread()
     assert os.waitpid(child, 0)[1] == 0
     assert pool.get("a") == b"1"
-    assert pool._free.qsize() == 1
+    assert len(pool._idle) == 1
 
 
 def test_all_addresses_of_a_host_are_tried(
