@@ -586,7 +586,10 @@ CONTENT_TYPE = "application/octet-stream"  # if neither the sender nor the name 
 TYPES = mimetypes.MimeTypes()  # Python's own table, not that of the machine
 # curl says this of any body; a file is hardly ever a urlencoded form.
 NO_CONTENT_TYPES = ("", "application/x-www-form-urlencoded")
-CONTENT_TYPE_PATTERN = re.compile(r"[\w!#$&^.+-]+/[\w!#$&^.+-]+(;[ -~]*)?", re.ASCII)
+# No commas: browsers take the last of several types, and `inline` looks at the first.
+CONTENT_TYPE_PATTERN = re.compile(
+    r"[\w!#$&^.+-]+/[\w!#$&^.+-]+(;[ -+\--~]*)?", re.ASCII
+)
 # Characters that make a file name look like another:
 # https://www.unicode.org/reports/tr36
 BIDI_CONTROLS = (

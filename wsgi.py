@@ -4,10 +4,11 @@
     python wsgi.py                a first try: brings a memcached of its own
     gunicorn wsgi:application     for work: Settings come from the environment
 
-The promise: no byte of a file is sent before all that were asked for are verified. So a
-file that memcached evicted or damaged is an error status, never a short or wrong 200;
-and a refused upload stores nothing. Errors are application/problem+json (RFC 9457), or
-a page for a browser.
+The promise: all bytes that a reader asks for are verified before the first is sent. So
+a file that memcached evicted or damaged is an error status, never a short or wrong 200.
+A refused upload stores nothing. If one of several files in a form is refused, the
+answer lists the ones before it, which are stored. Errors are application/problem+json
+(RFC 9457), or a page for a browser.
 
 Read `Application` first: its table of routes, then `dispatch`, which has the checks
 before a handler, then the handlers. Above it are the settings, and who may do what;
@@ -565,14 +566,11 @@ class Application:
                 name = secrets.token_hex(16) + file.extension
                 infos.append(self.write_file(request, name, file, self.cache.add))
         except (Problem, memchunk.MemchunkError) as error:
-            if not infos:
-                raise
-            known = _problem_of(error)
-            stored = [self.describe(request, info) for info in infos]
-            members = {**known.members, "stored": stored}
-            raise Problem(
-                known.status, known.detail, known.headers, **members
-            ) from error
+            problem = _problem_of(error)
+            if infos:
+                stored = [self.describe(request, info) for info in infos]
+                problem.members["stored"] = stored
+            raise problem from (None if problem is error else error)
         return self.stored_response(request, infos, 201)
 
     def post_file(self, request: FileRequest, name: str) -> Response:

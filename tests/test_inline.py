@@ -58,6 +58,8 @@ NOT_SHOWN = [
     "application/javascript",
     "application/octet-stream",
     "application/pdfx",
+    "text/plain;a,text/html",
+    "video/mp4;a,text/html",
     "application/x-pdf",
     "multipart/x-mixed-replace",
     "message/rfc822",
