@@ -8,8 +8,10 @@
 * Threads may share a pool. It survives a fork, and it can be pickled.
 * A call has one time limit for all its waits: for a free connection, for the connect,
   for the reply. The time that the caller's own generator or hook takes is not counted.
-* After a time-out, calls to that server fail at once for two seconds. Then one tries.
-* A key belongs to one server. There is no fail-over, which would bring old values back.
+* After a time-out, calls to that server fail at once for two seconds. Then one call
+  tries, and the others still fail until it has its answer.
+* A key belongs to one server. Another server never takes over: old values would come
+  back later.
 * Errors are OSErrors or pymemcache's. None of them shows a password.
 """
 
@@ -101,7 +103,7 @@ def connect(
     given = servers.split(",") if isinstance(servers, str) else list(servers)
     if given in ([], [""]):
         raise ValueError("no memcached server is given")
-    # If a password has a comma in it, its second half looks like an address.
+    # A comma in a password splits it. Then an error could show the second half.
     secret = any("@" in str(each) for each in given)
     parsed = [_parse(each, number, secret) for number, each in enumerate(given, 1)]
     if len({server.place for server in parsed}) < len(parsed):
@@ -153,7 +155,7 @@ def _forward(name: str) -> Callable[..., Any]:
 
 
 class _Commands:
-    """pymemcache's methods. Unlike there, `noreply` is False unless it is given."""
+    """pymemcache's methods. Unlike in pymemcache, `noreply` is False by default."""
 
     key_prefix, no_delay = b"", True
     get, gets = _forward("get"), _forward("gets")
@@ -182,8 +184,8 @@ class _Commands:
 
         It is called as `receive(key, size, fill)` while the value arrives.
         `fill(buffer)` fills a writable buffer with the next bytes of the value, and
-        returns it. `size` bytes must be filled in all. What `receive` raises passes
-        through."""
+        returns that buffer. Together, the calls of `fill` must take exactly `size`
+        bytes. Errors of `receive` pass through."""
         found = self._each("receive_many", dict.fromkeys(keys), receive)
         return dict(collections.ChainMap(*found))
 
@@ -262,7 +264,7 @@ class ServerPool(_Commands):
         with b" noreply\\r\\n" get none. On TCP, a generator makes each command while
         the one before it travels."""
         if isinstance(self._server.place, str):
-            # On a Unix socket, turns between us and the server cost 13 % of the time.
+            # On a Unix socket, sending while the generator runs is 13 % slower.
             commands = [list(command) for command in commands]
         replies: list[bytes] = self._call("pipeline", commands)
         return replies
@@ -303,7 +305,7 @@ class ServerPool(_Commands):
             if connection:
                 connection.close()  # perhaps in mid-reply
             now = time.monotonic()
-            # A call that waited long for a connection left the server little time.
+            # If a call waited long for a connection, the server had little time.
             if isinstance(error, NoAnswer) and now - began >= self._timeout / 2:
                 self._down_until = now + _DOWN
             elif not isinstance(error, TimeoutError):
@@ -327,9 +329,9 @@ class ServerPool(_Commands):
         first: OSError | None = None
         while True:
             connection = self._find(deadline)
-            began, alone = time.monotonic(), len(self._all) == 1
+            began, is_only = time.monotonic(), connection.is_open or len(self._all) == 1
             try:
-                connection.begin(deadline, 1 if first or alone else _SHARE)
+                connection.begin(deadline, 1 if first or is_only else _SHARE)
                 return connection
             except (NoAnswer, _TooMany) as error:
                 first = first or error  # the first tells the cause
@@ -398,7 +400,8 @@ class ServerPool(_Commands):
 class _Connection(Client):
     """pymemcache's client for one connection, with the slow steps replaced.
 
-    All waits take `left` seconds together. pymemcache's `sock` is this object itself.
+    left: seconds that the waits of this call may still take. pymemcache calls `sendall`
+    and `recv` of its `sock`; they are methods of this class.
     """
 
     sock: Any
@@ -413,8 +416,8 @@ class _Connection(Client):
         self._receive: Receive = _receive_bytes
 
     def begin(self, deadline: float, share: float) -> None:
-        """Begin a call. Connects anew after a long pause, or if something came, or an
-        end, that nobody asked for."""
+        """Begin a call. Connects anew after a long pause, or if the socket has bytes
+        that nobody asked for, or was closed."""
         now = time.monotonic()
         self.left = deadline - now
         if self.is_open and now - self.used < _IDLE:
@@ -447,7 +450,7 @@ class _Connection(Client):
                 if not isinstance(error, (OSError, exceptions.MemcacheError)):
                     raise
                 errors.append(error)
-        # An answer tells most, and a refused connection least.
+        # Prefer the most telling error: a reply, then a time-out, then a refusal.
         kinds = exceptions.MemcacheError, _TooMany, NoAnswer, OSError
         raise next(each for kind in kinds for each in errors if isinstance(each, kind))
 
@@ -509,7 +512,7 @@ class _Connection(Client):
 
     def _send(self, parts: list[memoryview]) -> None:
         """Send parts as they lie in memory, or joined if the socket can't do that."""
-        # eventlet's sockets pass sendmsg through to a socket that does not wait.
+        # The sendmsg of eventlet's sockets does not wait, so it can't be used.
         gathers = hasattr(type(self._socket), "sendmsg") and not self._has_tls
         if not gathers:
             parts = [memoryview(b"".join(parts))]
@@ -524,7 +527,7 @@ class _Connection(Client):
                 parts[0] = parts[0][sent:]
 
     def recv(self, size: int) -> bytes:
-        """One line, for pymemcache. So it never holds bytes behind that line."""
+        """One line, for pymemcache, which must not get bytes behind that line."""
         return self._line() + b"\r\n"
 
     def _line(self) -> bytes:
@@ -540,7 +543,8 @@ class _Connection(Client):
             self._ahead += self._wait(self._socket.recv, _LINE)
 
     def pipeline(self, commands: Iterable[Iterable[Any]]) -> list[bytes]:
-        """Small commands travel together, but see `set_many`. Large ones go at once."""
+        """Small commands travel together, except on TLS (see `set_many`). Large ones go
+        at once."""
         replies: list[bytes] = []
         parts: list[memoryview] = []
         expected = size = 0

@@ -50,9 +50,8 @@ EXPIRE = 24 * 3600  # seconds that an upload lives
 SLACK = 3600  # seconds that its parts live longer, so that the last piece can finish
 BLOCK = 4 * 1024 * 1024  # bytes of a request after which they count
 MAX_HEADERS = 8 * 1024  # bytes of Upload-Metadata that a record keeps
-# A tail is padded to SMALL bytes, or to RECORD bytes, about the size of the file's own
-# chunks. memcached keeps items of each other size in pages of their own, and the file
-# needs these pages.
+# memcached keeps items of each size in pages of their own. So a tail is padded to one
+# of two sizes; the second is about that of the file's own chunks.
 SMALL = 32 * 1024
 RECORD = 480_000
 RESERVED = "\ufffd"  # begins the names of records: no address can spell it, see wsgi.py
