@@ -497,7 +497,15 @@ class FileCache:
     def __contains__(self, name: str) -> bool:
         """Whether the whole file is there. Reads no payload, and changes nothing."""
         entry = self._entry(name)
-        return entry.is_whole(entry.lookup())
+        found = entry.lookup()
+        for _ in range(_ATTEMPTS):
+            if found.value is None or entry.is_whole(found):
+                break
+            # A writer may have replaced the file, and deleted the chunks asked for.
+            before, found = found, entry.lookup()
+            if found.value == before.value:
+                return False
+        return found.value is not None
 
     def touch(self, name: str, expire: _Expire) -> FileInfo:
         """Give the file a new time to live: seconds from now, a timedelta, or 0 for no

@@ -1134,6 +1134,17 @@ def test_a_child_forked_in_mid_write_changes_nothing_of_its_parent(
     assert_no_rest(cache, memcached)
 
 
+def test_in_is_true_while_another_replaces_the_file(
+    counting: Counting, files: FileCache
+) -> None:
+    cache = cache_on(counting, chunk_size=CHUNK)
+    cache.set(NAME, data_of(2500))
+    counting.before = once("cas", lambda: files.set(NAME, data_of(5000)))
+    assert NAME in cache
+    counting.before = once("cas", lambda: files.delete(NAME))
+    assert NAME not in cache
+
+
 @pytest.mark.parametrize("client", THREAD_SAFE)
 def test_a_child_does_not_talk_on_its_parents_connections(
     client: Any, memcached: Memcached
