@@ -20,7 +20,16 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from werkzeug.http import HTTP_STATUS_CODES
 
-from tests.support import HOSTS, MIB, SECONDS, Memcached, Proxy, Server, wait_for
+from tests.support import (
+    HOSTS,
+    MIB,
+    SECONDS,
+    Memcached,
+    Proxy,
+    Server,
+    snippet,
+    wait_for,
+)
 from tests.test_proxies import Nginx
 
 Start = Callable[..., Any]
@@ -29,6 +38,7 @@ Start = Callable[..., Any]
 # finds what screen readers, keyboards and poor eyes can't cope with
 AXE = "axe-core/axe.min.js"
 TUS = "tus-js-client/dist/tus.min.js"
+UPPY = "uppy/dist/uppy.min.js"
 
 # This machine by a name. Without TLS, browsers trust 127.0.0.1 more than that.
 PLAIN = "plain.example"
@@ -59,6 +69,22 @@ new tus.Upload(new Blob([data]), {
     done([answer.headers.get("ETag"), got.length, same]);
   },
 }).start();
+"""
+
+# A recipe of docs/uploads.md stands between these; what it logs is looked at.
+BEFORE_RECIPE = """
+const [site, done] = arguments;
+const { Uppy, Tus, XHRUpload } = window.Uppy;
+const text = "0123456789".repeat(500_000);  // two pieces for Tus
+const console = { log: async (name, address) => {
+  const answer = await fetch(address);
+  done([name, new URL(address).origin, await answer.text() === text]);
+} };
+"""
+AFTER_RECIPE = """
+uppy.on("upload-error", (file, error) => done(String(error)));
+uppy.addFile({ name: "a b.txt", type: "text/plain", data: new Blob([text]) });
+uppy.upload();
 """
 
 
@@ -854,12 +880,13 @@ def test_behind_a_proxy_that_takes_small_bodies(
 
 @pytest.fixture
 def elsewhere(tmp_path: pathlib.Path) -> Iterator[str]:
-    """Another site, which has a page with tus-js-client."""
+    """Another site, which has a page with tus-js-client and Uppy."""
     (tmp_path / "site").mkdir()
-    script = library(TUS)
-    (tmp_path / "site" / "tus.js").write_text(script, "utf-8")
+    for name, path in (("tus.js", TUS), ("uppy.js", UPPY)):
+        (tmp_path / "site" / name).write_text(library(path), "utf-8")
     (tmp_path / "site" / "index.html").write_text(
-        "<title>Elsewhere</title><script src=tus.js></script>"
+        "<title>Elsewhere</title>"
+        "<script src=tus.js></script><script src=uppy.js></script>"
     )
     handler = functools.partial(Quiet, directory=str(tmp_path / "site"))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -886,6 +913,17 @@ def test_a_page_of_another_site(start: Start, elsewhere: str) -> None:
     assert etag
     assert (size, same) == (20 * MIB, True)
     assert "401" in upload("wrong", 1)  # an answer that it may read, too
+
+
+@pytest.mark.parametrize("name", ["uppy tus", "uppy xhr"])
+def test_uppy_uploads_by_the_recipe(start: Start, elsewhere: str, name: str) -> None:
+    browser = start(MEMCHUNK_ORIGINS=elsewhere)
+    browser.set_script_timeout(SECONDS)
+    browser.get(elsewhere)
+    recipe = snippet("docs/uploads.md", name)
+    site = browser.server.url("")
+    script = BEFORE_RECIPE + recipe + AFTER_RECIPE
+    assert browser.execute_async_script(script, site) == ["a b.txt", site, True]
 
 
 def test_a_page_of_a_site_that_is_not_allowed(
