@@ -171,15 +171,15 @@ class Settings:
             return None
         if not self.tls_cert and self.tls_key:
             raise SettingError("MEMCHUNK_TLS_KEY needs a MEMCHUNK_TLS_CERT")
-        variables = "MEMCHUNK_TLS_CA"
+        culprit = f"MEMCHUNK_TLS_CA ({self.tls_ca})"
         try:
             context = ssl.create_default_context(cafile=self.tls_ca or None)
-            variables = "MEMCHUNK_TLS_CERT or MEMCHUNK_TLS_KEY"
+            culprit = f"MEMCHUNK_TLS_CERT ({self.tls_cert}) or MEMCHUNK_TLS_KEY"
             if self.tls_cert:
                 # Without a password, OpenSSL may ask for one on the terminal.
                 context.load_cert_chain(self.tls_cert, self.tls_key or None, "")
         except OSError as error:
-            text = f"{variables} is no PEM file that can be used: {error}"
+            text = f"{culprit} is no PEM file that can be used: {error}"
             raise SettingError(text) from None
         return context
 
@@ -201,7 +201,8 @@ def _parsed(variable: str, text: str, field: dataclasses.Field[Any]) -> Any:
     try:
         number = float(text) if kind is float else int(text)
     except ValueError:
-        raise SettingError(f"{variable} must be a number, not {text!r}") from None
+        wanted = "0 or 1" if kind is bool else "a number"
+        raise SettingError(f"{variable} must be {wanted}, not {text!r}") from None
     least, most = field.metadata["least"], field.metadata["most"]
     if not least <= number <= most:
         raise SettingError(f"{variable} is {text}, but must be {least} to {most}")
