@@ -220,7 +220,7 @@ class Body:
     def drain(self) -> None:
         """Read what a refused upload still sends, and drop it. Else the host would
         close on it, and the sender, or a proxy, would see a reset connection instead of
-        the answer. The rest is the host's business: its connection is never touched."""
+        the answer. We never touch the host's connection."""
         # Without these there is no body, even if the host's stream tells no length.
         announced = {"CONTENT_LENGTH", "HTTP_TRANSFER_ENCODING"} & self._environ.keys()
         if announced:
@@ -277,9 +277,9 @@ def _is_event(environ: WSGIEnvironment) -> bool:
 
 
 def _check_end(environ: WSGIEnvironment) -> None:
-    """Raise EOFError if the sender went away before the end of a chunked body. cheroot
-    takes a size of which only leading zeros came for the last one, which is 0. There
-    must be a line after that, which is the host's to read."""
+    """Raise EOFError if the sender went away before the end of a chunked body. If a
+    chunk's size breaks off after its leading zeros, cheroot reads it as 0, the last
+    one. Then the line that must follow does not come."""
     is_cheroot = environ.get("SERVER_SOFTWARE", "").startswith("Cheroot")
     if is_cheroot and not environ["wsgi.input"].rfile.peek(1):
         raise EOFError("there is no line after the last chunk")
@@ -408,7 +408,7 @@ class Form:
         return Part(name, filename, headers.get("content-type", ""))
 
     def _headers(self) -> dict[str, str]:
-        # If there are no headers, their end begins with that of the line before.
+        # Without headers, the blank line begins with the end of the line before.
         self._at -= 2
         lines = self._text(b"\r\n\r\n").split("\r\n")
         fields = (line.partition(":") for line in lines)

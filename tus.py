@@ -12,9 +12,9 @@ on with the upload, so any worker can. A record has three states:
   publishes parts and tail as the file.
 * Done: the file is published. The record has its version.
 
-A request changes the record by `cas`, and DELETE deletes the one version that it read.
-So if two requests go on at one place, or a DELETE comes as well, exactly one wins. The
-others answer 409 or 404 and delete what they stored, which nobody else knows.
+A request changes the record by `cas`. DELETE removes it only if it is unchanged. So if
+two requests go on at one place, or a DELETE comes as well, exactly one wins. The others
+answer 409 or 404 and delete what they stored, which nobody else knows.
 
 If a worker dies in "finishing", the next HEAD or PATCH publishes the file in its place.
 Several may try: the file's metadata names the upload, so the later ones see that it is
@@ -373,7 +373,7 @@ def _limited(pieces: Iterable[bytes], room: int) -> Iterator[bytes]:
 
 
 def _checked(pieces: Iterable[bytes], algorithm: str, expected: str) -> Iterator[bytes]:
-    """The pieces, if all are there and right: what counts can't be taken back."""
+    """The pieces, if all are there and right. Stored bytes can't be undone."""
     digest = hashlib.new(algorithm, usedforsecurity=False)
     with tempfile.SpooledTemporaryFile(BLOCK) as held:  # in memory, more on disk
         for piece in pieces:

@@ -121,8 +121,8 @@ class Settings:
     origins: str = _row("")  # a list of other sites whose pages may use the API, or "*"
     public_read: bool = _row(False, most=1)  # reads need no token
     proxies: int = _row(0)  # how many in front set X-Forwarded-*; more is a risk
-    hosts: str = _row("")  # a list of names to answer for; ".a.example": all below, too
-    token_file: str = _row("")  # a file with such tokens, which may change meanwhile
+    hosts: str = _row("")  # a list of host names; ".a.example": those below, too
+    token_file: str = _row("")  # a file with tokens; it may change while we run
     chunk_size: int = _row(0, most=2**30)  # bytes; 0: the best for the server
     max_connections: int = _row(64, 1)  # to each server
     tls_ca: str = _row("")  # a file: whom to trust, instead of the system's authorities
@@ -140,7 +140,7 @@ class Settings:
             if variable in environ
         }
         settings = cls(**values)
-        Access(settings, Cors(settings))  # or a SettingError, if a list is bad
+        Access(settings, Cors(settings))  # this checks their lists
         return settings
 
     @property
@@ -383,12 +383,11 @@ FORM_TYPES = {"application/x-www-form-urlencoded", "multipart/form-data", "text/
 
 
 def _site(request: Request) -> str:
-    """What a browser that doesn't send Sec-Fetch-Site, as over plain HTTP, would say
-    there.
+    """The value that Sec-Fetch-Site would have. Browsers don't send it over plain HTTP.
 
-    Proxies may change our port, so that none counts, and our host as well. Then what a
-    page may not send to other sites without asking, to which we say no, comes from ours
-    all the same."""
+    Proxies may change our port and our host, so ports don't count. If the hosts differ,
+    a request that needs a preflight is ours all the same: we refuse the preflights of
+    other sites."""
     origin, host = request.headers.get("Origin"), request.headers.get("Host", "")
     if origin is None:
         return "none"
@@ -433,8 +432,8 @@ class NameConverter(BaseConverter):
 class Application:
     """The WSGI application.
 
-    cache: where the files are. settings: those of them that the cache doesn't take care
-    of."""
+    cache: where the files are. settings: all of them; the cache has its part
+    already."""
 
     def __init__(
         self, cache: memchunk.FileCache, settings: Settings | None = None
@@ -603,8 +602,8 @@ class Application:
         return self.stored_response(request, [info], 200 if current else 201)
 
     def replaceable(self, request: Request, name: str) -> FileInfo | None:
-        """The file that an upload may replace. For If-None-Match: *, which `add`
-        decides, one that lost chunks is none."""
+        """The file that an upload may replace. With If-None-Match: *, a file that lost
+        chunks counts as absent, as it does for `add`."""
         try:
             info = self.cache.stat(name)
         except (memchunk.FileNotFound, memchunk.FileCorrupt):
@@ -957,7 +956,7 @@ def server_states(client: Any) -> dict[str, str]:
             answer.add(name)
 
     deadline = time.monotonic() + READY_SECONDS
-    # All at once, and as daemons: a frozen one holds a thread for longer than that.
+    # All at once, and as daemons: a frozen one may hold its thread for longer.
     threads = [threading.Thread(target=ask, args=(n,), daemon=True) for n in clients]
     for thread in threads:
         thread.start()
