@@ -509,17 +509,17 @@ class FileCache:
 
     def touch(self, name: str, expire: _Expire) -> FileInfo:
         """Give the file a new time to live: seconds from now, a timedelta, or 0 for no
-        end. Raises FileNotFound, FileEvicted, FileCorrupt, CacheFull. If it fails
-        midway, call it again: its chunks may have no end until then."""
+        end. Raises FileNotFound, FileEvicted, FileCorrupt, CacheFull. After an error,
+        call it again, or its chunks may never expire."""
         entry, seconds = self._entry(name), _seconds(expire)
         for _ in range(_ATTEMPTS):
             found, now = entry.lookup(), int(time.time())
             old, keys = found.require(), entry.keys(found.segments)
             new = dataclasses.replace(old, expires=now + seconds if seconds else None)
             end, chunks_end = entry.exptimes(seconds)
-            # A dead file's chunks must keep their end, so ask before any is touched.
-            # Then chunks get no end: they must outlive the manifest with its old end as
-            # well as with the new one, and only clocks that agree know the later one.
+            # First ask if all are there: a dead file's chunks must keep their end. Then
+            # chunks get no end: they must outlive the manifest with its old end as well
+            # as with the new one, and only clocks that agree know the later one.
             missing = entry.missing(keys) or entry.touch(keys, 0)
             if missing:
                 with contextlib.suppress(FileChanged):  # then touch the present version
@@ -589,7 +589,7 @@ def _chunk_key(key: str, segment: str, index: int) -> str:
 
 
 def _chunk(key: str, index: int, total: int, *body: Any) -> tuple[Any, ...]:
-    """A chunk's value: header, payload and padding, in parts that need not be joined.
+    """A chunk's value: header, payload and padding, as parts, which saves a copy.
     The CRC covers the key, too, so that a sound chunk in a wrong place is damage."""
     crc = zlib.crc32(key.encode(), zlib.crc32(_COUNTS.pack(index, total)))
     for part in body:
@@ -697,7 +697,7 @@ class _Segment:
         self.first = sum(count for _, count in self.parts)  # index in the file
         self.length = self.first * self.chunk_size  # bytes of the file so far
         self.key = secrets.token_hex(8)
-        self.count = 0  # counts chunks before they are sent: all can be deleted
+        self.count = 0  # chunks, also those not sent yet, so that all can be deleted
         self.total = 0  # chunks that there will be, 0 if that is not known
         self.pid, self.started = os.getpid(), time.monotonic()
         self.may_appear = False  # whether the file's manifest was sent
@@ -1195,7 +1195,7 @@ class _Entry:
         try:
             (reply,) = self.run([put], again=False)
         except CacheUnavailable:
-            # The reply was lost. Look once; a deleted manifest is gone at once.
+            # The reply was lost. Look once for the new state.
             if self.lookup().value == (value or None):
                 return True
             raise
