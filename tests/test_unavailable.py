@@ -376,6 +376,24 @@ def test_deletes_wait_for_replies_behind_a_proxy_that_garbles_noreply(
     assert [line.endswith(b" noreply\r\n") for line in deletes] == [is_quick] * 3
 
 
+class Replicated(Wrapped):
+    """Two replicas behind a proxy: one stores, and the answer is that of the other."""
+
+    def cas(self, *args: object, **options: object) -> bool:
+        self.client.cas(*args, **options)
+        return False
+
+
+def test_a_publication_counts_if_only_one_of_two_replicas_says_no(
+    memcached: Memcached,
+) -> None:
+    client = PooledClient(memcached.address, default_noreply=False)
+    with FileCache(Replicated(client), chunk_size=CHUNK) as cache:
+        cache.set("file", OLD)
+        info = cache.set("file", NEW)
+        assert (cache.stat("file"), cache.get("file")) == (info, NEW)
+
+
 # The log
 
 
