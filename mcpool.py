@@ -416,11 +416,11 @@ class _Connection(Client):
         self._receive: Receive = _receive_bytes
 
     def begin(self, deadline: float, share: float) -> None:
-        """Begin a call. Connects anew after a long pause, or if the socket has bytes
-        that nobody asked for, or was closed."""
+        """Begin a call. Connects unless the connection is open, and has no bytes that
+        nobody asked for."""
         now = time.monotonic()
         self.left = deadline - now
-        if self.is_open and now - self.used < _IDLE:
+        if self.is_open:
             try:
                 self._socket.settimeout(0)
                 self._socket.recv(1)

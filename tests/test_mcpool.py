@@ -153,6 +153,11 @@ def refuses(connection: socket.socket) -> None:
     connection.sendall(b"ERROR Too many open connections\r\n")
 
 
+def is_no_memcached(connection: socket.socket) -> None:
+    connection.recv(100)
+    connection.sendall(b"220 mail.example.com\r\n")
+
+
 def silent(connection: socket.socket) -> None:
     while connection.recv(65536):
         pass
@@ -826,6 +831,23 @@ def test_a_pool_makes_do_with_the_connections_that_a_server_accepts(
         pool.close()
 
 
+def test_a_pool_opens_more_connections_later_than_a_server_once_accepted(
+    connect: Any,
+) -> None:
+    always = replies(*[b"NOT_FOUND\r\n"] * 9)
+    with fake(always, refuses, always) as server:
+        pool = connect(server, timeout=0.5)
+        with in_use(pool):
+            with pytest.raises(OSError, match="Too many open connections"):
+                pool.touch("a")
+            with pytest.raises(TimeoutError, match="accepts no more than 1"):
+                pool.touch("a")
+            pool._bound_until = 0  # ten seconds pass
+            with in_use(pool):
+                assert pool.touch("a") is False
+        pool.close()
+
+
 def test_a_pool_tries_again_if_a_server_accepts_no_connection_yet(connect: Any) -> None:
     with fake(refuses, refuses, refuses, replies(b"TOUCHED\r\n")) as server:
         pool = connect(server)
@@ -869,6 +891,28 @@ def test_an_idle_connection_with_a_stray_reply_is_not_used(
         assert select.select([idle], [], [], WAIT)[0]
         assert pool.get("a") == b"1"
         pool.close()
+
+
+def test_an_idle_connection_with_bytes_behind_its_reply_is_not_used(
+    connect: Any,
+) -> None:
+    twice = replies(b"TOUCHED\r\nNOT_FOUND\r\n")
+    with fake(twice, replies(b"TOUCHED\r\n")) as server:
+        pool = connect(server)
+        assert [pool.touch("a"), pool.touch("a")] == [True, True]
+        pool.close()
+
+
+def test_calls_use_the_newest_idle_connection(
+    connect: Any, memcached: Memcached
+) -> None:
+    pool = connect(memcached.server)
+    with in_use(pool), in_use(pool):
+        pass
+    oldest, newest = pool._idle
+    pool.get("a")
+    assert list(pool._idle) == [oldest, newest]
+    assert newest.used > oldest.used
 
 
 def test_idle_connections_close_also_below_the_newest(
@@ -948,6 +992,22 @@ def test_all_addresses_of_a_host_are_tried(
         pool = connect("cache.example.com", timeout=4)
         assert pool.set("a", b"1") is True
         assert pool.get("a") == b"1"
+
+
+@pytest.mark.parametrize(
+    ("last", "expected"),
+    [(is_no_memcached, MemcacheUnknownError), (silent, mcpool.NoAnswer)],
+)
+def test_of_a_hosts_addresses_the_one_that_tells_most_is_the_error(
+    connect: Any, monkeypatch: pytest.MonkeyPatch, last: Handler, expected: Any
+) -> None:
+    with fake(last) as server, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
+        places = [closed.getsockname(), ("127.0.0.1", int(server.split(":")[1]))]
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", each) for each in places]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
+        with pytest.raises(expected):
+            connect("cache.example.com", timeout=0.5).get("a")
 
 
 # TLS and logins
