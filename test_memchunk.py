@@ -817,6 +817,15 @@ def test_a_manifest_with_bad_bounds_is_corrupt(
     assert NAME not in cache
 
 
+def test_a_manifest_with_chunks_and_bytes_of_its_own_is_corrupt(
+    memcached: Memcached,
+) -> None:
+    cache = cache_on(memcached.server, chunk_size=CHUNK)
+    cache.set(NAME, data_of(2500))
+    seal(memcached, {**manifest_of(memcached), "size": 2510}, bytes(10))
+    assert_corrupt(cache, None)
+
+
 @pytest.mark.parametrize(
     "body", [b"", b"\n", b"5", b"null\n", b"[]\n", b"{}\n", b"\xff\n", b"[" * 10**5]
 )
