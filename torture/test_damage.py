@@ -27,8 +27,8 @@ from torture.model import Store, cache_on, manifest
 from torture.tools import CHUNK, LONG, connected, counts, result
 
 DATA = bytes(range(250))  # three chunks
-STRIDE = 1 if LONG else 5  # of pairs of lies
-MUTATIONS = 1_000_000 if LONG else 100_000
+STRIDE = 1 if LONG else 9  # of pairs of lies
+MUTATIONS = 1_000_000 if LONG else 40_000
 DAMAGED = ("FileCorrupt", "FileEvicted", "FileNotFound")
 
 READS: dict[str, tuple[Callable[[FileCache], object], bytes]] = {
