@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 
@@ -21,7 +21,7 @@ from tests.support import (
     send,
 )
 
-Parts = list[tuple[str, str | None, bytes]]
+Parts = list[tuple[str, Optional[str], bytes]]
 LINE = f"--{BOUNDARY}".encode()
 CONTENTS = {
     "empty": b"",
