@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import threading
@@ -110,25 +111,35 @@ def test_a_replacement_makes_room_only_if_it_needs_it(start_memcached: Start) ->
     assert (left[0], left[-1]) == (old.chunks, 0)
 
 
+def is_stored(cache: FileCache, data: bytes) -> bool:
+    with contextlib.suppress(memchunk.CacheFull):
+        cache.set("file", data)
+        return True
+    return False
+
+
 def test_readers_do_not_keep_writers_out(start_memcached: Start) -> None:
     """Chunks that were read are active, and memcached evicts others first."""
     with FileCache(start_memcached("-m", "64").server) as cache:
         stop = threading.Event()
 
         def read() -> None:
-            for name in itertools.cycle("ab"):
+            for name in itertools.cycle("abc"):
                 if stop.is_set():
                     return
                 with contextlib.suppress(memchunk.CacheMiss):
                     assert len(cache.get(name)) == 15 * MIB
 
-        for name in "ab":
+        for name in "abc":
             cache.set(name, BIG[: 15 * MIB])
         reader = threading.Thread(target=read)
         reader.start()
         try:
             for turn in range(5):
-                cache.set("file", data := bytes([turn]) + BIG[slice(1, 40 * MIB)])
+                data = bytes([turn]) + BIG[slice(1, 40 * MIB)]
+                stored = functools.partial(is_stored, cache, data)
+                # memcached's LRU thread may be late once: then the write says so.
+                wait_for(stored, "the writer to get through")
                 assert cache.get("file") == data
         finally:
             stop.set()
@@ -149,13 +160,7 @@ def test_a_cache_of_small_items_says_no_until_it_has_room(
         assert "memchunk" not in "".join(memcached.keys())
         assert memcached.command("slabs automove 2") == b"OK\r\n"
 
-        def is_stored() -> bool:
-            try:
-                return cache.set("file", BIG).size == len(BIG)
-            except memchunk.CacheFull:
-                return False
-
-        wait_for(is_stored, "room for 50 MiB")
+        wait_for(functools.partial(is_stored, cache, BIG), "room for 50 MiB")
         assert cache.get("file") == BIG
 
 
