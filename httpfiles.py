@@ -79,7 +79,8 @@ def require(condition: object, status: int, detail: str) -> None:
         raise Problem(status, detail)
 
 
-# The answer to each error of the library. Its own text, which names servers, is logged.
+# The answers to errors of the library; `problem_of` has two more. The library's own
+# texts, which name servers, are logged.
 ERRORS: dict[type[memchunk.MemchunkError], tuple[int, str]] = {
     memchunk.InvalidName: (400, "A name is 1 to 1024 bytes of UTF-8."),
     memchunk.SizeMismatch: (400, "The body isn't as long as announced. Send it again."),
@@ -90,8 +91,6 @@ ERRORS: dict[type[memchunk.MemchunkError], tuple[int, str]] = {
     ),
     memchunk.FileEvicted: (410, "The cache dropped parts of it. Upload it again."),
     memchunk.FileChanged: (412, "It has changed. Get its new ETag, and decide again."),
-    memchunk.FileTooLarge: (413, "The file is larger than this server takes."),
-    memchunk.FileCorrupt: (502, "The cache damaged this file. Upload it again."),
     memchunk.CacheUnavailable: (503, "The cache did not answer. Try again soon."),
     memchunk.CacheFull: (507, "The cache has no room. Try later, or a smaller file."),
     memchunk.MemchunkError: (500, "Something is wrong with this server. See its log."),
