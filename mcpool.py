@@ -18,7 +18,6 @@
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -31,6 +30,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable
+from concurrent import futures
 from typing import Any, Callable, Union
 from urllib.parse import unquote_to_bytes
 
@@ -44,9 +44,8 @@ __version__ = "1.0.0"
 _IDLE = 60  # seconds; firewalls forget connections that idle longer
 _DOWN = 2  # seconds in which a server that did not answer in time is left alone
 _REFUSED = 10  # seconds after a refused connection until we try to open more
-# A server that is out of descriptors does not refuse a connection, but never answers.
-# So while others are open, a call spends this part of its time on a first try to open
-# one more. Meanwhile one of the others may come free.
+# A server that is out of descriptors takes a connection, but never answers. So a call
+# spends this part of its time on opening one more. Then it waits for an open one.
 _SHARE = 0.25
 _LINE = 8192  # bytes; no line of memcached is longer
 _TOGETHER = 8192  # bytes of small commands that are sent together
@@ -64,8 +63,6 @@ _REPLY = re.compile(rb"DELETED|TOUCHED|NOT_FOUND|OK|VERSION .*|\d+ *")
 
 Key = Union[str, bytes]
 Receive = Callable[[Key, int, Callable[[Any], Any]], Any]
-
-_fork_lock = threading.Lock()
 
 
 class _TooMany(ConnectionError):
@@ -91,12 +88,10 @@ def connect(
     default, those with "tls://" get Python's default context. Raises ValueError."""
     if not 0 < timeout <= threading.TIMEOUT_MAX or max_connections < 1:
         raise ValueError("timeout must be above 0, and max_connections 1 or more")
-    given = servers.split(",") if isinstance(servers, str) else list(servers)
-    if given in ([], [""]):
-        raise ValueError("no memcached server is given")
+    given = servers.split(",") if isinstance(servers, str) else servers
     parsed = [_parse(each, number) for number, each in enumerate(given, 1)]
-    if len({server.place for server in parsed}) < len(parsed):
-        raise ValueError("a memcached server is given twice")
+    if not parsed or len({server.place for server in parsed}) < len(parsed):
+        raise ValueError("no memcached server is given, or one is given twice")
     pools = [ServerPool(each, timeout, tls, max_connections) for each in parsed]
     return Cluster(pools) if len(pools) > 1 else pools[0]
 
@@ -166,12 +161,11 @@ class _Commands:
         return dict(collections.ChainMap(*self._each("gets_many", dict.fromkeys(keys))))
 
     def receive_many(self, keys: Iterable[Key], receive: Receive) -> dict[Key, Any]:
-        """Like `get_many`, but each value is what `receive` returns.
+        """Like `get_many`, but each value is what `receive(key, size, fill)` returns.
 
-        It is called as `receive(key, size, fill)` while the value arrives.
-        `fill(buffer)` fills a writable buffer with the next bytes of the value, and
-        returns that buffer. Together, the calls of `fill` must take exactly `size`
-        bytes. Errors of `receive` pass through."""
+        It is called while the value arrives. `fill(buffer)` fills a writable buffer
+        with the next bytes of the value, and returns it. Together, the buffers must
+        take exactly `size` bytes. Errors of `receive` pass through."""
         found = self._each("receive_many", dict.fromkeys(keys), receive)
         return dict(collections.ChainMap(*found))
 
@@ -208,8 +202,8 @@ class Cluster(_Commands):
 class ServerPool(_Commands):
     """Connections to one server, whose name is `server`. `connect` makes it."""
 
-    stats, version = _forward("stats"), _forward("version")
-    flush_all = _forward("flush_all")
+    _fork_lock = threading.Lock()
+    stats, version, flush_all = map(_forward, ("stats", "version", "flush_all"))
 
     def __init__(
         self, server: _Server, timeout: float, tls: ssl.SSLContext | None, maximum: int
@@ -222,11 +216,10 @@ class ServerPool(_Commands):
     def _start(self) -> None:
         self._pid, self._lock = os.getpid(), threading.RLock()
         self._idle: collections.deque[_Connection] = collections.deque()
-        self._waiters: collections.deque[Any] = collections.deque()  # Futures
+        self._waiters: collections.deque[Any] = collections.deque()  # of Futures
         # A connection that gets lost if a signal's handler raises leaves this set.
         self._all: weakref.WeakSet[_Connection] = weakref.WeakSet()
-        # Until when no more are opened, and the error of the one that was not accepted
-        self._full_until, self._refusal = 0.0, ""
+        self._full_until, self._refusal = 0.0, ""  # until then it accepts no more
         self._answered = 0.0  # when it answered last
         self._down_until = 0.0  # 0: the server answers
 
@@ -250,8 +243,7 @@ class ServerPool(_Commands):
         if isinstance(self._server.place, str):
             # On a Unix socket, sending while the generator runs is 13 % slower.
             commands = [list(command) for command in commands]
-        replies: list[bytes] = self._call("pipeline", commands)
-        return replies
+        return list(self._call("pipeline", commands))
 
     def close(self) -> None:
         """Close the connections that are not in use. The pool can still be used."""
@@ -267,7 +259,7 @@ class ServerPool(_Commands):
     def _check_process(self) -> None:
         """A child process must not talk on its parent's connections."""
         if self._pid != os.getpid():
-            with _fork_lock:
+            with self._fork_lock:
                 if self._pid != os.getpid():
                     for connection in self._idle:
                         connection.close()
@@ -324,7 +316,8 @@ class ServerPool(_Commands):
                 self._drop(connection)
             else:
                 self._give(connection)
-            if share == 1 or not isinstance(error, (NoAnswer, _TooMany)):
+            is_last = share == 1 or time.monotonic() >= deadline
+            if is_last or not isinstance(error, (NoAnswer, _TooMany)):
                 raise
         return self._take(deadline, 1)
 
@@ -340,15 +333,14 @@ class ServerPool(_Commands):
                 connection = _Connection(self._server, self._tls)
                 self._all.add(connection)
                 return connection
-            waiter: Any = concurrent.futures.Future()
+            waiter: futures.Future[_Connection] = futures.Future()
             self._waiters.append(waiter)
         try:
-            given: _Connection = waiter.result(max(deadline - now, 0))
-            return given
+            return waiter.result(max(deadline - now, 0))
         except BaseException as error:
             if not waiter.cancel():  # it came at the last moment
                 self._give(waiter.result())
-            if not isinstance(error, concurrent.futures.TimeoutError):
+            if not isinstance(error, futures.TimeoutError):
                 raise
         is_full = time.monotonic() < self._full_until
         limit = self._refusal if is_full else f"max_connections is {self._maximum}"
@@ -358,7 +350,7 @@ class ServerPool(_Commands):
         """Hand a connection to the call that waits longest, else keep it if open."""
         with self._lock:
             while self._waiters:
-                with contextlib.suppress(concurrent.futures.InvalidStateError):
+                with contextlib.suppress(futures.InvalidStateError):
                     self._waiters.popleft().set_result(connection)
                     return
             if connection.is_open:
@@ -385,8 +377,7 @@ class _Connection(Client):
         self._tls = tls if isinstance(server.place, tuple) else None
 
     def begin(self, deadline: float, share: float) -> None:
-        """Begin a call. Connects unless the connection is open, and has no bytes that
-        nobody asked for."""
+        """Begin a call. Connects, unless it is open and nothing unasked has come."""
         now = time.monotonic()
         self.left, self._receive = deadline - now, None
         if self.is_open:
@@ -400,8 +391,7 @@ class _Connection(Client):
         self.left = deadline - time.monotonic()
 
     def _open(self, deadline: float) -> None:
-        """Connect to one of the host's addresses. Each gets a fair share of the
-        time."""
+        """Connect to one of the host's addresses. Each gets its share of the time."""
         place, errors = self._server.place, []
         found: list[Any] = [(socket.AF_UNIX, 0, 0, "", place)]
         if isinstance(place, tuple):
@@ -462,7 +452,7 @@ class _Connection(Client):
             result = 0
         finally:
             self.left -= time.monotonic() - started
-        if result in (0, b""):
+        if result is not None and not result:
             hint = "" if self.is_open else " at once; is it for TLS?"
             raise MemcacheClosed(f"{self._server.name} closed the connection{hint}")
         return result
@@ -496,8 +486,7 @@ class _Connection(Client):
             self.ahead += self._wait(self._socket.recv, _LINE)
 
     def pipeline(self, commands: Iterable[Iterable[Any]]) -> list[bytes]:
-        """Small commands travel together, except on TLS (see `set_many`). Large ones go
-        at once."""
+        """Small commands travel together, except on TLS (see `set_many`)."""
         replies: list[bytes] = []
         parts: list[Any] = []
         expected = size = 0
@@ -532,12 +521,11 @@ class _Connection(Client):
         match = _VALUE.fullmatch(line)
         if not match or match[1] not in remapped_keys or bool(match[3]) != expect_cas:
             raise MemcacheUnknownError(line[:64])
-        key, size = remapped_keys[match[1]], int(match[2])
-        self._missing = size
+        key, self._missing = remapped_keys[match[1]], int(match[2])
         if self._receive:
-            value = self._receive(key, size, self._fill)
+            value = self._receive(key, self._missing, self._fill)
         else:
-            value = bytes(self._fill(bytearray(size)))
+            value = bytes(self._fill(bytearray(self._missing)))
         if self._missing:
             raise ValueError(f"{self._missing} bytes of the value were not received")
         if self._line():
@@ -545,14 +533,14 @@ class _Connection(Client):
         return key, (value, match[3]) if expect_cas else value, buf
 
     def _fill(self, buffer: Any) -> Any:
-        with memoryview(buffer).cast("B") as view:
-            self._missing -= len(view)
-            if self._missing < 0:
-                raise ValueError("a buffer is longer than the rest of the value")
-            filled = min(len(view), len(self.ahead))
-            view[:filled], self.ahead = self.ahead[:filled], self.ahead[filled:]
-            while filled < len(view):
-                filled += self._wait(self._socket.recv_into, view[filled:])
+        view = memoryview(buffer).cast("B")
+        self._missing -= len(view)
+        if self._missing < 0:
+            raise ValueError("a buffer is longer than the rest of the value")
+        filled = min(len(view), len(self.ahead))
+        view[:filled], self.ahead = self.ahead[:filled], self.ahead[filled:]
+        while filled < len(view):
+            filled += self._wait(self._socket.recv_into, view[filled:])
         return buffer
 
     def _misc_cmd(self, cmds: Any, name: bytes, *args: Any) -> list[bytes]:
