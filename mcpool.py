@@ -101,7 +101,7 @@ class _Server:
     name: str  # the address as it was given, without credentials
     place: Any  # the path of a Unix socket, or host and port
     tls: bool = False
-    login: bytes = dataclasses.field(default=b"", repr=False)  # user, space, password
+    login: bytes = dataclasses.field(default=b"", repr=False)  # the command for it
 
 
 def _parse(address: object, number: int) -> _Server:
@@ -114,11 +114,12 @@ def _parse(address: object, number: int) -> _Server:
     if not match or not 1 <= port <= 65535:
         forms = "host, host:port, [ipv6]:port or unix:/path"
         raise ValueError(f"memcached address {number} is not valid; write {forms}")
-    login = map(unquote_to_bytes, (match["login"] or "").split(":", 1))
+    login = b" ".join(map(unquote_to_bytes, (match["login"] or "").split(":", 1)))
+    login = login and b"set auth x 0 %d\r\n%b\r\n" % (len(login), login)
     place = (match["ipv6"] or match["host"]).lower(), port
     place[0].encode("idna")  # or a ValueError
     name = (match["tls"] or "") + match["place"]
-    return _Server(name, place, bool(match["tls"]), b" ".join(login))
+    return _Server(name, place, bool(match["tls"]), login)
 
 
 # --- pymemcache's interface -----------------------------------------------------------
@@ -236,8 +237,8 @@ class ServerPool(_Commands):
     def pipeline(self, commands: Iterable[Iterable[Any]]) -> list[bytes]:
         """Send several commands in one go, and return their replies in order.
 
-        A command is an iterable of bytes-like parts, which are not joined. A reply is
-        one line without its end, and may be an error. Commands whose first part ends
+        A command is an iterable of bytes-like parts. Large ones are not joined. A reply
+        is one line without its end, and may be an error. Commands whose first part ends
         with b" noreply\\r\\n" get none. On TCP, a generator makes each command while
         the one before it travels."""
         if isinstance(self._server.place, str):
@@ -407,7 +408,6 @@ class _Connection(Client):
         raise max(errors, key=lambda error: isinstance(error, telling))
 
     def _connect_to(self, family: int, place: Any) -> None:
-        """Connect, and have a harmless command answered before others rely on it."""
         self.close()
         self._socket, self.ahead = socket.socket(family), b""
         self._wait(self._socket.connect, place)
@@ -419,7 +419,15 @@ class _Connection(Client):
             self._socket = self._wait(wrap, self._socket)
         # The sendmsg of eventlet's sockets does not wait, so it can't be used.
         self._gathers = hasattr(type(self._socket), "sendmsg") and not self._tls
-        reply = self._greet()
+        self._greet()
+        self.is_open = True
+
+    def _greet(self) -> None:
+        """Log in, or have a harmless command answered, before others rely on it."""
+        harmless = b"get mcpool-%b\r\n" % os.urandom(8).hex().encode()
+        with contextlib.suppress(MemcacheClosed):  # It may have said why before.
+            self.sendall(self._server.login or harmless)
+        reply = self._line()
         text = f"{self._server.name} says {reply[:64].decode(errors='replace')!r}"
         if b"Too many open connections" in reply:
             raise _TooMany(text)
@@ -427,14 +435,6 @@ class _Connection(Client):
         good = b"STORED" if self._server.login else b"END|SERVER_ERROR"
         if not re.match(good, reply):
             raise MemcacheUnknownError(f"{text}; does it want user:password@?")
-        self.is_open = True
-
-    def _greet(self) -> bytes:
-        login, key = self._server.login, os.urandom(8).hex().encode()
-        ask = b"set auth x 0 %d\r\n%b\r\n" % (len(login), login)
-        with contextlib.suppress(MemcacheClosed):  # It may have said why before.
-            self.sendall(ask if login else b"get mcpool-%b\r\n" % key)
-        return self._line()
 
     def close(self) -> None:
         self.is_open = False
@@ -488,19 +488,19 @@ class _Connection(Client):
     def pipeline(self, commands: Iterable[Iterable[Any]]) -> list[bytes]:
         """Small commands travel together, except on TLS (see `set_many`)."""
         replies: list[bytes] = []
-        parts: list[Any] = []
-        expected = size = 0
+        expected, small = 0, b""
         for command in commands:
-            made = list(command)
-            expected += bytes(made[0][-10:]) != b" noreply\r\n"
-            parts, size = parts + made, size + sum(map(len, made))
-            if size >= _TOGETHER or self._tls:
-                self.sendall(*parts)
-                parts, size = [], 0
-                while expected - len(replies) > _OUTSTANDING:
-                    replies.append(self._line())
-        if parts:
+            parts = [small, *command]
+            expected += bytes(parts[1][-10:]) != b" noreply\r\n"
+            if sum(map(len, parts)) < _TOGETHER and not self._tls:
+                small = b"".join(parts)
+                continue
             self.sendall(*parts)
+            small = b""
+            while expected - len(replies) > _OUTSTANDING:
+                replies.append(self._line())
+        if small:
+            self.sendall(small)
         return replies + [self._line() for _ in range(expected - len(replies))]
 
     def set_many(self, values: Any, *args: Any, **options: Any) -> list[Key]:
