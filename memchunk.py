@@ -730,7 +730,7 @@ class _Segment:
         taken = len(data) - len(data) % self.chunk_size
         self.total = taken // self.chunk_size
         with self.deleted_on_error():
-            for batch in _batches([data[:taken]], self.batch_size):
+            for batch in _slices(data[:taken], self.batch_size):
                 self.send(batch)
         return f"{self.key}:{self.count}:{self.chunk_size}", taken
 
@@ -855,12 +855,12 @@ class _Write(_Segment):
         return self._store(source)
 
     def _store(self, source: Any) -> FileInfo:
-        known, pieces = _opened_source(source)
+        known, batches = _opened_source(source)
         # 1. Look up the manifest, and refuse early: no payload was sent yet.
         found = self._begin(known)
         with self.deleted_on_error():
             # 2. Store the chunks on a lease. The last batch may include step 3.
-            is_settled = self._send(pieces(self.batch_size), found)
+            is_settled = self._send(batches(self.batch_size), found)
             manifest, is_young = self._manifest(), self.verb != "cas" and found.is_young
             for _ in range(_ATTEMPTS):
                 # A restarted server counts its tokens anew: an old one might fit.
@@ -921,10 +921,10 @@ class _Write(_Segment):
             raise FileExists(self.entry.name, found.manifest.info)
         return found
 
-    def _send(self, pieces: Iterable[Any], found: _Found) -> bool:
+    def _send(self, batches: Iterable[memoryview], found: _Found) -> bool:
         """Store all chunks. Returns whether they have their final expiry already."""
         is_settled, sent = False, 0.0
-        for batch in _batches(pieces, self.batch_size):
+        for batch in batches:
             self.length += len(batch)
             self._check(self.length)
             # If memory can't hold both files, the old one goes: memcached would evict
@@ -1553,24 +1553,32 @@ def _reason(error: Exception) -> str:
 # --- Sources --------------------------------------------------------------------------
 
 
-def _opened_source(source: Any) -> tuple[int | None, Callable[[int], Iterable[Any]]]:
+def _opened_source(
+    source: Any,
+) -> tuple[int | None, Callable[[int], Iterable[memoryview]]]:
     """The number of bytes that a source has left, None if only reading will tell; and a
-    function that yields them in pieces (of a file: of the given size), each valid until
-    the next is asked for. Raises TypeError for a source that yields no bytes."""
+    function that yields them in batches of a given size. Only the last may be shorter,
+    and each is valid until the next is asked for. Raises TypeError for a source that
+    yields no bytes."""
     if isinstance(source, (str, io.TextIOBase)):
         raise TypeError("files are bytes: encode the text, or open it in binary mode")
     with contextlib.suppress(TypeError):
         view = _view(source)
-        return len(view), lambda size: [view]
+        return len(view), functools.partial(_slices, view)
     if _is_file(source):
         return _file_size(source), functools.partial(_read_file, source)
     # The `read(n)` of an http.client.HTTPResponse ends a broken download like a whole
     # one. Its `length` is the number of bytes that must come.
     known = getattr(source, "length", None) if hasattr(source, "getheader") else None
     if hasattr(source, "read"):
-        return known, lambda size: iter(functools.partial(source.read, _PIECE), b"")
-    pieces = iter(source)
-    return None, lambda size: pieces
+        source = iter(functools.partial(source.read, _PIECE), b"")
+    return known, functools.partial(_gathered, iter(source))
+
+
+def _slices(view: memoryview, size: int) -> Iterator[memoryview]:
+    for start in range(0, len(view), size):
+        end = start + size
+        yield view[start:end]
 
 
 def _is_file(source: Any) -> bool:
@@ -1587,16 +1595,20 @@ def _file_size(file: Any) -> int | None:
 
 
 def _read_file(file: Any, size: int) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(size))
-    while count := file.readinto(buffer):
-        yield buffer[:count]
+    buffer, filled = memoryview(bytearray(size)), 0
+    while count := file.readinto(buffer[filled:]):
+        filled += count
+        if filled == size:
+            yield buffer
+            filled = 0
     if count is None:
         raise BlockingIOError("the file does not block, and has no bytes yet")
+    if filled:
+        yield buffer[:filled]
 
 
-def _batches(pieces: Iterable[Any], size: int) -> Iterator[memoryview]:
-    """The pieces as batches of `size` bytes; only the last may be shorter. Bytes that
-    need not be joined are not copied."""
+def _gathered(pieces: Iterator[Any], size: int) -> Iterator[memoryview]:
+    """Gather pieces into batches. Bytes that need not be joined are not copied."""
     rest = bytearray()
     for piece in pieces:
         view = _view(piece)
