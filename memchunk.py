@@ -112,13 +112,11 @@ _MAX_EXPIRE = 2**62  # seconds
 _NO_TOKEN = b"%d" % (2**64 - 1)  # no item has it, so a `cas` with it changes nothing
 
 _HEADER = struct.Struct(">III")  # of a chunk: index, total, CRC
-_COUNTS = struct.Struct(">II")  # index and total, as the CRC covers them
-_CRC = struct.Struct(">I")  # of a manifest
 _FORMAT = 2
 
 _STORED, _NOT_STORED, _EXISTS = b"STORED", b"NOT_STORED", b"EXISTS"
 _NOT_FOUND, _TOUCHED, _DELETED = b"NOT_FOUND", b"TOUCHED", b"DELETED"
-_REFUSAL = re.compile(rb"out of memory (storing|during read)|object too large")
+_REFUSAL = re.compile(rb"(?i)out of memory|object too large")
 
 _CLOSED = ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, MemcacheClosed
 
@@ -194,7 +192,8 @@ class FileExists(MemchunkError, FileExistsError):
 
 
 class FileChanged(MemchunkError):
-    """The file is now version `current` (None: there is no file), not `version`."""
+    """The file is not `version` any more. current: its version now, None if it is
+    gone."""
 
     def __init__(self, name: str, version: str, current: str | None) -> None:
         self.version, self.current = version, current
@@ -222,8 +221,8 @@ class SizeMismatch(MemchunkError, ValueError):
 
 
 class FileCorrupt(MemchunkError):
-    """Chunk `index` is damaged, or the manifest (None). reason: "" for damage, else it
-    tells the format of a sound manifest that a later memchunk wrote."""
+    """A chunk is damaged, or the manifest if `index` is None. reason: "" for damage,
+    else it tells the format of a sound manifest that a later memchunk wrote."""
 
     def __init__(self, name: str, index: int | None, reason: str = "") -> None:
         self.index, self.reason = index, reason
@@ -240,8 +239,7 @@ class CacheFull(MemchunkError):
     cause: by the server's `stats`, "memory" (-m is smaller than the file), "slabs" (the
     memory is in pages for items of other sizes), "item size" (-I is too small), "lease"
     (it ended before the upload), "contention" (others changed the manifest 100 times),
-    "pressure" (other files fill the memory), or "unknown".
-    """
+    "pressure" (other files fill the memory), or "unknown"."""
 
     def __init__(self, name: str, cause: str, reason: str, missing: list[int]) -> None:
         self.cause, self.missing = cause, missing
@@ -264,8 +262,7 @@ class FileInfo:
 
     name, metadata: as given to `add`. size: bytes. chunks: their number, 0 for a small
     file. version: 16 hex digits, unique to one publication. created: Unix time in
-    seconds, by the writer's clock. expires: likewise, None for never.
-    """
+    seconds, by the writer's clock. expires: likewise, None for never."""
 
     name: str
     size: int
@@ -276,7 +273,7 @@ class FileInfo:
     metadata: bytes
 
 
-class FileCache:
+class FileCache(contextlib.AbstractContextManager["FileCache"]):
     """Files in memcached.
 
     client: the address of a server, "host", "host:port", "[ipv6]:port" or "unix:/path",
@@ -291,8 +288,7 @@ class FileCache:
 
     Raises ValueError for options and clients that can't work. Every method that takes a
     name may raise InvalidName and CacheUnavailable. As a context manager it closes
-    itself.
-    """
+    itself."""
 
     def __init__(
         self,
@@ -313,8 +309,10 @@ class FileCache:
         self._chunk_size = chunk_size and int(chunk_size)
         self._given = client
         self._connect()
-        longest = len(getattr(self.client, "key_prefix", b"")) + len(self._key(b"x"))
-        if longest + len(_chunk_key("", "0" * 16, _MAX_CHUNKS)) > _MAX_KEY:
+        # bytes of the longest key
+        self._key_size = len(getattr(self.client, "key_prefix", b""))
+        self._key_size += len(_chunk_key(self._key(b""), "0" * 16, _MAX_CHUNKS))
+        if self._key_size > _MAX_KEY:
             raise ValueError("key_prefix and namespace make keys longer than 250 bytes")
 
     def _connect(self) -> None:
@@ -333,9 +331,6 @@ class FileCache:
 
     def __repr__(self) -> str:
         return f"<FileCache {self.namespace!r} on {_address(self.client)}>"
-
-    def __enter__(self) -> FileCache:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -409,12 +404,11 @@ class FileCache:
             the server has little memory, earlier parts get it, too.
 
         Returns the new part, a short text for the `parts` of later calls, and the
-        number of bytes that it took, a multiple of the chunk size. Give the others to
-        the next call. Each call has keys of its own, so two callers never mix.
+        number of bytes that it took, a multiple of the chunk size. Pass the remaining
+        bytes to the next call. Each call has keys of its own, so two callers never mix.
 
         Raises FileEvicted if chunks of the parts are gone, FileTooLarge, CacheFull, and
-        ValueError for parts of different chunk sizes.
-        """
+        ValueError for parts of different chunk sizes."""
         return _Segment(self, name, parts, _lease(lease)).stage(_view(data))
 
     def unstage(self, name: str, parts: Sequence[str]) -> None:
@@ -428,8 +422,7 @@ class FileCache:
         FileTooLarge if a cache with another `max_size` wrote it.
 
         Starts over if a writer replaces the file meanwhile, up to 100 times; then it
-        raises FileChanged.
-        """
+        raises FileChanged."""
         tries_left = _ATTEMPTS
         while True:
             with self.open(name) as file:
@@ -455,34 +448,37 @@ class FileCache:
         caller at a time runs `make`. The others wait for the file, for up to `lock`
         seconds, and then run it, too. If the cache is down or full, or the file is
         damaged, callers still get bytes, and the file is stored if it can be."""
-        entry = self._entry(name)
-        found, lock_end = self._get_or_lock(entry, _lease(lock))
-        try:
+        # Made now, as it refuses bad options before `make` does its work.
+        write = _Write(self, "set", name, None, expire, metadata, ())
+        with self._file_or_lock(name, _lease(lock)) as found:
             if found is not None:
                 return found
             data = make()
             with contextlib.suppress(CacheUnavailable, CacheFull):
-                self.set(name, data, expire=expire, metadata=metadata)
+                write.run(data)
             return data
+
+    @contextlib.contextmanager
+    def _file_or_lock(self, name: str, seconds: int) -> Iterator[bytes | None]:
+        """Yield the file, or None if this caller has to make it."""
+        entry, found = self._entry(name), None
+        lock_end, deadline = -math.inf, time.monotonic() + seconds
+        try:
+            with contextlib.suppress(CacheUnavailable, CacheFull):
+                while (now := time.monotonic()) < deadline:
+                    with contextlib.suppress(CacheMiss, FileCorrupt, FileChanged):
+                        found = self.get(name)
+                        break
+                    if now < lock_end:
+                        break
+                    end = time.monotonic() + seconds
+                    if entry.take_lock(seconds):
+                        # Look again: its last owner may have stored the file.
+                        lock_end = end
+            yield found
         finally:
             if time.monotonic() < lock_end:  # later, it may be another's
                 entry.delete([entry.lock])
-
-    def _get_or_lock(self, entry: _Entry, seconds: int) -> tuple[bytes | None, float]:
-        """The file, None if this caller must make it; and the end of its lock."""
-        now, lock_end = time.monotonic(), -math.inf
-        deadline = now + seconds
-        with contextlib.suppress(CacheUnavailable, CacheFull):
-            while now < deadline:
-                with contextlib.suppress(CacheMiss, FileCorrupt, FileChanged):
-                    return self.get(entry.name), lock_end
-                if now < lock_end:
-                    break
-                now = time.monotonic()
-                if entry.take_lock(seconds):
-                    # Look again: its last owner may have stored the file.
-                    lock_end = now + seconds
-        return None, lock_end
 
     def open(self, name: str) -> CachedFile:
         """The present version of the file, as a binary stream, which fetches chunks as
@@ -496,16 +492,14 @@ class FileCache:
 
     def __contains__(self, name: str) -> bool:
         """Whether the whole file is there. Reads no payload, and changes nothing."""
-        entry = self._entry(name)
-        found = entry.lookup()
+        entry, before = self._entry(name), None
         for _ in range(_ATTEMPTS):
-            if found.value is None or entry.is_whole(found):
+            found = entry.lookup()
+            if found.value in (None, before) or entry.is_whole(found):
                 break
             # A writer may have replaced the file, and deleted the chunks asked for.
-            before, found = found, entry.lookup()
-            if found.value == before.value:
-                return False
-        return found.value is not None
+            before = found.value
+        return found.value not in (None, before)
 
     def touch(self, name: str, expire: _Expire) -> FileInfo:
         """Give the file a new time to live: seconds from now, a timedelta, or 0 for no
@@ -553,7 +547,8 @@ class FileCache:
         key = self._entry("ping").key  # first, as it connects anew after a fork
         servers = getattr(self.client, "servers", {"": self.client})
         for client in servers.values():
-            _Entry(_Server(client), "", key).ask(lambda client: client.gets(key))
+            entry = _Entry(self._server(client), "", key)
+            entry.ask(lambda client: client.gets(key))
 
     def close(self) -> None:
         """Close the client's connections. The next call opens new ones."""
@@ -575,10 +570,10 @@ class FileCache:
         key = self._key(encoded)
         for_key = getattr(self.client, "for_key", None)
         client = for_key(key) if for_key else self.client
-        server = self._servers.get(id(client))
-        if server is None:
-            server = self._servers.setdefault(id(client), _Server(client))
-        return _Entry(server, name, key)
+        return _Entry(self._server(client), name, key)
+
+    def _server(self, client: Any) -> _Server:
+        return self._servers.setdefault(id(client), _Server(client))
 
 
 # --- The stored format ----------------------------------------------------------------
@@ -591,7 +586,7 @@ def _chunk_key(key: str, segment: str, index: int) -> str:
 def _chunk(key: str, index: int, total: int, *body: Any) -> tuple[Any, ...]:
     """A chunk's value: header, payload and padding, as parts, which saves a copy.
     The CRC covers the key, too, so that a sound chunk in a wrong place is damage."""
-    crc = zlib.crc32(key.encode(), zlib.crc32(_COUNTS.pack(index, total)))
+    crc = zlib.crc32(key.encode(), zlib.crc32(_HEADER.pack(index, total, 0)[:8]))
     for part in body:
         crc = zlib.crc32(part, crc)
     return _HEADER.pack(index, total, crc), *body
@@ -626,14 +621,14 @@ class _Manifest:
         del fields["data"]
         line = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
         body = b"".join((line, b"\n", self.metadata, self.data))
-        return _CRC.pack(zlib.crc32(body)) + body
+        return zlib.crc32(body).to_bytes(4, "big") + body
 
     @classmethod
     def unpack(cls, name: str, value: Any) -> _Manifest:
         """Raises FileCorrupt unless `value` is a manifest of the file `name`."""
         try:
-            seal, body = bytes(value[:4]), bytes(value[4:])  # a CRC has 4 bytes
-            if seal != _CRC.pack(zlib.crc32(body)):
+            seal, body = bytes(value[:4]), bytes(value[4:])
+            if seal != zlib.crc32(body).to_bytes(4, "big"):
                 raise ValueError("the CRC is another")
             line, _, rest = body.partition(b"\n")
             fields = json.loads(line)
@@ -707,13 +702,10 @@ class _Segment:
         item, self.largest, self.memory = self.entry.limits()
         self.small = (self.cache._chunk_size or item) // _SMALL_DIVISOR
         if not self.chunk_size:
-            prefix = getattr(self.entry.client, "key_prefix", b"")
-            around = len(prefix) + len(
-                _chunk_key(self.entry.key, self.key, _MAX_CHUNKS)
-            )
-            around += _HEADER.size + _ITEM_OVERHEAD
-            self.chunk_size = self.cache._chunk_size or max(item - around, 1)
+            around = self.cache._key_size + _HEADER.size + _ITEM_OVERHEAD
+            self.chunk_size = self.cache._chunk_size or item - around
         self.batch_size = self.chunk_size * max(1, _WRITE_BATCH // self.chunk_size)
+        # The file takes more than half of the memory.
         self.is_tight = 2 * size > self.memory
 
     def stage(self, data: memoryview) -> tuple[str, int]:
@@ -735,15 +727,15 @@ class _Segment:
         return f"{self.key}:{self.count}:{self.chunk_size}", taken
 
     def _missing_parts(self) -> list[int]:
-        """The indices of the parts' chunks that are gone. On a tight server, keeps the
-        others active."""
+        """The indices of the parts' chunks that are gone. Keeps the others active if
+        the server is tight."""
         keys = self.entry.keys(self.parts)
-        if not (keys and self.is_tight) or self._are_published():
+        if not keys or not self.is_tight or self._are_published():
             return self.entry.missing(keys)
         self.entry.touch(keys, self.lease)
         missing = self.entry.touch(keys, self.lease)
         # If another published them meanwhile, the lease replaced their final expiry.
-        # Then they get no end, which is never too early. `_tidy` is the other half.
+        # Then they get no expiry, so they can't end too early. See `_tidy`, too.
         if self._are_published():
             self.entry.touch(keys, 0)
         return missing
@@ -759,9 +751,8 @@ class _Segment:
         """Store a batch of chunks on the lease.
 
         end: the final expiry, None if it comes later. If it is given, all chunks of
-        the file are touched with it in the same round trip. Returns whether they were
-        there.
-        """
+        the file are touched with it in the same round trip. Returns whether that was
+        done, and all were there."""
         chunks = {command.key: command for command in self._commands(batch)}
         is_last = end is not None and not self.is_tight
         touched = self.all_keys() if is_last else []
@@ -789,13 +780,13 @@ class _Segment:
 
     def _insist(self, chunks: dict[str, _Command], refused: dict[str, bytes]) -> None:
         """Store chunks again until the server keeps them. A full cache evicts new ones
-        first, unless two touches make them active in its LRU. Done always, this would
-        cost a large cache an eighth of its files. Raises CacheFull."""
+        first, unless two touches make them active in its LRU. If every write did so, a
+        large cache would lose an eighth of its files. Raises CacheFull."""
         deadline, keys = time.monotonic() + _PATIENCE, list(chunks)
         while True:
             self.entry.touch(keys, self.lease)
-            gone = {keys[position] for position in self.entry.touch(keys, self.lease)}
-            keys = [key for key in keys if key in gone or key in refused]
+            # A refused chunk is gone, too.
+            keys = [keys[at] for at in self.entry.touch(keys, self.lease)]
             if not keys:
                 return
             reply = next(iter(refused.values()), b"")
@@ -861,12 +852,13 @@ class _Write(_Segment):
         with self.deleted_on_error():
             # 2. Store the chunks on a lease. The last batch may include step 3.
             is_settled = self._send(batches(self.batch_size), found)
-            manifest, is_young = self._manifest(), self.verb != "cas" and found.is_young
+            manifest = self._manifest()
+            is_young = time.monotonic() - found.time < _FRESH and self.verb != "cas"
             for _ in range(_ATTEMPTS):
                 # A restarted server counts its tokens anew: an old one might fit.
                 found = found if is_young else self._look_up()
                 # 3. Touch every chunk: this proves that each is still there.
-                end, chunks_end = self._settle(is_settled)
+                end, chunks_end = self._set_expiry(is_settled)
                 # 4. Publish. If the reply gets lost, the file may yet appear.
                 self.may_appear = True
                 if self.entry.replace(found, manifest.pack(), end):
@@ -955,12 +947,12 @@ class _Write(_Segment):
         name, cut = self.entry.name, self.chunk_size
         return _Manifest(name, self.length, cut, *about, segments, self.data)
 
-    def _settle(self, is_settled: bool) -> tuple[int, int]:
-        """Give every chunk its final expiry; return that of the manifest, and theirs.
-        Raises CacheFull if one is gone: a server that is short of memory says STORED,
-        and evicts the first chunks while the last arrive."""
+    def _set_expiry(self, is_done: bool) -> tuple[int, int]:
+        """Give every chunk its final expiry, unless that is done; return that of the
+        manifest, and theirs. Raises CacheFull if one is gone: a server with little
+        memory says STORED, but evicts the first chunks while the last arrive."""
         end, chunks_end = self.entry.exptimes(self.expire)
-        missing = [] if is_settled else self.entry.touch(self.all_keys(), chunks_end)
+        missing = [] if is_done else self.entry.touch(self.all_keys(), chunks_end)
         if missing:
             raise self.cache_full(missing)
         return end, chunks_end
@@ -986,15 +978,13 @@ class CachedFile(io.RawIOBase):
 
     Fetches only the chunks that are read. Reading raises FileEvicted, FileCorrupt, and
     FileChanged if the file was replaced or deleted since it was opened and its chunks
-    are gone.
-    """
+    are gone."""
 
     def __init__(self, cache: FileCache, manifest: _Manifest) -> None:
         super().__init__()
         self.info, self._cache, self._manifest = manifest.info, cache, manifest
-        self._chunk_size = (
-            manifest.chunk_size if self.info.chunks else max(self.info.size, 1)
-        )
+        size = manifest.chunk_size if self.info.chunks else self.info.size
+        self._chunk_size = max(size, 1)
         place = self._entry.key
         self._chunks = [  # key, index in the segment, number of chunks in the segment
             (_chunk_key(place, key, index), index, count)
@@ -1031,10 +1021,9 @@ class CachedFile(io.RawIOBase):
                 self._held, offset = (number, payload), number * self._chunk_size
                 first, last = max(start - offset, 0), stop - offset
                 yield offset + first - start, payload[first:last]
-            numbers, payload = numbers[batch:], memoryview(b"")
-            # Freed now, so that the next batch is received into the same memory. Fresh
-            # pages from the system take as long as the CRC.
-            del payloads
+            # Let go of the payloads now, so that the next batch is received into the
+            # same memory. Fresh pages from the system take as long as the CRC.
+            numbers, payloads, payload = numbers[batch:], {}, memoryview(b"")
 
     def _fetch(
         self, numbers: range, start: int, target: memoryview | None
@@ -1097,20 +1086,17 @@ class CachedFile(io.RawIOBase):
 
     def read(self, size: int | None = -1) -> bytes:
         """The next `size` bytes, fewer only at the end; all that is left by default."""
-        # IOBase's own makes room for all of `size`, however much is left.
-        if size is None or size < 0:
-            return self.readall()
-        return super().read(min(size, max(self.info.size - self._position, 0))) or b""
-
-    def readall(self) -> bytes:
-        """All that is left."""
+        left = max(self.info.size - self._position, 0)
+        size = left if size is None or size < 0 else min(size, left)
         # The system makes these zero bytes when they are written to, and `getvalue`
-        # hands the buffer over without a copy. So the file is in memory once.
-        output = io.BytesIO(bytes(max(self.info.size - self._position, 0)))
+        # hands the buffer over without a copy. So the bytes are in memory once.
+        output = io.BytesIO(bytes(size))
         with output.getbuffer() as view:
             filled = self.readinto(view)
         output.truncate(filled)  # another thread may have moved the stream
         return output.getvalue()
+
+    readall = read  # io.BufferedReader calls it
 
     def readable(self) -> bool:
         self._checkClosed()
@@ -1144,10 +1130,6 @@ class _Found(NamedTuple):
     @property
     def segments(self) -> _Segments:
         return self.manifest.segments if self.manifest else ()
-
-    @property
-    def is_young(self) -> bool:
-        return time.monotonic() - self.time < _FRESH
 
     def require(self, version: str | None = None) -> _Manifest:
         """Raises FileNotFound, FileCorrupt; FileChanged unless it is `version`."""
@@ -1238,12 +1220,10 @@ class _Entry:
 
     def delete(self, keys: Sequence[str], quick: bool = False) -> None:
         """Delete chunks that no manifest names. A failure is no error, because nothing
-        depends on it. But nobody else will delete them, so it is tried twice.
-
-        quick: don't wait for the replies, if the chunks are few.
-        """
+        depends on it. But nobody else will delete them, so it is tried twice. quick:
+        don't wait for the replies, if the chunks are few."""
         # Nagle's algorithm would hold up the next command of a client that allows it.
-        # memcached's proxy 1.6.45 sends "noreplY" on, which older servers refuse.
+        # memcached's proxy 1.6.45 forwards "noreplY", which older servers refuse.
         is_safe = getattr(self.client, "no_delay", False)
         is_safe = is_safe and "is_proxy" not in self.server.settings
         quick = quick and is_safe and len(keys) <= _FEW
@@ -1258,8 +1238,7 @@ class _Entry:
         self, segments: _Segments, kept: _Segments, quick: bool = False
     ) -> None:
         """Delete the chunks of segments, unless another file has them, too."""
-        keys = {key for key, _ in kept}
-        gone = [segment for segment in segments if segment[0] not in keys]
+        gone = [(key, count) for key, count in segments if key not in dict(kept)]
         self.delete(self.keys(gone), quick)
 
     def take_lock(self, seconds: int) -> bool:
@@ -1272,8 +1251,10 @@ class _Entry:
 
     def explain(self, manifest: _Manifest, missing: list[int]) -> NoReturn:
         """Raise the reason for missing chunks: FileChanged or FileEvicted."""
-        now = self.lookup().manifest
-        current = now.version if now else None
+        found = self.lookup()
+        if found.damage:
+            raise found.damage
+        current = found.manifest.version if found.manifest else None
         if current != manifest.version:
             raise FileChanged(self.name, manifest.version, current)
         error = FileEvicted(self.name, manifest.info, missing)
@@ -1319,11 +1300,9 @@ class _Entry:
         if told.get(b"proxy_enabled") == b"yes":
             numbers["is_proxy"] = 1
             numbers.pop("maxbytes", None)  # it is the proxy's own, not its servers'
-        limits = (
-            numbers.get("item_size_max", _PAGE),
-            numbers.get("slab_chunk_max", _PAGE),
-        )
-        if not numbers or min(limits) < _LEAST_LIMIT:
+        sizes = ("item_size_max", "slab_chunk_max")
+        least = min(numbers.get(key, _PAGE) for key in sizes)
+        if not numbers or least < _LEAST_LIMIT:
             self.server.silent_until, numbers = time.monotonic() + _ASK_AGAIN, {}
         return numbers
 
@@ -1369,31 +1348,28 @@ class _Entry:
     def read(self, keys: list[str], receive: Callable[..., None]) -> dict[str, Any]:
         """Have `receive` take the values that are there: from mcpool, each while the
         next arrives. Returns a dictionary with their keys."""
-        values: dict[str, Any] = {}
-        if keys and hasattr(self.client, "receive_many"):
-            values = self.ask(lambda client: client.receive_many(keys, receive))
-        elif keys:
-            values = self.ask(lambda client: client.get_many(keys))
-            for key, value in values.items():
-                receive(key, len(value), io.BytesIO(value).readinto)
+        if not keys:
+            return {}
+        if hasattr(self.client, "receive_many"):
+            return dict(self.ask(lambda client: client.receive_many(keys, receive)))
+        values = dict(self.ask(lambda client: client.get_many(keys)))
+        for key, value in values.items():
+            receive(key, len(value), io.BytesIO(value).readinto)
         return values
 
     def run(self, commands: list[_Command], again: bool = True) -> list[bytes]:
         """Do commands; return their replies. A client with `pipeline`, as of mcpool,
         gets them in one go. Others get them one by one: pymemcache's `set_many` stops
         at the first refusal, while the server goes on to store what is behind it."""
-        if not hasattr(self.client, "pipeline"):
+        if not commands or not hasattr(self.client, "pipeline"):
             return [self.ask(command.call, again) for command in commands]
-        if not commands:
-            return []
         wires = functools.partial(map, _Command.wire, commands)
         return list(self.ask(lambda client: client.pipeline(wires()), again))
 
     def ask(self, command: Callable[[Any], Any], again: bool = True) -> Any:
         """Have the client do a command. Its errors become CacheUnavailable.
-        again: whether the command may be repeated. Then it is, if the server has closed
-        the connection meanwhile. After a restart, all that idle in a pool are closed.
-        """
+        again: repeat the command if the server has closed the connection. After a
+        restart, it has closed all that idle in a pool."""
         pool = getattr(self.client, "client_pool", None)
         retries = 1 + len(getattr(pool, "free", ())) if again else 0
         while True:
@@ -1403,14 +1379,14 @@ class _Entry:
                 return result
             except MemchunkError:
                 raise
-            except (OSError, MemcacheError) as error:
+            except (OSError, MemcacheError, ValueError) as error:
                 retries -= 1
                 if retries < 0 or not isinstance(error, _CLOSED):
                     self.server.note(error)
                     raise self.unavailable(_reason(error)) from error
             except BaseException as error:
-                # The next command would read the rest of this reply. After an Exception
-                # pymemcache's Client closes its connection itself.
+                # Close the connection, or the next command reads the rest of this
+                # reply. After an Exception pymemcache's Client does so itself.
                 if not isinstance(error, Exception) and isinstance(self.client, Client):
                     self.client.close()
                 raise
@@ -1425,9 +1401,8 @@ class _Entry:
         for reply in set(replies).difference(allowed):
             if _REFUSAL.search(reply):
                 raise self.cache_full(0, said=reply.decode())
-            raise self.unavailable(
-                _OLD if reply == b"ERROR" else f"it said {reply[:64]!r}"
-            )
+            said = f"it said {reply[:64]!r}"
+            raise self.unavailable(_OLD if reply == b"ERROR" else said)
 
 
 class _Command(NamedTuple):
@@ -1473,7 +1448,8 @@ class _Command(NamedTuple):
         except MemcacheClosed:  # a MemcacheServerError, too, but no reply
             raise
         except MemcacheServerError as error:
-            return b"SERVER_ERROR %b" % str(error).encode()
+            said = error.args[0] if error.args else b""
+            return b"SERVER_ERROR " + (said if isinstance(said, bytes) else b"")
 
 
 # --- The client -----------------------------------------------------------------------
@@ -1498,7 +1474,8 @@ class _Server:
 
 
 def _is_outage(error: BaseException | None) -> bool:
-    """Not if the server closed a connection: some do so on a command they refuse."""
+    """Whether the server is down. A closed connection tells nothing, because some
+    servers close it after a command that they refuse."""
     return isinstance(error, OSError) and not isinstance(error, _CLOSED)
 
 
@@ -1602,7 +1579,7 @@ def _read_file(file: Any, size: int) -> Iterator[memoryview]:
             yield buffer
             filled = 0
     if count is None:
-        raise BlockingIOError("the file does not block, and has no bytes yet")
+        raise BlockingIOError("the file is non-blocking, and has no bytes now")
     if filled:
         yield buffer[:filled]
 
