@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from pymemcache.client.base import Client
+from pymemcache.exceptions import MemcacheServerError
 from pymemcache.exceptions import MemcacheUnexpectedCloseError as ClosedError
 from pymemcache.exceptions import MemcacheUnknownCommandError as UnknownError
 
@@ -331,3 +332,17 @@ def test_a_manifest_that_others_keep_changing_is_contention(
         assert caught.value.cause == "contention"
         assert other.get("file") == b"1"
     assert len(memcached.keys()) == 1
+
+
+@pytest.mark.parametrize("said", ["out of memory storing object", "Out of memory"])
+def test_a_refusal_is_told_in_the_words_of_the_server(
+    memcached: Memcached, said: str
+) -> None:
+    def refuse(command: str) -> None:
+        if command == "add":
+            raise MemcacheServerError(said.encode())
+
+    client = Wrapped(Client(memcached.address, timeout=5), before=refuse)
+    with FileCache(client) as cache, pytest.raises(memchunk.CacheFull) as caught:
+        cache.add("file", b"x")
+    assert f": SERVER_ERROR {said}: " in str(caught.value)
