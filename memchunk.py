@@ -75,24 +75,26 @@ LEASE = 3600  # seconds that chunks live before their file is published
 # once, never in part, and a read that began just before can finish.
 _SLACK = 60
 
-# memcached keeps an item in one piece up to the size of its largest slab class, which
-# is 512 KiB by default, two in a page of 1 MB. It stitches larger items together from
-# several pieces, which wastes memory and fails under pressure. An item takes 59 bytes
-# beside its key and value, or 63 if a client sets flags.
+# memcached keeps an item of up to 512 KiB in one piece. This is its largest slab class
+# by default; two such items fill a page. It stitches larger items together from many
+# pieces, which wastes memory and fails under pressure. An item takes 59 bytes beside
+# its key and value, or 63 if a client sets flags.
 _LARGEST_ITEM, _ITEM_OVERHEAD = 512 * 1024, 64
 _PAGE = 1024 * 1024  # bytes: memcached gives memory to a slab class in pages
 _MAX_KEY = 250  # bytes, memcached's limit
-_LEAST_LIMIT = 1024  # bytes: the smallest -I of memcached; a proxy may tell less
+_LEAST_ITEM = (
+    1024  # bytes: the smallest -I of memcached; a smaller value is not its own
+)
 _SMALL_DIVISOR = 16  # a file of up to 1/16 of a chunk lies in its manifest
 
-# Bytes of one round trip. They limit the memory of a transfer. Batches of 8 chunks
-# survive best in a cache that has just enough memory for the file. A batch of a read
-# fits in the caches of a CPU.
+# Bytes of one round trip. They limit the memory of a transfer. If memory only just fits
+# the file, batches of 8 chunks lose the fewest. A batch of a read fits in the caches of
+# a CPU.
 _WRITE_BATCH, _READ_BATCH = 4 * 1024 * 1024, 2 * 1024 * 1024
 _PIECE = 64 * 1024  # bytes to read at a time from a source of unknown size
 _MAX_CHUNK = 2**30  # bytes: memcached's -I ends there
 _MAX_CHUNKS = 2**20  # a manifest that names more is damaged
-_FEW = 8  # chunks; their deletion does not wait for replies
+_QUICK_DELETES = 8  # chunks; their deletion does not wait for replies
 
 # Chunks that were read or touched twice are active in memcached's LRU. If they fill the
 # cache, memcached refuses others until its LRU thread has made room. That thread sleeps
@@ -100,14 +102,14 @@ _FEW = 8  # chunks; their deletion does not wait for replies
 _PATIENCE, _PAUSE = 4.0, 0.02  # seconds to wait for it, and between two tries
 
 _ATTEMPTS = 100  # to change a manifest; another writer won each attempt that failed
-_FRESH = 1.0  # seconds; a publication relies on no older look at the manifest
+_FRESH = 1.0  # seconds; if a look at the manifest is older, a write looks again
 _ASK_AGAIN = 60.0  # seconds until a server that refused `stats` is asked again
 _IDLE = 60  # seconds; firewalls forget connections that idle longer
 _POLL = 0.05  # seconds between two looks of `get_or_set` at the work of another
 
 _RELATIVE_LIMIT = 30 * 24 * 3600  # memcached reads more seconds as an absolute time
 _LONG_PAST = _RELATIVE_LIMIT + 1  # as an absolute time; twemproxy refuses -1
-_ABSOLUTE_LIMIT = 2**31 - 1  # memcached has 32 bits for a time; a later end is never
+_ABSOLUTE_LIMIT = 2**31 - 1  # memcached has 32 bits for a time; later means never
 _MAX_EXPIRE = 2**62  # seconds
 _NO_TOKEN = b"%d" % (2**64 - 1)  # no item has it, so a `cas` with it changes nothing
 
@@ -120,14 +122,14 @@ _REFUSAL = re.compile(rb"(?i)out of memory|object too large")
 
 _CLOSED = ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, MemcacheClosed
 
-# Errors that a damaged manifest may cause. Others pass through, because a handler of a
-# signal may have raised them.
+# Errors that a damaged manifest may cause. A signal handler may raise any other error,
+# which passes through.
 _BAD_MANIFEST = ValueError, TypeError, LookupError, AttributeError, RecursionError
 
 _log = logging.getLogger("memchunk")
 
 _SEGMENT = re.compile("[0-9a-f]{16}")
-_PART = re.compile("([0-9a-f]{16}):([0-9]{1,7}):([0-9]{1,10})")
+_PART_FORM = re.compile("([0-9a-f]{16}):([0-9]{1,7}):([0-9]{1,10})")
 
 _Bytes = Union[bytes, bytearray, memoryview]
 _Expire = Union[int, datetime.timedelta]
@@ -318,7 +320,9 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
     def _connect(self) -> None:
         """Take the client, or make one for an address."""
         is_address = isinstance(self._given, str)
-        self.client = _own_client(self._given) if is_address else _checked(self._given)
+        self.client = (
+            _own_client(self._given) if is_address else _checked_client(self._given)
+        )
         self._servers: dict[int, _Server] = {}
         self._pid = os.getpid()
 
@@ -349,15 +353,16 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
 
         source: a bytes-like object, a binary file (read from its position), an iterable
             of bytes-like objects, or the path of a file. Its errors pass through.
-        size: bytes of the file, with its parts. Others are a SizeMismatch.
+        size: bytes of the file, with its parts. More or fewer are a SizeMismatch.
         expire: seconds from now, or a timedelta; 0 for never.
         metadata: up to 65,535 bytes to keep with the file.
         parts: those that `stage` returned; the source is the rest of the file.
 
-        Raises FileExists, before payload is sent, if a whole file has that name (one
-        that lost chunks is replaced); FileTooLarge; SizeMismatch; CacheFull;
-        FileCorrupt for a file of a later format; TypeError for text; ValueError for
-        parts of different chunk sizes. After an error, nothing new is stored."""
+        Raises FileExists if a whole file has that name: before payload is sent, or at
+        the end if another writer was quicker. A file that lost chunks is replaced. Also
+        raises FileTooLarge; SizeMismatch; CacheFull; FileCorrupt for a file of a later
+        format; TypeError for text; ValueError for parts of different chunk sizes. After
+        an error, nothing new is stored."""
         return _Write(self, "add", name, size, expire, metadata, parts).run(source)
 
     def set(
@@ -371,7 +376,8 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
         parts: Sequence[str] = (),
     ) -> FileInfo:
         """Store a file, or replace it. Readers get the old file until this returns, or
-        if it raises. If memory can't hold both, the old file is deleted first.
+        if it raises. If memory can't hold both, the old file's chunks are deleted
+        first, and readers get FileEvicted.
         Arguments and errors are those of `add`, except FileExists and FileCorrupt."""
         return _Write(self, "set", name, size, expire, metadata, parts).run(source)
 
@@ -503,17 +509,17 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
 
     def touch(self, name: str, expire: _Expire) -> FileInfo:
         """Give the file a new time to live: seconds from now, a timedelta, or 0 for no
-        end. Raises FileNotFound, FileEvicted, FileCorrupt, CacheFull. After an error,
-        call it again, or its chunks may never expire."""
+        end. Raises FileNotFound, FileEvicted, FileCorrupt, CacheFull. If it raises,
+        call it again. Until then the chunks may have no expiry."""
         entry, seconds = self._entry(name), _seconds(expire)
         for _ in range(_ATTEMPTS):
             found, now = entry.lookup(), int(time.time())
             old, keys = found.require(), entry.keys(found.segments)
             new = dataclasses.replace(old, expires=now + seconds if seconds else None)
             end, chunks_end = entry.exptimes(seconds)
-            # First ask if all are there: a dead file's chunks must keep their end. Then
-            # chunks get no end: they must outlive the manifest with its old end as well
-            # as with the new one, and only clocks that agree know the later one.
+            # If chunks are missing, the others keep their expiry. If not, all lose it
+            # for a moment: the manifest ends at the old or the new time, and the chunks
+            # must outlive both. Only clocks that agree would know the later one.
             missing = entry.missing(keys) or entry.touch(keys, 0)
             if missing:
                 with contextlib.suppress(FileChanged):  # then touch the present version
@@ -668,7 +674,7 @@ class _Manifest:
 def _parsed(parts: Sequence[str]) -> tuple[_Segments, int]:
     """Segments and chunk size of an upload's parts, 0 if there are none. Raises
     ValueError for parts that don't belong together."""
-    matches = [] if isinstance(parts, str) else list(map(_PART.fullmatch, parts))
+    matches = [] if isinstance(parts, str) else list(map(_PART_FORM.fullmatch, parts))
     found = [(each[1], int(each[2]), int(each[3])) for each in matches if each]
     sizes, keys = {size for _, _, size in found}, {key for key, _, _ in found}
     is_size = all(1 <= size <= _MAX_CHUNK for size in sizes)
@@ -700,7 +706,7 @@ class _Segment:
     def plan(self, size: int) -> None:
         """Decide how to cut a file of up to `size` bytes."""
         item, self.largest, self.memory = self.entry.limits()
-        self.small = (self.cache._chunk_size or item) // _SMALL_DIVISOR
+        self.inline_limit = (self.cache._chunk_size or item) // _SMALL_DIVISOR
         if not self.chunk_size:
             around = self.cache._key_size + _HEADER.size + _ITEM_OVERHEAD
             self.chunk_size = self.cache._chunk_size or item - around
@@ -758,7 +764,7 @@ class _Segment:
         touched = self.all_keys() if is_last else []
         refused, missing = self.entry.store(list(chunks.values()), touched, end or 0)
         if refused or self.is_tight:
-            self._insist(chunks, refused)
+            self._store_until_kept(chunks, refused)
             return False
         return is_last and not missing
 
@@ -778,7 +784,9 @@ class _Segment:
             self.count += 1
             yield _Command("set", key, self.lease, make)
 
-    def _insist(self, chunks: dict[str, _Command], refused: dict[str, bytes]) -> None:
+    def _store_until_kept(
+        self, chunks: dict[str, _Command], refused: dict[str, bytes]
+    ) -> None:
         """Store chunks again until the server keeps them. A full cache evicts new ones
         first, unless two touches make them active in its LRU. If every write did so, a
         large cache would lose an eighth of its files. Raises CacheFull."""
@@ -805,10 +813,10 @@ class _Segment:
 
     @contextlib.contextmanager
     def deleted_on_error(self) -> Iterator[None]:
-        """An error deletes the segment, unless the file may yet appear. An exception
-        that is no Exception, such as Ctrl-C or a time-out of gevent, ends a write like
-        a kill: the server may still be at work on a command, so nothing more is sent.
-        The lease ends the chunks."""
+        """An error deletes the segment, unless the file may yet appear. After an
+        exception that is no Exception, such as Ctrl-C or a time-out of gevent, nothing
+        more is sent, because the server may still be at work on a command. Chunks that
+        are on the lease expire."""
         try:
             yield
         except Exception as error:
@@ -885,7 +893,9 @@ class _Write(_Segment):
         self._check(self.length if self.size is None else self.size)
         self.total = -(-((self.size or self.length) - self.length) // self.chunk_size)
         if self.metadata:
-            manifest = len(self._manifest().pack()) + self.small + len(self.entry.key)
+            manifest = (
+                len(self._manifest().pack()) + self.inline_limit + len(self.entry.key)
+            )
             if manifest + _ITEM_OVERHEAD > self.largest:
                 raise self.entry.cache_full(0, said="its manifest is too large")
         return found
@@ -913,7 +923,7 @@ class _Write(_Segment):
             raise FileExists(self.entry.name, found.manifest.info)
         return found
 
-    def _send(self, batches: Iterable[memoryview], found: _Found) -> bool:
+    def _send(self, batches: Iterable[memoryview], old: _Found) -> bool:
         """Store all chunks. Returns whether they have their final expiry already."""
         is_settled, sent = False, 0.0
         for batch in batches:
@@ -921,12 +931,12 @@ class _Write(_Segment):
             self._check(self.length)
             # If memory can't hold both files, the old one goes: memcached would evict
             # some of its chunks anyway, and keep the others in place of new ones.
-            if found.manifest and found.manifest.size + self.length > self.memory:
-                found = self._look_up()  # another may have reused chunks meanwhile
-                self.entry.delete_segments(found.segments, self.parts)
-                found = found._replace(manifest=None)
+            if old.manifest and old.manifest.size + self.length > self.memory:
+                old = self._look_up()  # another may have reused chunks meanwhile
+                self.entry.delete_segments(old.segments, self.parts)
+                old = old._replace(manifest=None)
             is_last = self.length == self.size or len(batch) < self.batch_size
-            if is_last and len(batch) == self.length <= self.small:
+            if is_last and len(batch) == self.length <= self.inline_limit:
                 self.data = bytes(batch)
                 continue
             if is_last and not self.count:
@@ -1182,8 +1192,8 @@ class _Entry:
                 return True
             raise
         self._expect([reply], _STORED, _NOT_STORED, _EXISTS, _NOT_FOUND)
-        # A replicated pool of memcached's proxy has one token for each replica, so that
-        # one stores and another says no.
+        # The replicas of a pool of memcached's proxy have tokens of their own. So one
+        # may store the manifest while another refuses it.
         return reply == _STORED or bool(value and self.lookup().value == value)
 
     def store(
@@ -1209,8 +1219,8 @@ class _Entry:
 
     def missing(self, keys: Sequence[str]) -> list[int]:
         """The positions of the keys that are gone. A `cas` that can't succeed asks for
-        them. Of the commands that every proxy speaks, it alone neither reads a chunk
-        nor changes its expiry."""
+        them. Every proxy knows it, and it neither reads a chunk nor changes its
+        expiry."""
         commands = [_Command("cas", key, token=_NO_TOKEN) for key in keys]
         return self._absent(self.run(commands), _EXISTS)
 
@@ -1226,7 +1236,7 @@ class _Entry:
         # memcached's proxy 1.6.45 forwards "noreplY", which older servers refuse.
         is_safe = getattr(self.client, "no_delay", False)
         is_safe = is_safe and "is_proxy" not in self.server.settings
-        quick = quick and is_safe and len(keys) <= _FEW
+        quick = quick and is_safe and len(keys) <= _QUICK_DELETES
         verb = "delete quickly" if quick else "delete"
         for _ in range(2):
             with contextlib.suppress(CacheUnavailable, CacheFull):
@@ -1302,7 +1312,7 @@ class _Entry:
             numbers.pop("maxbytes", None)  # it is the proxy's own, not its servers'
         sizes = ("item_size_max", "slab_chunk_max")
         least = min(numbers.get(key, _PAGE) for key in sizes)
-        if not numbers or least < _LEAST_LIMIT:
+        if not numbers or least < _LEAST_ITEM:
             self.server.silent_until, numbers = time.monotonic() + _ASK_AGAIN, {}
         return numbers
 
@@ -1498,7 +1508,7 @@ def _own_client(address: str) -> PooledClient:
     return PooledClient(address, no_delay=True, default_noreply=False, **waits)
 
 
-def _checked(client: Any) -> Any:
+def _checked_client(client: Any) -> Any:
     """The client. Raises ValueError for one that breaks the promise."""
     instead = "give FileCache a Client, a PooledClient, or mcpool.connect(...)"
     if isinstance(client, HashClient):
