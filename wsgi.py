@@ -29,6 +29,7 @@ import hmac
 import html
 import importlib.util
 import ipaddress
+import itertools
 import logging
 import os
 import pathlib
@@ -494,7 +495,10 @@ class Application:
         self.cors.share(request, response)
         # After the answer, since a client may wait for it before it sends more.
         response.call_on_close(body.drain)
-        return response(environ, start_response)
+        answer = response(environ, start_response)
+        # a2wsgi ends the answer before it closes it. Then its hosts read no more.
+        is_a2wsgi = "asgi.scope" in environ
+        return itertools.chain(answer, iter(body.drain, None)) if is_a2wsgi else answer
 
     def dispatch(self, request: FileRequest) -> Response:
         """Check the request, in this order, and have a handler answer it."""
