@@ -29,6 +29,7 @@ import hmac
 import html
 import importlib.util
 import ipaddress
+import itertools
 import logging
 import os
 import pathlib
@@ -53,6 +54,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.routing import BaseConverter, Map, MapAdapter, Rule
 from werkzeug.serving import make_server
 from werkzeug.wrappers import Request, Response
+from werkzeug.wsgi import ClosingIterator
 
 import httpfiles
 import mcpool
@@ -494,7 +496,9 @@ class Application:
         self.cors.share(request, response)
         # After the answer, since a client may wait for it before it sends more.
         response.call_on_close(body.drain)
-        return response(environ, start_response)
+        answer = response(environ, start_response)
+        is_a2wsgi = "asgi.scope" in environ
+        return _drained(answer, body) if is_a2wsgi else answer
 
     def dispatch(self, request: FileRequest) -> Response:
         """Check the request, in this order, and have a handler answer it."""
@@ -768,6 +772,14 @@ def _request(environ: WSGIEnvironment, body: httpfiles.Body) -> FileRequest:
         return FileRequest(environ, body)
     except ValueError as error:  # such as a path that is not Latin-1, as WSGI wants it
         raise Problem(400, "The request is not valid.") from error
+
+
+def _drained(answer: Iterable[bytes], body: httpfiles.Body) -> Iterable[bytes]:
+    """The answer, and before its end the rest of the body. At that end, before a2wsgi
+    closes it, uvicorn and hypercorn close the connection. hypercorn does so only if
+    someone goes on reading: hence the second time."""
+    pieces = itertools.chain(answer, iter(body.drain, None))
+    return ClosingIterator(pieces, body.drain)
 
 
 def _check_whole(request: Request) -> None:
