@@ -702,6 +702,7 @@ class _Segment:
         self.total = 0  # chunks that there will be, 0 if that is not known
         self.pid, self.started = os.getpid(), time.monotonic()
         self.may_appear = False  # whether the file's manifest was sent
+        self.size: int | None = None  # of the whole file, as announced
 
     def plan(self, size: int) -> None:
         """Decide how to cut a file of up to `size` bytes."""
@@ -714,16 +715,27 @@ class _Segment:
         # The file takes more than half of the memory.
         self.is_tight = 2 * size > self.memory
 
+    def check(self, length: int) -> None:
+        """Raise if the file may not be as long as it is already."""
+        name, limit = self.entry.name, self.chunk_size * _MAX_CHUNKS
+        limit = min(limit, self.cache.max_size)
+        if length > limit:
+            raise FileTooLarge(name, length, limit)
+        if self.size is not None and length > self.size:
+            raise SizeMismatch(name, self.size, length)
+        needed = -(-length // self.chunk_size) * self.chunk_size
+        if needed > self.memory:
+            raise self.entry.cache_full(needed)
+
     def stage(self, data: memoryview) -> tuple[str, int]:
         """`FileCache.stage`."""
-        name, size = self.entry.name, self.length + len(data)
-        if size > self.cache.max_size:
-            raise FileTooLarge(name, size, self.cache.max_size)
         self.plan(self.cache.max_size)
+        self.check(self.length + len(data))
         missing = self._missing_parts()
         if missing:
             version = self.parts[-1][0]
-            info = FileInfo(name, self.length, self.first, version, 0, None, b"")
+            name, chunks = self.entry.name, self.first
+            info = FileInfo(name, self.length, chunks, version, 0, None, b"")
             raise FileEvicted(name, info, missing)
         taken = len(data) - len(data) % self.chunk_size
         self.total = taken // self.chunk_size
@@ -809,6 +821,9 @@ class _Segment:
         size = (self.first + max(self.count, self.total)) * self.chunk_size
         # memcached's clock ticks once a second: an item may end up to a second early.
         is_over = time.monotonic() - self.started > self.lease - 1
+        # Parts are older. If they are gone, and memory is not tight, their lease ended.
+        parts_are_gone = min(missing, default=self.first) < self.first
+        is_over = is_over or (parts_are_gone and not self.is_tight)
         return self.entry.cache_full(size, missing, said, "lease" if is_over else "")
 
     @contextlib.contextmanager
@@ -890,7 +905,7 @@ class _Write(_Segment):
             raise FileTooLarge(self.entry.name, least, self.cache.max_size)
         found = self._look_up()
         self.plan(self.cache.max_size if self.size is None else self.size)
-        self._check(self.length if self.size is None else self.size)
+        self.check(self.length if self.size is None else self.size)
         self.total = -(-((self.size or self.length) - self.length) // self.chunk_size)
         if self.metadata:
             manifest = (
@@ -899,18 +914,6 @@ class _Write(_Segment):
             if manifest + _ITEM_OVERHEAD > self.largest:
                 raise self.entry.cache_full(0, said="its manifest is too large")
         return found
-
-    def _check(self, length: int) -> None:
-        """Raise if the file may not be as long as it is already."""
-        name, limit = self.entry.name, self.chunk_size * _MAX_CHUNKS
-        limit = min(limit, self.cache.max_size)
-        if length > limit:
-            raise FileTooLarge(name, length, limit)
-        if self.size is not None and length > self.size:
-            raise SizeMismatch(name, self.size, length)
-        needed = -(-length // self.chunk_size) * self.chunk_size
-        if needed > self.memory:
-            raise self.entry.cache_full(needed)
 
     def _look_up(self) -> _Found:
         """The present manifest. Raises an error if it forbids the write."""
@@ -928,7 +931,7 @@ class _Write(_Segment):
         is_settled, sent = False, 0.0
         for batch in batches:
             self.length += len(batch)
-            self._check(self.length)
+            self.check(self.length)
             # If memory can't hold both files, the old one goes: memcached would evict
             # some of its chunks anyway, and keep the others in place of new ones.
             if old.manifest and old.manifest.size + self.length > self.memory:
@@ -1290,7 +1293,7 @@ class _Entry:
             raise self.unavailable(_NO_CAS)
         value = told.get("item_size_max", _PAGE)
         item = min(_LARGEST_ITEM, value, told.get("slab_chunk_max", _LARGEST_ITEM))
-        return item, value, told.get("maxbytes", math.inf)
+        return item, value, max(told.get("maxbytes", 0), 0) or math.inf
 
     def stats(self, *kind: str) -> dict[str, int]:
         """The numbers of a `stats`. A server or proxy that refuses gives none, and is
@@ -1307,6 +1310,8 @@ class _Entry:
         for key, value in told.items():
             with contextlib.suppress(ValueError, TypeError):
                 numbers[key.decode()] = int(value)
+        if told.get(b"cas_enabled") == b"no":
+            numbers["cas_enabled"] = 0
         if told.get(b"proxy_enabled") == b"yes":
             numbers["is_proxy"] = 1
             numbers.pop("maxbytes", None)  # it is the proxy's own, not its servers'
@@ -1490,7 +1495,7 @@ def _is_outage(error: BaseException | None) -> bool:
 
 
 _NO_CAS = "it runs without cas (-C), which memchunk needs"
-_OLD = "it does not know a command (memchunk needs memcached 1.4.8 or newer)"
+_OLD = "it refused a command: it has too many connections, or is older than 1.4.8"
 _REASONS = {
     "lease": "the upload took longer than its lease",
     "contention": f"other writers changed the manifest {_ATTEMPTS} times",
