@@ -28,7 +28,6 @@ import hashlib
 import hmac
 import html
 import importlib.util
-import ipaddress
 import logging
 import os
 import pathlib
@@ -79,6 +78,9 @@ READS = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
 UPLOADS = ("PATCH", "POST", "PUT")  # methods that may store what they carry
 FILE_ADDRESS = re.compile(r"/(files|uploads)(/|\Z)")  # what a token guards
 PROBED = ("/healthz", "/readyz")  # what balancers ask for, by IP address
+# Of bodies that a page may POST to any site without asking that site first.
+URLENCODED, MULTIPART = "application/x-www-form-urlencoded", "multipart/form-data"
+SIMPLE_TYPES = (URLENCODED, MULTIPART, "text/plain", "")
 
 Write = Callable[..., FileInfo]  # a method of the cache: `add`, `set` or `cas`
 log = logging.getLogger("memchunk.wsgi")
@@ -96,26 +98,23 @@ class SettingError(RuntimeError):
     sentence."""
 
 
-def _row(
-    default: Any, least: float = 0, most: float = MAX_NUMBER, secret: bool = False
-) -> Any:
+def _row(default: Any, least: float = 0, most: float = MAX_NUMBER) -> Any:
     """A row of the table below: the default, which has the setting's type, and the
     bounds of a number."""
-    bounds = {"least": least, "most": most}
-    return dataclasses.field(default=default, repr=not secret, metadata=bounds)
+    return dataclasses.field(default=default, metadata={"least": least, "most": most})
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)  # no log may show the secrets in it
 class Settings:
     """How the API behaves. Each is `MEMCHUNK_` and its name in capitals in the
     environment. A list has commas between its items."""
 
-    servers: str = _row("127.0.0.1:11211", secret=True)  # as mcpool.connect takes them
+    servers: str = _row("127.0.0.1:11211")  # as mcpool.connect takes them
     namespace: str = _row("memchunk2")  # begins every key
     max_size: int = _row(memchunk.MAX_SIZE, 1)  # bytes of the largest file
     expire: int = _row(0)  # seconds to keep a file whose upload doesn't say; 0: no end
     timeout: float = _row(memchunk.TIMEOUT, 0.001)  # seconds to wait for memcached
-    token: str = _row("", secret=True)  # a list; clients must send one of them
+    token: str = _row("")  # a list; clients must send one of them
     max_response: int = _row(0)  # most bytes of a file in one answer; 0: any number
     max_expire: int = _row(0)  # most seconds that an upload may ask for; 0: any number
     origins: str = _row("")  # a list of other sites whose pages may use the API, or "*"
@@ -169,17 +168,15 @@ class Settings:
         """For every host of the list; None if no file is set. Raises SettingError."""
         if not (self.tls_ca or self.tls_cert or self.tls_key):
             return None
-        if not self.tls_cert and self.tls_key:
-            raise SettingError("MEMCHUNK_TLS_KEY needs a MEMCHUNK_TLS_CERT")
-        culprit = f"MEMCHUNK_TLS_CA ({self.tls_ca})"
+        culprit = "MEMCHUNK_TLS_CA"
         try:
             context = ssl.create_default_context(cafile=self.tls_ca or None)
-            culprit = f"MEMCHUNK_TLS_CERT ({self.tls_cert}) or MEMCHUNK_TLS_KEY"
-            if self.tls_cert:
+            culprit = "MEMCHUNK_TLS_CERT, with its MEMCHUNK_TLS_KEY,"
+            if self.tls_cert or self.tls_key:
                 # Without a password, OpenSSL may ask for one on the terminal.
                 context.load_cert_chain(self.tls_cert, self.tls_key or None, "")
         except OSError as error:
-            text = f"{culprit} is no PEM file that can be used: {error}"
+            text = f"{culprit} names no PEM file that can be used: {error}"
             raise SettingError(text) from None
         return context
 
@@ -209,14 +206,14 @@ def _parsed(variable: str, text: str, field: dataclasses.Field[Any]) -> Any:
     return kind(number)
 
 
-def _items(variable: str, text: str, pattern: str, example: str) -> frozenset[str]:
-    """The items of a list. Raises SettingError."""
-    items = frozenset(filter(None, re.split(r"[\s,]+", text.lower())))
+def _items(variable: str, text: str, pattern: str, wanted: str) -> list[str]:
+    """The items of a list. Raises SettingError, which shows no item: it may be a
+    token."""
+    items = [item.strip() for item in re.split(r"[,\n]", text) if item.strip()]
     if text and not items:
         raise SettingError(f"{variable} is an empty list; unset it")
-    for item in items:
-        if not re.fullmatch(pattern, item):
-            raise SettingError(f"{variable}: {item!r} is not like {example}")
+    if not all(re.fullmatch(pattern, item) for item in items):
+        raise SettingError(f"{variable} must be {wanted}, with commas between them")
     return items
 
 
@@ -240,39 +237,26 @@ class Tokens:
     def accept(self, sent: str) -> bool:
         """Whether it is one of them. All are compared, so that time tells nothing."""
         if self._path and time.monotonic() >= self._due:
-            self._read_again()
-        given, found = sent.encode(), False
-        for token in self._tokens:
-            found |= hmac.compare_digest(given, token)
-        return found
-
-    def _read_again(self) -> None:
-        try:
-            self._tokens, self._is_broken = self._read(), False
-        except SettingError as error:
-            if not self._is_broken:
-                log.error("%s; the last tokens stay", error)
-            self._is_broken = True
+            try:
+                self._tokens, self._is_broken = self._read(), False
+            except SettingError as error:
+                if not self._is_broken:
+                    log.error("%s; the last tokens stay", error)
+                self._is_broken = True
+        given = sent.encode()
+        return sum(hmac.compare_digest(given, token) for token in self._tokens) > 0
 
     def _read(self) -> list[bytes]:
         self._due = time.monotonic() + TOKEN_FILE_SECONDS
-        tokens = _tokens("MEMCHUNK_TOKEN", self._text) if self._text else []
+        wanted = "[!-~]+", "tokens of printable ASCII without spaces"
+        tokens = _items("MEMCHUNK_TOKEN", self._text, *wanted)
         if self._path:
             try:
                 text = pathlib.Path(self._path).read_text("utf-8-sig")
             except (OSError, ValueError) as error:
                 raise SettingError(f"MEMCHUNK_TOKEN_FILE: {error}") from None
-            tokens += _tokens("MEMCHUNK_TOKEN_FILE", text)
-        return tokens
-
-
-def _tokens(variable: str, text: str) -> list[bytes]:
-    tokens = [token.strip() for token in re.split(r"[,\n]", text) if token.strip()]
-    if not tokens:
-        raise SettingError(f"{variable} has no token")
-    if not all(re.fullmatch("[!-~]+", token) for token in tokens):
-        raise SettingError(f"{variable} must be of printable ASCII, without spaces")
-    return [token.encode() for token in tokens]
+            tokens += _items("MEMCHUNK_TOKEN_FILE", text or ",", *wanted)
+        return [token.encode() for token in tokens]
 
 
 def _sent_token(request: Request) -> str:
@@ -301,8 +285,8 @@ class Cors:
     )
 
     def __init__(self, settings: Settings) -> None:
-        given, example = settings.origins, "https://example.com"
-        self._origins = _items("MEMCHUNK_ORIGINS", given, ORIGIN, example)
+        given, wanted = settings.origins.lower(), "origins like https://example.com"
+        self._origins = _items("MEMCHUNK_ORIGINS", given, ORIGIN, wanted)
 
     def shared_origin(self, request: Request) -> str | None:
         """What to call the origin of a page that may use the API from elsewhere; else
@@ -318,20 +302,17 @@ class Cors:
         is_options = request.method == "OPTIONS"
         return is_options and asks and self.shared_origin(request) is not None
 
-    def preflight_headers(self, request: Request, methods: str) -> dict[str, str]:
-        wanted = request.headers.get("Access-Control-Request-Headers", "")
-        return {
-            "Access-Control-Allow-Methods": methods,
-            "Access-Control-Allow-Headers": wanted if wanted.isascii() else "",
-            "Access-Control-Max-Age": PREFLIGHT_AGE,
-        }
-
     def share(self, request: Request, response: Response) -> None:
         """Let such a page see the answer."""
-        origin = self.shared_origin(request)
+        origin, headers = self.shared_origin(request), response.headers
         if origin:
-            response.headers["Access-Control-Allow-Origin"] = origin
-            response.headers["Access-Control-Expose-Headers"] = self.EXPOSED
+            headers["Access-Control-Allow-Origin"] = origin
+            headers["Access-Control-Expose-Headers"] = self.EXPOSED
+        if self.is_preflight(request):
+            wanted = request.headers.get("Access-Control-Request-Headers", "")
+            headers["Access-Control-Allow-Methods"] = headers.get("Allow", "")
+            headers["Access-Control-Allow-Headers"] = wanted if wanted.isascii() else ""
+            headers["Access-Control-Max-Age"] = PREFLIGHT_AGE
         if self._origins and "*" not in self._origins:
             response.vary.add("Origin")
 
@@ -341,17 +322,23 @@ class Access:
 
     def __init__(self, settings: Settings, cors: Cors) -> None:
         self.tokens, self._cors = Tokens(settings), cors
-        self._hosts = _items("MEMCHUNK_HOSTS", settings.hosts, HOST, "example.com")
+        given, wanted = settings.hosts.lower(), "host names without a port"
+        hosts = _items("MEMCHUNK_HOSTS", given, HOST, wanted)
+        self._hosts = [host.strip("[]") for host in hosts]
+        self._domains = tuple(host for host in hosts if host.startswith("."))
         self._public_read = settings.public_read
 
     def check_host(self, request: Request) -> None:
         """MEMCHUNK_HOSTS must have the request's host. A probe has an IP address there,
         or nothing. A page that got here by DNS rebinding has a name."""
         host = _hostname(f"//{request.host}")
-        is_name = "Host" in request.headers and not _is_address(host)
-        is_probe = request.path in PROBED and not is_name
-        is_ours = not self._hosts or is_probe or _is_among(host, self._hosts)
-        require(is_ours, 421, "This server has another name, by MEMCHUNK_HOSTS.")
+        is_ours = host in self._hosts or f".{host}".endswith(self._domains)
+        # A browser takes all of digits and dots for an address.
+        is_address = ":" in host or host.replace(".", "").isdigit()
+        is_nameless = is_address or "Host" not in request.headers
+        is_probe = request.path in PROBED and is_nameless
+        is_right = not self._hosts or is_ours or is_probe
+        require(is_right, 421, "This server has another name, by MEMCHUNK_HOSTS.")
 
     def check_token(self, request: FileRequest) -> None:
         """Reads may be public. An upload's address is no link to a file."""
@@ -378,10 +365,6 @@ class Access:
         require(is_ours, 403, "A page of another site may not change files here.")
 
 
-# Of bodies that a page may POST to any site without asking that site first.
-FORM_TYPES = {"application/x-www-form-urlencoded", "multipart/form-data", "text/plain"}
-
-
 def _site(request: Request) -> str:
     """The value that Sec-Fetch-Site would have. Browsers don't send it over plain HTTP.
 
@@ -391,8 +374,8 @@ def _site(request: Request) -> str:
     origin, host = request.headers.get("Origin"), request.headers.get("Host", "")
     if origin is None:
         return "none"
-    simple = request.method == "POST" and request.mimetype in {*FORM_TYPES, ""}
-    asks_first = not simple or "Tus-Resumable" in request.headers
+    is_simple = request.method == "POST" and request.mimetype in SIMPLE_TYPES
+    asks_first = not is_simple or "Tus-Resumable" in request.headers
     if asks_first and origin.lower().startswith("http://"):
         return "none"
     own = _hostname(f"//{host}")
@@ -403,20 +386,6 @@ def _hostname(url: str) -> str:
     with contextlib.suppress(ValueError):  # an address in brackets that is none
         return urlsplit(url).hostname or ""
     return ""
-
-
-def _is_among(host: str, hosts: Iterable[str]) -> bool:
-    """Whether a list has it, by its name or by ".example.com", which has all below."""
-    return any(
-        f".{host}".endswith(each) if each.startswith(".") else host == each.strip("[]")
-        for each in hosts
-    )
-
-
-def _is_address(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host) is not None
-    return False
 
 
 # --- The application ------------------------------------------------------------------
@@ -529,9 +498,7 @@ class Application:
         if not allowed:
             raise NotFound()
         methods = ", ".join(sorted({*allowed, "OPTIONS"}))
-        is_preflight = self.cors.is_preflight(request)
-        headers = self.cors.preflight_headers(request, methods) if is_preflight else {}
-        return httpfiles.empty_response({"Allow": methods, **headers})
+        return httpfiles.empty_response({"Allow": methods})
 
     def failed(self, request: FileRequest, problem: Problem) -> Response:
         if not request.wants_html:
@@ -617,7 +584,7 @@ class Application:
         """The files in the body, raw or in a form, one after another. Raises
         Problem."""
         httpfiles.refuse_content_coding(request)
-        is_form = request.mimetype == "multipart/form-data"
+        is_form = request.mimetype == MULTIPART
         beside = httpfiles.MAX_FORM_OVERHEAD if is_form else 0
         # Before the body is read, since a client may wait for what we say.
         if (request.body.size or 0) > self.cache.max_size + beside:
@@ -1026,17 +993,14 @@ def main() -> None:
 
 def serve(application: Application, host: str, port: int) -> None:
     server = make_server(host, port, application, threaded=True)
-    if not application.access.tokens and not _is_loopback(server.server_address[0]):
+    # 127.0.0.1, ::1, or the path of a Unix socket.
+    is_local = re.match(r"127\.|::1\Z|/", str(server.server_address[0]))
+    if not application.access.tokens and not is_local:
         risk = "other machines may read, store and delete files here"
         log.warning("%s; set MEMCHUNK_TOKEN, or listen on 127.0.0.1", risk)
     shown = f"[{host}]" if ":" in host else host
     print(f"memchunk: http://{shown}:{server.port}/", flush=True)
     server.serve_forever()
-
-
-def _is_loopback(address: Any) -> bool:
-    """Whether only this machine reaches it. The path of a Unix socket counts, too."""
-    return not _is_address(address) or ipaddress.ip_address(address).is_loopback
 
 
 if __name__ == "__main__":
