@@ -106,8 +106,8 @@ def problem_of(error: memchunk.MemchunkError) -> Problem:
     return unavailable(detail) if status == 503 else Problem(status, detail)
 
 
-def too_large(limit: int, what: str = "this one") -> Problem:
-    detail = f"Files may have up to {size_in_words(limit)}; {what} has more."
+def too_large(limit: int) -> Problem:
+    detail = f"A file or a form may have up to {size_in_words(limit)}."
     return Problem(413, detail, limit=limit)
 
 
@@ -123,11 +123,12 @@ def size_in_words(size: int) -> str:
 
 
 class FileRequest(Request):
-    """A request, and its body as a stream."""
+    """A request, its body as a stream, and the files that it has stored so far."""
 
     def __init__(self, environ: WSGIEnvironment, body: Body) -> None:
         super().__init__(environ)
         self.body = body
+        self.stored: list[memchunk.FileInfo] = []
 
     def query_value(self, key: str) -> str | None:
         """Not by `args`, which fails on bytes that are not UTF-8."""

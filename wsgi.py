@@ -39,13 +39,12 @@ import ssl
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent import futures
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
-from pymemcache.exceptions import MemcacheError
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 from werkzeug.http import http_date
 from werkzeug.middleware.proxy_fix import ProxyFix
@@ -75,8 +74,6 @@ READ_ATTEMPTS = 5  # of a download that a writer overtakes
 PREFLIGHT_AGE = "3600"  # seconds that a browser may rely on our answer
 
 READS = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
-UPLOADS = ("PATCH", "POST", "PUT")  # methods that may store what they carry
-FILE_ADDRESS = re.compile(r"/(files|uploads)(/|\Z)")  # what a token guards
 PROBED = ("/healthz", "/readyz")  # what balancers ask for, by IP address
 # Of bodies that a page may POST to any site without asking that site first.
 URLENCODED, MULTIPART = "application/x-www-form-urlencoded", "multipart/form-data"
@@ -342,7 +339,7 @@ class Access:
 
     def check_token(self, request: FileRequest) -> None:
         """Reads may be public. An upload's address is no link to a file."""
-        is_read = request.method in READS and not _is_upload(request)
+        is_read = request.method in READS and _area(request) == "files"
         if not self.tokens or (is_read and self._public_read):
             return
         if self.tokens.accept(_sent_token(request)):
@@ -413,9 +410,8 @@ class Application:
         self.uploads = _uploads(self)
         self.pages = Pages(self)
         self.url_map = self.routes()
-        told = ("x_for", "x_proto", "x_host", "x_port", "x_prefix")
-        count = dict.fromkeys(told, self.settings.proxies)
-        self.entry = ProxyFix(self.answer, **count)
+        # The count is that of X-Forwarded-For, -Proto, -Host, -Port and -Prefix.
+        self.entry = ProxyFix(self.answer, *[self.settings.proxies] * 5)
 
     def routes(self) -> Map:
         table: list[tuple[str, str, Callable[..., Response]]] = [
@@ -448,7 +444,7 @@ class Application:
         call, body = Call(environ), httpfiles.Body(environ)
         request = FileRequest({}, body)
         try:
-            request = _request(environ, body)
+            request = FileRequest(environ, body)
             response = self.dispatch(request)
         except Exception as error:
             problem = _problem_of(error)
@@ -458,7 +454,7 @@ class Application:
         response.headers["X-Request-Id"] = call.id
         if "uwsgi.version" in environ:  # all other hosts send a Date by themselves
             response.headers["Date"] = http_date()
-        if self.uploads and _is_upload(request):
+        if self.uploads and _area(request) == "uploads":
             response.headers.update(self.uploads.headers)
         self.cors.share(request, response)
         # After the answer, since a client may wait for it before it sends more.
@@ -471,18 +467,19 @@ class Application:
         self.access.check_host(request)
         if not request.environ.get("PATH_INFO") and request.root_path.strip("/"):
             return _redirect_to_slash(request)
-        adapter = self.url_map.bind_to_environ(request.environ)
-        adapter.websocket = False  # an Upgrade that we don't speak is to be ignored
+        adapter = self.url_map.bind("", path_info=request.path)
         # 2. A preflight: it never has a token.
         if self.cors.is_preflight(request):
             return self.options(request, adapter)
         # 3. The token, before anything is told about a file.
-        if FILE_ADDRESS.match(request.path):
+        if _area(request) in ("files", "uploads"):
             self.access.check_token(request)
         # 4. The address and the method.
         _check_whole(request)
-        if self.uploads and _is_upload(request):
-            request.method = _tus_method(request)
+        if self.uploads and _area(request) == "uploads":
+            # tus has it for clients that can't PATCH or DELETE.
+            override = request.headers.get("X-HTTP-Method-Override")
+            request.method = (override or request.method).upper()
         if request.method == "OPTIONS":
             return self.options(request, adapter)
         handler, arguments = adapter.match(method=request.method)
@@ -502,11 +499,13 @@ class Application:
 
     def failed(self, request: FileRequest, problem: Problem) -> Response:
         if not request.wants_html:
+            if request.stored:
+                described = [self.describe(request, info) for info in request.stored]
+                problem.members["stored"] = described
             return httpfiles.problem_response(problem)
         title = httpfiles.TITLES.get(problem.status, "Error")
-        names = [each["name"] for each in problem.members.get("stored", ())]
-        links = [self.link(request, name, name) for name in names]
-        lines = [html.escape(problem.detail), *(f"Stored: {link}" for link in links)]
+        stored = [self.stored_line(request, info) for info in request.stored]
+        lines = [html.escape(problem.detail), *(f"Stored: {each}" for each in stored)]
         headers = {**problem.headers, **httpfiles.NO_STORE}
         return self.pages.message(request, title, lines, problem.status, headers)
 
@@ -527,46 +526,32 @@ class Application:
         """Store the body, or each file of a form, under a name of 128 random bits: who
         doesn't know it can't find the file."""
         httpfiles.check_preconditions(request, None)
-        infos: list[FileInfo] = []
-        try:
-            for file in self.sent_files(request, several=True):
-                name = secrets.token_hex(16) + file.extension
-                infos.append(self.write_file(request, name, file, self.cache.add))
-        except (Problem, memchunk.MemchunkError) as error:
-            problem = _problem_of(error)
-            if infos:
-                stored = [self.describe(request, info) for info in infos]
-                problem.members["stored"] = stored
-            raise problem from (None if problem is error else error)
-        return self.stored_response(request, infos, 201)
+        for file in self.sent_files(request, several=True):
+            name = secrets.token_hex(16) + file.extension
+            self.store(request, name, file, self.cache.add)
+        return self.stored_response(request, 201)
 
     def post_file(self, request: FileRequest, name: str) -> Response:
         if httpfiles.is_conditional(request):
             httpfiles.check_preconditions(request, self.replaceable(request, name))
-        file = next(self.sent_files(request))
-        info = self.write_file(request, name, file, self.cache.add)
-        return self.stored_response(request, [info], 201)
+        self.store(request, name, next(self.sent_files(request)), self.cache.add)
+        return self.stored_response(request, 201)
 
     def put_file(self, request: FileRequest, name: str) -> Response:
-        current, conditions = self.replaceable(request, name), request.headers
+        current = self.replaceable(request, name)
         httpfiles.check_preconditions(request, current)
-        # The write must keep the preconditions true to its end.
         write: Write = self.cache.set
-        if current and (
-            "If-Match" in conditions or "If-Unmodified-Since" in conditions
-        ):
-            write = functools.partial(self.cache.cas, version=current.version)
-        elif conditions.get("If-None-Match") == "*":
+        if httpfiles.is_conditional(request):
+            # The write keeps the preconditions true to its end.
             write = self.cache.add
-        file = next(self.sent_files(request))
+            if current:
+                write = functools.partial(self.cache.cas, version=current.version)
         try:
-            info = self.write_file(request, name, file, write)
-        except memchunk.FileExists as error:
-            detail = "Meanwhile another upload stored a file of this name."
+            self.store(request, name, next(self.sent_files(request)), write)
+        except (memchunk.FileExists, memchunk.FileNotFound) as error:
+            detail = "Meanwhile another upload stored this file, or it was deleted."
             raise Problem(412, detail) from error
-        except memchunk.FileNotFound as error:
-            raise Problem(412, "Meanwhile another request deleted the file.") from error
-        return self.stored_response(request, [info], 200 if current else 201)
+        return self.stored_response(request, 200 if current else 201)
 
     def replaceable(self, request: Request, name: str) -> FileInfo | None:
         """The file that an upload may replace. With If-None-Match: *, a file that lost
@@ -588,8 +573,7 @@ class Application:
         beside = httpfiles.MAX_FORM_OVERHEAD if is_form else 0
         # Before the body is read, since a client may wait for what we say.
         if (request.body.size or 0) > self.cache.max_size + beside:
-            what = "this form" if is_form else "this one"
-            raise httpfiles.too_large(self.cache.max_size, what)
+            raise httpfiles.too_large(self.cache.max_size)
         expire = request.query_value("expire")
         content_type = request.headers.get("Content-Type", "")
         expected = httpfiles.expected_digests(request, "Content-Digest")
@@ -600,17 +584,15 @@ class Application:
         else:
             yield SentFile(content, request.body.size, content_type, "", expire)
 
-    def write_file(
+    def store(
         self, request: FileRequest, name: str, file: SentFile, write: Write
-    ) -> FileInfo:
+    ) -> None:
         expected = httpfiles.expected_digests(request, "Repr-Digest")
-        return write(
-            name,
-            httpfiles.verified(file.content, expected, "Repr-Digest"),
-            size=file.size,
-            expire=self.seconds_to_keep(file.expire),
-            metadata=httpfiles.pack_metadata(file.content_type, file.filename),
-        )
+        content = httpfiles.verified(file.content, expected, "Repr-Digest")
+        expire = self.seconds_to_keep(file.expire)
+        metadata = httpfiles.pack_metadata(file.content_type, file.filename)
+        info = write(name, content, size=file.size, expire=expire, metadata=metadata)
+        request.stored.append(info)
 
     def seconds_to_keep(self, text: str | None) -> int:
         """Seconds to keep a file whose sender asks for `text`. Raises Problem."""
@@ -625,12 +607,10 @@ class Application:
             raise Problem(400, detail, limit=limit)
         return seconds
 
-    def stored_response(
-        self, request: FileRequest, infos: list[FileInfo], status: int
-    ) -> Response:
+    def stored_response(self, request: FileRequest, status: int) -> Response:
         """For one file its JSON, for several a list; for a form that a browser sent
         without the page's script, a page."""
-        headers = dict(httpfiles.NO_STORE)
+        infos, headers = request.stored, dict(httpfiles.NO_STORE)
         if len(infos) == 1:
             headers["ETag"] = f'"{infos[0].version}"'
             if status == 201:
@@ -647,11 +627,9 @@ class Application:
         kept = "until the cache needs the room"
         if info.expires:
             kept = time.strftime("until %Y-%m-%d %H:%M UTC", time.gmtime(info.expires))
-        link = self.link(request, info.name, httpfiles.type_and_filename(info)[1])
+        address = httpfiles.relative_reference(request, self.file_path(info.name))
+        link = _link(address, httpfiles.type_and_filename(info)[1])
         return f"{link}<br>{info.size:,} bytes, kept {kept}."
-
-    def link(self, request: Request, name: str, text: str) -> str:
-        return _link(httpfiles.relative_reference(request, self.file_path(name)), text)
 
     def describe(self, request: Request, info: FileInfo) -> dict[str, object]:
         url = httpfiles.absolute_path(request, self.file_path(info.name))
@@ -694,11 +672,7 @@ class Application:
         part = httpfiles.requested_range(request, info)
         limit = self.settings.max_response or info.size
         if part is None and info.size > limit:
-            detail = (
-                f"This server sends up to {limit} bytes in one answer. The file has "
-                f"{info.size}. Ask for ranges, 'Range: bytes=0-' first: each answer's "
-                "Content-Range says how far it got."
-            )
+            detail = f"Ask for ranges of up to {limit} bytes, 'Range: bytes=0-' first."
             headers = {"Accept-Ranges": "bytes"}
             raise Problem(403, detail, headers, size=info.size, limit=limit)
         return part and (part[0], min(part[1], part[0] + limit))
@@ -707,7 +681,6 @@ class Application:
         """Raise if a chunk of the file is gone. The others are neither read nor
         verified."""
         if info.name not in self.cache:
-            self.cache.stat(info.name)  # it may be gone altogether
             raise Problem(*httpfiles.ERRORS[memchunk.FileEvicted])
 
     def patch_file(self, request: FileRequest, name: str) -> Response:
@@ -730,29 +703,18 @@ class Application:
         return httpfiles.empty_response({})
 
 
-def _request(environ: WSGIEnvironment, body: httpfiles.Body) -> FileRequest:
-    try:
-        return FileRequest(environ, body)
-    except ValueError as error:  # such as a path that is not Latin-1, as WSGI wants it
-        raise Problem(400, "The request is not valid.") from error
-
-
 def _check_whole(request: Request) -> None:
     """Raise Problem for an address that names several files, and for part of a file."""
     # Werkzeug shows broken UTF-8 as U+FFFD.
     is_utf8 = "\ufffd" not in request.path
     require(is_utf8, 400, "The address is not percent-encoded UTF-8.")
-    is_part = request.method in UPLOADS and "Content-Range" in request.headers
+    is_part = request.method not in READS and "Content-Range" in request.headers
     require(not is_part, 400, "A part can't be stored as a file. Send the file whole.")
 
 
-def _tus_method(request: Request) -> str:
-    """tus has it for clients that can't PATCH or DELETE."""
-    return (request.headers.get("X-HTTP-Method-Override") or request.method).upper()
-
-
-def _is_upload(request: Request) -> bool:
-    return re.match(r"/uploads(/|\Z)", request.path) is not None
+def _area(request: Request) -> str:
+    """The first part of the address: a token guards "files" and "uploads"."""
+    return request.path.split("/")[1]
 
 
 def _redirect_to_slash(request: Request) -> Response:
@@ -761,9 +723,7 @@ def _redirect_to_slash(request: Request) -> Response:
     The Location is relative, so that it holds behind a proxy that puts more before it.
     """
     folder = quote(request.root_path.rstrip("/").rpartition("/")[2])
-    query = quote(request.query_string, safe="%/:?=&;,+!$'()*@~")
-    location = f"{folder}/" + (f"?{query}" if query else "")
-    return httpfiles.empty_response({"Location": location}, 308)
+    return httpfiles.empty_response({"Location": f"{folder}/"}, 308)
 
 
 def _problem_of(error: Exception) -> Problem:
@@ -775,9 +735,13 @@ def _problem_of(error: Exception) -> Problem:
     if isinstance(error, MethodNotAllowed):
         allowed = ", ".join(sorted({*(error.valid_methods or ()), "OPTIONS"}))
         return Problem(405, f"Allowed here: {allowed}.", {"Allow": allowed})
-    if isinstance(error, HTTPException) and error.code and 400 <= error.code < 500:
-        details = {404: "There is nothing at this address. Files are under /files/."}
-        return Problem(error.code, details.get(error.code, "The request is not valid."))
+    if isinstance(error, NotFound):
+        return Problem(
+            404, "There is nothing at this address. Files are under /files/."
+        )
+    # Werkzeug can't read all requests, such as one with a path that is not Latin-1.
+    if isinstance(error, (HTTPException, UnicodeEncodeError)):
+        return Problem(400, "The request is not valid.")
     return Problem(*httpfiles.ERRORS[memchunk.MemchunkError])
 
 
@@ -915,20 +879,13 @@ class Call:
 def server_states(client: Any) -> dict[str, str]:
     """The state of each memcached, "ok" or "no answer" within READY_SECONDS."""
     clients = getattr(client, "servers", {"memcached": client})
-    answer: set[str] = set()
-
-    def ask(name: str) -> None:
-        with contextlib.suppress(OSError, MemcacheError):
-            clients[name].gets("ready")
-            answer.add(name)
-
-    deadline = time.monotonic() + READY_SECONDS
-    # All at once, and as daemons: a frozen one may hold its thread for longer.
-    threads = [threading.Thread(target=ask, args=(n,), daemon=True) for n in clients]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(deadline - time.monotonic(), 0))
+    pool = futures.ThreadPoolExecutor(len(clients))  # all are asked at once
+    asked = {name: pool.submit(clients[name].gets, "ready") for name in clients}
+    futures.wait(asked.values(), READY_SECONDS)
+    pool.shutdown(wait=False)  # a frozen one may hold its thread for longer
+    answer = {
+        name for name, each in asked.items() if each.done() and not each.exception()
+    }
     return {name: "ok" if name in answer else "no answer" for name in clients}
 
 
