@@ -129,7 +129,10 @@ class Settings:
     def from_environment(cls, environ: Mapping[str, str]) -> Settings:
         """Read every setting that is there. Raises SettingError."""
         fields = {f"MEMCHUNK_{f.name.upper()}": f for f in dataclasses.fields(cls)}
-        _refuse_unknown(environ, fields)
+        for name in sorted(environ.keys() - fields):
+            if name.startswith("MEMCHUNK_"):  # perhaps misspelt, as in MEMCHUNK_TOKENS
+                [nearest] = difflib.get_close_matches(name, fields, n=1, cutoff=0)
+                raise SettingError(f"{name} is not a setting; the nearest is {nearest}")
         values = {
             field.name: _parsed(variable, environ[variable], field)
             for variable, field in fields.items()
@@ -176,14 +179,6 @@ class Settings:
             text = f"{culprit} names no PEM file that can be used: {error}"
             raise SettingError(text) from None
         return context
-
-
-def _refuse_unknown(environ: Mapping[str, str], known: Iterable[str]) -> None:
-    """Raise SettingError if a name may be misspelt, as in MEMCHUNK_TOKENS."""
-    for variable in sorted(set(environ).difference(known)):
-        if variable.startswith("MEMCHUNK_"):
-            [nearest] = difflib.get_close_matches(variable, known, n=1, cutoff=0)
-            raise SettingError(f"{variable} is not a setting; the nearest is {nearest}")
 
 
 def _parsed(variable: str, text: str, field: dataclasses.Field[Any]) -> Any:
@@ -340,17 +335,14 @@ class Access:
     def check_token(self, request: FileRequest) -> None:
         """Reads may be public. An upload's address is no link to a file."""
         is_read = request.method in READS and _area(request) == "files"
-        if not self.tokens or (is_read and self._public_read):
-            return
-        if self.tokens.accept(_sent_token(request)):
+        is_open = not self.tokens or (is_read and self._public_read)
+        if is_open or self.tokens.accept(_sent_token(request)):
             return
         # A browser that follows a link asks its user, but not in a script's request.
         scheme = "Basic" if request.wants_html else "Bearer"
         headers = {"WWW-Authenticate": f'{scheme} realm="memchunk"'}
-        send = (
-            "Send the token: 'Authorization: Bearer TOKEN', or as any user's password."
-        )
-        raise Problem(401, send, headers)
+        detail = "Send 'Authorization: Bearer TOKEN', or the token as a password."
+        raise Problem(401, detail, headers)
 
     def check_site(self, request: Request) -> None:
         """A page of another site must not change anything. A form there may post to any
@@ -602,8 +594,7 @@ class Application:
         least, limit = (1, most) if most else (0, MAX_EXPIRE)
         seconds = int(text) if re.fullmatch(r"[0-9]{1,10}", text) else -1
         if not least <= seconds <= limit:
-            lowest = least or "0 (no end)"
-            detail = f"'expire' must be a number of seconds, {lowest} to {limit}."
+            detail = f"'expire' must be a number of seconds, {least} to {limit}."
             raise Problem(400, detail, limit=limit)
         return seconds
 
@@ -811,8 +802,7 @@ def _hashes(tag: str, page: str) -> str:
     """The blocks of a page that may run in it, as its policy names them."""
     blocks = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
     digests = [hashlib.sha256(block.encode()).digest() for block in blocks]
-    sources = [f"'sha256-{base64.b64encode(each).decode()}'" for each in digests]
-    return " ".join(sources) or "'none'"
+    return " ".join(f"'sha256-{base64.b64encode(each).decode()}'" for each in digests)
 
 
 def _link(address: str, text: str) -> str:
@@ -823,9 +813,8 @@ def _expiry_options(settings: Settings) -> str:
     """What the page offers as time to keep a file: no longer than the settings
     allow."""
     most, default = settings.max_expire or MAX_EXPIRE, settings.default_expire
-    offers = sorted({default, *(seconds for seconds in EXPIRES if seconds <= most)})
     options = []
-    for seconds in offers:
+    for seconds in sorted({default, *(each for each in EXPIRES if each <= most)}):
         text = f"for {_duration(seconds)}" if seconds else "as long as there is room"
         selected = " selected" if seconds == default else ""
         options.append(f'<option value="{seconds}"{selected}>{text}</option>')
@@ -865,8 +854,7 @@ class Call:
         """Write one line. After an error that nobody expected, a traceback follows."""
         is_bug = problem.status == 500
         cause = "unexpected error: " if is_bug else ""
-        is_told = not is_bug and not isinstance(error, memchunk.MemchunkError)
-        cause += problem.detail if is_told else str(error)
+        cause += problem.detail if isinstance(error, HTTPException) else str(error)
         if error.__cause__:
             cause += f" ({error.__cause__})"
         level = logging.ERROR if problem.status >= 500 else logging.WARNING
@@ -894,25 +882,19 @@ _log_if_unconfigured()
 
 # --- The development server: python wsgi.py -------------------------------------------
 
-NO_MEMCACHED = (
-    "MEMCHUNK_SERVERS is not set, and there is no memcached to start; install it: "
-    "'apt-get install memcached', 'dnf install memcached' or 'brew install memcached'"
-)
-
 
 @contextlib.contextmanager
 def own_memcached() -> Iterator[str]:
     """A memcached on a Unix socket that only this user sees, for as long as the `with`
     block runs; yields its name for `mcpool.connect`. Raises SettingError."""
-    program = shutil.which("memcached")
-    if program is None:
-        raise SettingError(NO_MEMCACHED)
+    if not (program := shutil.which("memcached")):
+        there_is = "there is no memcached to start: 'apt-get install memcached'"
+        raise SettingError(f"MEMCHUNK_SERVERS is not set, and {there_is}")
     with tempfile.TemporaryDirectory(prefix="memchunk") as folder:
         path = pathlib.Path(folder, "memcached")
-        # As root, memcached wants to be told so.
-        user = ["-u", "root"] if os.geteuid() == 0 else []
-        # The MiB are the most that it takes, not what it starts with.
-        command = [program, "-s", str(path), "-m", "1024", *user]
+        # The MiB are the most that it takes, not what it starts with. Only root, who
+        # has to name a user, changes to that one.
+        command = [program, "-s", str(path), "-m", "1024", "-u", "root"]
         process = subprocess.Popen(command)
         try:
             while not path.exists():
@@ -937,15 +919,13 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format=LINE)  # the access log as well
     try:
         settings = Settings.from_environment(os.environ)
-        with contextlib.ExitStack() as stack:
+        with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
             if "MEMCHUNK_SERVERS" not in os.environ:
                 server = stack.enter_context(own_memcached())
                 settings = dataclasses.replace(settings, servers=server)
             serve(Application(settings.connect(), settings), options.host, options.port)
     except SettingError as error:
         sys.exit(f"wsgi.py: {error}")
-    except KeyboardInterrupt:
-        pass
 
 
 def serve(application: Application, host: str, port: int) -> None:
