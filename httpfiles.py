@@ -26,10 +26,11 @@ import json
 import mimetypes
 import pathlib
 import re
+import sys
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote
 
 from werkzeug import http
@@ -181,7 +182,7 @@ class Body:
             self.size = _announced_size(environ)
         except Problem as problem:
             self.problem = problem
-        self._left = self.size
+        self._left = sys.maxsize if self.size is None else self.size
 
     def __iter__(self) -> Iterator[bytes]:
         return iter(functools.partial(self._next, PIECE), b"")
@@ -195,51 +196,45 @@ class Body:
         """Up to `size` bytes, b"" at the end. Raises Problem."""
         if self.problem:
             raise self.problem
-        if self._left == 0:
+        if not self._left:
             return b""
-        piece = self._read(size if self._left is None else min(size, self._left))
-        if self._left is None:
-            self._left = None if piece else 0
-            return piece
-        self._left = self._left - len(piece) if piece else 0
-        if not piece:
-            detail = "The body ended before its Content-Length. Send it again."
-            raise CutOff(400, detail)
-        return piece
-
-    def _read(self, size: int) -> bytes:
         try:
-            piece: bytes = self._stream.read(size)
-            if not piece and self._left is None:
-                _check_end(self._environ)
+            piece: bytes = self._stream.read(min(size, self._left))
+            if not piece:
+                self._check_end()
         except Exception as error:  # each host has its own for a broken body
             self._left = 0
             raise CutOff(400, "The body broke off. Send it again.") from error
+        self._left = self._left - len(piece) if piece else 0
         return piece
+
+    def _check_end(self) -> None:
+        """Raise EOFError if the body ended early. If a chunk's size breaks off after
+        its leading zeros, cheroot reads it as 0, the last one. Then the line that must
+        follow does not come."""
+        if self.size is not None:
+            raise EOFError("it ended before its Content-Length")
+        is_cheroot = self._environ.get("SERVER_SOFTWARE", "").startswith("Cheroot")
+        if is_cheroot and not self._stream.rfile.peek(1):
+            raise EOFError("there is no line after the last chunk")
 
     def drain(self) -> None:
         """Read what a refused upload still sends, and drop it. Else the host would
         close on it, and the sender, or a proxy, would see a reset connection instead of
         the answer. We never touch the host's connection."""
         # Without these there is no body, even if the host's stream tells no length.
-        announced = {"CONTENT_LENGTH", "HTTP_TRANSFER_ENCODING"} & self._environ.keys()
-        if announced:
-            with contextlib.suppress(Problem):  # there is no one left to tell
-                self._drop()
-
-    def _drop(self) -> None:
+        if not {"CONTENT_LENGTH", "HTTP_TRANSFER_ENCODING"} & self._environ.keys():
+            return
         dropped, size, now = 0, 1, time.monotonic()
         deadline = now + DRAIN_SECONDS
-        while dropped < DRAIN and now < deadline:
-            piece = self._next(size)
-            if not piece:
-                return
-            dropped += len(piece)
-            # A host waits for all bytes of a read, so reads are large only while bytes
-            # come fast. The wait for a sender that stops has no bound here: nothing but
-            # the host's own time-out, or a proxy that buffers, ends it.
-            start, now = now, time.monotonic()
-            size = min(size * 2, PIECE) if now - start < FAST else 1
+        with contextlib.suppress(Problem):  # there is no one left to tell
+            while dropped < DRAIN and now < deadline and (piece := self._next(size)):
+                dropped += len(piece)
+                # A host waits for all bytes of a read, so reads are large only while
+                # bytes come fast. The wait for a sender that stops has no bound here:
+                # nothing but the host's time-out, or a proxy that buffers, ends it.
+                start, now = now, time.monotonic()
+                size = min(size * 2, PIECE) if now - start < FAST else 1
 
 
 def _announced_size(environ: WSGIEnvironment) -> int | None:
@@ -259,44 +254,22 @@ def _announced_size(environ: WSGIEnvironment) -> int | None:
     if re.fullmatch("[0-9]{1,18}", length):
         return int(length)
     require(not length, 400, "The Content-Length is not a number.")
-    return None if ends and not _announces_bodies(environ) else 0
-
-
-def _announces_bodies(environ: WSGIEnvironment) -> bool:
-    """Whether a request with a body has one of two fields, as HTTP/1 demands, and the
-    host is known to pass both on. In HTTP/2 a body may come without a word."""
-    is_a2wsgi = "asgi.scope" in environ and not _is_event(environ)
-    passes_on = is_a2wsgi or environ.get("SERVER_SOFTWARE") == "Granian"
-    return passes_on and environ["SERVER_PROTOCOL"].startswith("HTTP/1")
-
-
-def _is_event(environ: WSGIEnvironment) -> bool:
-    """Whether mangum made the request of an event of AWS Lambda, which has the body
-    whole."""
-    return "aws.event" in environ.get("asgi.scope", {})
-
-
-def _check_end(environ: WSGIEnvironment) -> None:
-    """Raise EOFError if the sender went away before the end of a chunked body. If a
-    chunk's size breaks off after its leading zeros, cheroot reads it as 0, the last
-    one. Then the line that must follow does not come."""
-    is_cheroot = environ.get("SERVER_SOFTWARE", "").startswith("Cheroot")
-    if is_cheroot and not environ["wsgi.input"].rfile.peek(1):
-        raise EOFError("there is no line after the last chunk")
+    return None if ends else 0  # HTTP/2 has bodies without a word
 
 
 def refuse_unproved_body(request: FileRequest) -> None:
     """Raise Problem for a body that may be cut off without a sign of it."""
-    if request.body.problem:
-        raise request.body.problem
-    is_known_host = RAISING_HOSTS.match(request.environ.get("SERVER_SOFTWARE", ""))
-    if request.body.size is not None or is_known_host or _is_event(request.environ):
-        return
+    environ, body = request.environ, request.body
+    if body.problem:
+        raise body.problem
+    is_known_host = RAISING_HOSTS.match(environ.get("SERVER_SOFTWARE", ""))
+    # mangum makes the request of an event of AWS Lambda, which has the body whole.
+    is_event = "aws.event" in environ.get("asgi.scope", {})
     fields = ("Repr-Digest", "Content-Digest")
-    if not any(expected_digests(request, field) for field in fields):
-        wanted = "Send a Content-Length, or a Repr-Digest of sha-256 or sha-512: "
-        detail = "this host does not tell a broken upload from a whole one."
-        raise Problem(411, wanted + detail)
+    if body.size is None and not (is_known_host or is_event):
+        is_proved = any(expected_digests(request, field) for field in fields)
+        wanted = "Send a Content-Length, or a Repr-Digest of sha-256 or sha-512"
+        require(is_proved, 411, f"{wanted}: this host hides where a body breaks off.")
 
 
 def refuse_content_coding(request: Request) -> None:
@@ -330,12 +303,9 @@ class SentFile:
         return extension(self.content_type, self.filename)
 
 
-class Part(NamedTuple):
-    """The headers of a form's part. A part without a file name is a field."""
-
-    name: str
-    filename: str
-    content_type: str
+# Of a form's part: its name, file name and content type. Without a file name it is a
+# field.
+Part = tuple[str, str, str]
 
 
 class Form:
@@ -353,7 +323,6 @@ class Form:
         self._pieces = itertools.chain(pieces, [b"\r\n"])
         self._delimiter = b"\r\n--" + boundary.encode()
         self._buffer = b"\r\n"  # the first delimiter has no line before it
-        self._at = 0  # where in that the next byte is
         self._room = MAX_FORM_OVERHEAD
         self._file: Part | None = None  # the headers of the file that comes next
 
@@ -384,8 +353,8 @@ class Form:
     def _fields(self) -> dict[str, str]:
         """The fields up to the next file, or up to the end of the form."""
         fields: dict[str, str] = {}
-        while (part := self._part()) and not part.filename:
-            fields[part.name] = self._text(self._delimiter)
+        while (part := self._part()) and not part[1]:
+            fields[part[0]] = self._text(self._delimiter)
         self._file = part
         return fields
 
@@ -394,58 +363,47 @@ class Form:
         start = self._text(b"\r\n").strip()
         if start == "--":
             # What follows means nothing, but must arrive: else the body was cut off.
-            at = self._at
-            for piece in itertools.chain([self._buffer[at:]], self._pieces):
-                self._count(piece)
+            for _ in self._counted(itertools.chain([self._buffer], self._pieces)):
+                pass
             return None
         require(not start, 400, "The form is broken: text follows a boundary.")
-        headers = self._headers()
+        # Without headers, the blank line begins with the end of the line before.
+        self._buffer = b"\r\n" + self._buffer
+        lines = self._text(b"\r\n\r\n").split("\r\n")
+        fields = (line.partition(":") for line in lines)
+        headers = {key.strip().lower(): value.strip() for key, _, value in fields}
         coding = headers.get("content-transfer-encoding", "binary")
         detail = "Send the parts as they are, without a Content-Transfer-Encoding."
         require(coding.lower() in PLAIN_CODINGS, 400, detail)
         _, options = http.parse_options_header(headers.get("content-disposition"))
         name, filename = options.get("name", ""), options.get("filename", "")
-        return Part(name, filename, headers.get("content-type", ""))
-
-    def _headers(self) -> dict[str, str]:
-        # Without headers, the blank line begins with the end of the line before.
-        self._at -= 2
-        lines = self._text(b"\r\n\r\n").split("\r\n")
-        fields = (line.partition(":") for line in lines)
-        return {key.strip().lower(): value.strip() for key, _, value in fields}
+        return name, filename, headers.get("content-type", "")
 
     def _text(self, end: bytes) -> str:
-        pieces = []
-        for piece in self._until(end):
-            self._count(piece)
-            pieces.append(piece)
-        self._count(end)
-        return b"".join(pieces).decode("utf-8", "replace")
+        text = b"".join(self._counted(itertools.chain(self._until(end), [end])))
+        return text[: -len(end)].decode("utf-8", "replace")
 
-    def _count(self, piece: bytes) -> None:
-        self._room -= len(piece)
-        if self._room < 0:
-            detail = f"A form may have {MAX_FORM_OVERHEAD} bytes beside its file."
-            raise Problem(400, detail, limit=MAX_FORM_OVERHEAD)
+    def _counted(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        detail = f"A form may have {MAX_FORM_OVERHEAD} bytes beside its files."
+        for piece in pieces:
+            self._room -= len(piece)
+            require(self._room >= 0, 400, detail)
+            yield piece
 
     def _until(self, end: bytes) -> Iterator[bytes]:
         """Yield what comes before `end`, and step over it. Raises Problem if none
         comes."""
-        while (found := self._buffer.find(end, self._at)) < 0:
-            # What is at the end of the buffer may be the start of `end`.
-            start, self._at = self._at, max(self._at, len(self._buffer) - len(end) + 1)
-            if self._at > start:
-                stop = self._at
-                yield self._buffer[start:stop]
-            piece = next(self._pieces, None)
-            if piece is None:
-                detail = "The form ended before its last boundary. Send it again."
-                raise Problem(400, detail)
-            at, self._at = self._at, 0
-            self._buffer = self._buffer[at:] + piece
-        start, self._at = self._at, found + len(end)
-        if found > start:
-            yield self._buffer[start:found]
+        before, found, rest = self._buffer.partition(end)
+        while not found:
+            # The last bytes may be the start of `end`.
+            stop = max(0, len(before) - len(end) + 1)
+            yield before[:stop]
+            piece = next(self._pieces, b"")
+            detail = "The form ended before its last boundary. Send it again."
+            require(piece, 400, detail)
+            before, found, rest = (before[stop:] + piece).partition(end)
+        self._buffer = rest
+        yield before
 
 
 # --- Digests: of a file and of a body (RFC 9530) --------------------------------------
@@ -455,31 +413,23 @@ DIGESTS = {"sha-256": hashlib.sha256, "sha-512": hashlib.sha512}  # the active o
 BYTE_SEQUENCE = re.compile(r":([A-Za-z0-9+/]*)=*: *(;.*)?")
 
 
-def expected_digests(request: Request, field: str) -> dict[str, bytes]:
-    """The digests in a field of the request, by algorithm. Raises Problem. An unknown
-    algorithm is no reason to refuse a file (RFC 9530, 2)."""
+def expected_digests(request: Request, field: str) -> dict[str, str]:
+    """The digests in a field of the request, by algorithm, in base64. Raises Problem.
+    An unknown algorithm is no reason to refuse a file (RFC 9530, 2)."""
     text = request.headers.get(field, "").strip()
-    try:
-        members = http.parse_dict_header(text)
-        # It finds nothing in a field that breaks off in mid-string, and lets commas end
-        # one.
-        if text and (not members or text != text.strip(",")):
-            raise ValueError(text)
-        return {key: _decoded(members[key]) for key in DIGESTS.keys() & members}
-    except ValueError as error:
-        raise Problem(400, f"The {field} has not the form sha-256=:BASE64:.") from error
-
-
-def _decoded(item: str | None) -> bytes:
-    """The bytes that a byte sequence stands for. Raises ValueError."""
-    match = BYTE_SEQUENCE.fullmatch(item or "")
-    if not match:
-        raise ValueError(item)
-    return base64.b64decode(match[1] + "=" * (-len(match[1]) % 4))
+    members = http.parse_dict_header(text)
+    # The parser finds nothing in a field that breaks off in mid-string, and lets commas
+    # end one.
+    is_whole = (members or not text) and text == text.strip(",")
+    items = {key: members[key] or "" for key in DIGESTS.keys() & members}
+    found = {key: BYTE_SEQUENCE.fullmatch(item) for key, item in items.items()}
+    detail = f"The {field} has not the form sha-256=:BASE64:."
+    require(is_whole and all(found.values()), 400, detail)
+    return {key: match[1] for key, match in found.items() if match}
 
 
 def verified(
-    pieces: Iterable[bytes], expected: Mapping[str, bytes], field: str
+    pieces: Iterable[bytes], expected: Mapping[str, str], field: str
 ) -> Iterator[bytes]:
     """The pieces. Raises Problem after the last if they have other digests."""
     digests = {algorithm: DIGESTS[algorithm]() for algorithm in expected}
@@ -488,24 +438,27 @@ def verified(
             digest.update(piece)
         yield piece
     for algorithm, digest in digests.items():
+        is_right = _base64(digest.digest()).rstrip("=") == expected[algorithm]
         detail = f"The {algorithm} is not that of the {field}. Send it again."
-        require(digest.digest() == expected[algorithm], 400, detail)
+        require(is_right, 400, detail)
 
 
 def wanted_digest(request: Request, content: Iterable[bytes]) -> dict[str, str]:
     """The header with the digest that the client likes best of those we have
     (Want-Repr-Digest: RFC 9530, 4)."""
-    with contextlib.suppress(ValueError):  # a wish that isn't understood is none
-        wishes = http.parse_dict_header(request.headers.get("Want-Repr-Digest", ""))
-        weights = {key: int(wishes[key] or "") for key in DIGESTS.keys() & wishes}
-        best = max(weights, key=lambda key: weights[key], default="")
-        if weights.get(best, 0) > 0:
-            digest = DIGESTS[best]()
-            for piece in content:
-                digest.update(piece)
-            value = base64.b64encode(digest.digest()).decode()
-            return {"Repr-Digest": f"{best}=:{value}:"}
-    return {}
+    wishes = http.parse_dict_header(request.headers.get("Want-Repr-Digest", ""))
+    wanted = [key for key in DIGESTS if re.fullmatch("[1-9]|10", wishes.get(key) or "")]
+    if not wanted:
+        return {}
+    best = max(wanted, key=lambda key: int(wishes[key] or 0))
+    digest = DIGESTS[best]()
+    for piece in content:
+        digest.update(piece)
+    return {"Repr-Digest": f"{best}=:{_base64(digest.digest())}:"}
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
 
 
 # --- Preconditions, in the order of RFC 9110, 13.2.2 ----------------------------------
@@ -571,9 +524,6 @@ def requested_range(
         start, stop = int(first), min(int(last or info.size) + 1, info.size)
     else:
         start, stop = max(0, info.size - int(last)), info.size
-        if info.size == 0 and int(last):
-            # satisfiable, but there are no bytes that Content-Range could name
-            return None
     if start >= info.size:
         headers = {"Content-Range": f"bytes */{info.size}"}
         raise Problem(416, f"The file has {info.size} bytes.", headers, size=info.size)
@@ -612,7 +562,10 @@ def type_and_filename(info: memchunk.FileInfo) -> tuple[str, str]:
     except (ValueError, TypeError, KeyError, RecursionError):
         content_type = filename = ""
     filename = _clean_filename(filename or info.name)
-    return _clean_content_type(content_type) or _guessed_type(filename), filename
+    guessed, coding = TYPES.guess_type("x" + pathlib.PurePosixPath(filename).suffix)
+    if coding or not guessed:
+        guessed = CONTENT_TYPE
+    return _clean_content_type(content_type) or guessed, filename
 
 
 def describe(info: memchunk.FileInfo) -> dict[str, object]:
@@ -631,11 +584,6 @@ def _clean_content_type(text: str) -> str:
     text = text.strip()
     usable = text.lower() not in NO_CONTENT_TYPES and len(text) <= 255
     return text if usable and CONTENT_TYPE_PATTERN.fullmatch(text) else ""
-
-
-def _guessed_type(filename: str) -> str:
-    guessed, coding = TYPES.guess_type("x" + pathlib.PurePosixPath(filename).suffix)
-    return guessed if guessed and not coding else CONTENT_TYPE
 
 
 def _clean_filename(text: str) -> str:
