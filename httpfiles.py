@@ -86,10 +86,7 @@ ERRORS: dict[type[memchunk.MemchunkError], tuple[int, str]] = {
     memchunk.InvalidName: (400, "A name is 1 to 1024 bytes of UTF-8."),
     memchunk.SizeMismatch: (400, "The body isn't as long as announced. Send it again."),
     memchunk.FileNotFound: (404, "No such file. It may have expired or been evicted."),
-    memchunk.FileExists: (
-        409,
-        "A file of this name exists. PUT replaces it; DELETE removes it.",
-    ),
+    memchunk.FileExists: (409, "A file of this name exists. PUT replaces it."),
     memchunk.FileEvicted: (410, "The cache dropped parts of it. Upload it again."),
     memchunk.FileChanged: (412, "It has changed. Get its new ETag, and decide again."),
     memchunk.CacheUnavailable: (503, "The cache did not answer. Try again soon."),
@@ -297,10 +294,6 @@ class SentFile:
     content_type: str
     filename: str
     expire: str | None
-
-    @property
-    def extension(self) -> str:
-        return extension(self.content_type, self.filename)
 
 
 # Of a form's part: its name, file name and content type. Without a file name it is a
@@ -540,10 +533,10 @@ NO_CONTENT_TYPES = ("", "application/x-www-form-urlencoded")
 CONTENT_TYPE_PATTERN = re.compile(
     r"[\w!#$&^.+-]+/[\w!#$&^.+-]+(;[ -+\--~]*)?", re.ASCII
 )
-# Characters that make a file name look like another:
+# Control characters, surrogates, and what makes a file name look like another:
 # https://www.unicode.org/reports/tr36
-BIDI_CONTROLS = (
-    "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+DECEPTIVE = re.compile(
+    "[\0-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 )
 
 
@@ -591,13 +584,7 @@ def _clean_filename(text: str) -> str:
     Characters that only look different are made the same first: some systems do, and
     find a path then."""
     text = re.split(r"[/\\]", unicodedata.normalize("NFKC", text))[-1]
-    kept = (
-        character
-        for character in text
-        if unicodedata.category(character) not in ("Cc", "Cs")
-        and character not in BIDI_CONTROLS
-    )
-    return "".join(kept).strip(" .")[-100:].strip(" .") or "file"
+    return DECEPTIVE.sub("", text).strip(" .")[-100:].strip(" .") or "file"
 
 
 def extension(content_type: str, filename: str) -> str:
@@ -680,12 +667,6 @@ def file_headers(info: memchunk.FileInfo, inline: bool) -> dict[str, str]:
         # keep it, but ask before using it: names can be replaced
         "Cache-Control": "no-cache",
     }
-
-
-def not_modified_response(headers: dict[str, str]) -> Response:
-    """A 304, with few of the file's headers (RFC 9110, 15.4.5)."""
-    del headers["Content-Disposition"]
-    return empty_response(headers, 304)
 
 
 def file_response(

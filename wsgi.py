@@ -519,7 +519,8 @@ class Application:
         doesn't know it can't find the file."""
         httpfiles.check_preconditions(request, None)
         for file in self.sent_files(request, several=True):
-            name = secrets.token_hex(16) + file.extension
+            extension = httpfiles.extension(file.content_type, file.filename)
+            name = secrets.token_hex(16) + extension
             self.store(request, name, file, self.cache.add)
         return self.stored_response(request, 201)
 
@@ -647,7 +648,8 @@ class Application:
         headers = httpfiles.file_headers(info, inline)
         httpfiles.check_preconditions(request, info)
         if httpfiles.is_not_modified(request, info):
-            return httpfiles.not_modified_response(headers)
+            del headers["Content-Disposition"]  # RFC 9110, 15.4.5
+            return httpfiles.empty_response(headers, 304)
         if request.method == "HEAD":
             self.check_complete(info)
             return httpfiles.file_response(request, headers, info.size, [])
