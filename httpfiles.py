@@ -1,17 +1,9 @@
 # memchunk 1.0.0, MIT licence; copy it beside wsgi.py. docs/http.md belongs to it.
 """What HTTP says about files. Nothing here knows the application's addresses.
 
-The parts, in the order in which an upload, and then a download, passes them:
-
-* Problems: errors as answers (RFC 9457)
-* Requests: what a client asks for; references to other addresses (RFC 9110, 3986)
-* Bodies: to their announced end, and no further (RFC 9112, 6)
-* Forms: multipart/form-data, read as a stream (RFC 7578)
-* Digests: of a file and of a body (RFC 9530)
-* Preconditions (RFC 9110, 13)
-* Ranges (RFC 9110, 14)
-* Metadata: a file's content type and name (RFC 6266, 8187)
-* Answers: JSON, problems, and files
+An upload, and then a download, passes the parts in their order. Their banners name the
+RFCs that they follow: problems, requests, bodies, forms, digests, preconditions,
+ranges, metadata, answers.
 """
 
 from __future__ import annotations
@@ -278,11 +270,8 @@ def refuse_content_coding(request: Request) -> None:
 
 # --- Forms: multipart/form-data (RFC 7578) --------------------------------------------
 
-NO_FILE = (
-    "The form has no part with a file name. Choose a file; with curl, send "
-    "-F file=@PATH, or --data-binary @PATH without a form."
-)
 PLAIN_CODINGS = ("binary", "7bit", "8bit")  # they change no byte (RFC 7578, 4.7)
+Part = tuple[str, str, str]  # name, file name ("" for a field), and content type
 
 
 @dataclasses.dataclass
@@ -294,11 +283,6 @@ class SentFile:
     content_type: str
     filename: str
     expire: str | None
-
-
-# Of a form's part: its name, file name and content type. Without a file name it is a
-# field.
-Part = tuple[str, str, str]
 
 
 class Form:
@@ -327,7 +311,8 @@ class Form:
         """
         self._text(self._delimiter)
         expire = self._fields().get("expire", expire)
-        require(self._file, 400, NO_FILE)
+        detail = "The form has no part with a file name. With curl, send -F file=@PATH."
+        require(self._file, 400, detail)
         while self._file:
             _, filename, content_type = self._file
             content = self._content(several)
@@ -467,9 +452,8 @@ def check_preconditions(request: Request, info: memchunk.FileInfo | None) -> Non
     """Raise Problem unless the conditions hold for a file, None if there is none."""
     headers, reads = request.headers, request.method in ("GET", "HEAD")
     if "If-Match" in headers:
-        require(info, 412, "There is no file of this name that If-Match could name.")
         is_named = info and request.if_match.contains(info.version)
-        detail = "The file's ETag is none that If-Match names. Get it again."
+        detail = "There is no file, or its ETag is none that If-Match names."
         require(is_named, 412, detail)
     elif info:
         is_older = _is_before(request.if_unmodified_since, info.created)
@@ -497,11 +481,10 @@ def _is_before(date: Any, created: int) -> bool:
 
 # Werkzeug's parser takes "bytes=-0" for all bytes, and a weak ETag for a strong one.
 RANGE = re.compile("bytes *= *([0-9]{0,99})-([0-9]{0,99})", re.IGNORECASE)
+Span = tuple[int, int]  # start and stop of a range
 
 
-def requested_range(
-    request: Request, info: memchunk.FileInfo
-) -> tuple[int, int] | None:
+def requested_range(request: Request, info: memchunk.FileInfo) -> Span | None:
     """Start and stop of the one range that is asked for, None for the whole file. Other
     kinds of ranges are ignored (14.2). Raises Problem."""
     match = RANGE.fullmatch(request.headers.get("Range", ""))
@@ -528,7 +511,7 @@ def requested_range(
 CONTENT_TYPE = "application/octet-stream"  # if neither the sender nor the name tells
 TYPES = mimetypes.MimeTypes()  # Python's own table, not that of the machine
 # curl says this of any body; a file is hardly ever a urlencoded form.
-NO_CONTENT_TYPES = ("", "application/x-www-form-urlencoded")
+URLENCODED = "application/x-www-form-urlencoded"
 # No commas: browsers take the last of several types, and `inline` looks at the first.
 CONTENT_TYPE_PATTERN = re.compile(
     r"[\w!#$&^.+-]+/[\w!#$&^.+-]+(;[ -+\--~]*)?", re.ASCII
@@ -555,10 +538,12 @@ def type_and_filename(info: memchunk.FileInfo) -> tuple[str, str]:
     except (ValueError, TypeError, KeyError, RecursionError):
         content_type = filename = ""
     filename = _clean_filename(filename or info.name)
-    guessed, coding = TYPES.guess_type("x" + pathlib.PurePosixPath(filename).suffix)
-    if coding or not guessed:
-        guessed = CONTENT_TYPE
-    return _clean_content_type(content_type) or guessed, filename
+    content_type = content_type.strip()
+    is_sound = CONTENT_TYPE_PATTERN.fullmatch(content_type) and len(content_type) <= 255
+    if not is_sound or content_type.lower() == URLENCODED:
+        guessed, coding = TYPES.guess_type("x" + pathlib.PurePosixPath(filename).suffix)
+        content_type = guessed if guessed and not coding else CONTENT_TYPE
+    return content_type, filename
 
 
 def describe(info: memchunk.FileInfo) -> dict[str, object]:
@@ -570,13 +555,6 @@ def describe(info: memchunk.FileInfo) -> dict[str, object]:
         "created": info.created,
         "expires": info.expires,
     }
-
-
-def _clean_content_type(text: str) -> str:
-    """The type, "" for one that is none."""
-    text = text.strip()
-    usable = text.lower() not in NO_CONTENT_TYPES and len(text) <= 255
-    return text if usable and CONTENT_TYPE_PATTERN.fullmatch(text) else ""
 
 
 def _clean_filename(text: str) -> str:
@@ -674,7 +652,7 @@ def file_response(
     headers: dict[str, str],
     size: int,
     content: list[bytes],
-    part: tuple[int, int] | None = None,
+    part: Span | None = None,
 ) -> Response:
     """The file, or the part of it from start to stop; for HEAD without content."""
     start, stop = part or (0, size)

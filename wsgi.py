@@ -75,9 +75,9 @@ PREFLIGHT_AGE = "3600"  # seconds that a browser may rely on our answer
 
 READS = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
 PROBED = ("/healthz", "/readyz")  # what balancers ask for, by IP address
+FORM = "multipart/form-data"
 # Of bodies that a page may POST to any site without asking that site first.
-URLENCODED, MULTIPART = "application/x-www-form-urlencoded", "multipart/form-data"
-SIMPLE_TYPES = (URLENCODED, MULTIPART, "text/plain", "")
+SIMPLE_TYPES = (httpfiles.URLENCODED, FORM, "text/plain", "")
 
 Write = Callable[..., FileInfo]  # a method of the cache: `add`, `set` or `cas`
 log = logging.getLogger("memchunk.wsgi")
@@ -466,10 +466,9 @@ class Application:
         # 3. The token, before anything is told about a file.
         if _area(request) in ("files", "uploads"):
             self.access.check_token(request)
-        # 4. The address and the method.
+        # 4. The address and the method, which clients of tus may override.
         _check_whole(request)
         if self.uploads and _area(request) == "uploads":
-            # tus has it for clients that can't PATCH or DELETE.
             override = request.headers.get("X-HTTP-Method-Override")
             request.method = (override or request.method).upper()
         if request.method == "OPTIONS":
@@ -562,7 +561,7 @@ class Application:
         """The files in the body, raw or in a form, one after another. Raises
         Problem."""
         httpfiles.refuse_content_coding(request)
-        is_form = request.mimetype == MULTIPART
+        is_form = request.mimetype == FORM
         beside = httpfiles.MAX_FORM_OVERHEAD if is_form else 0
         # Before the body is read, since a client may wait for what we say.
         if (request.body.size or 0) > self.cache.max_size + beside:
@@ -659,9 +658,8 @@ class Application:
         content = [bytes(piece) for piece in file.chunks(*(part or (0, info.size)))]
         return httpfiles.file_response(request, headers, info.size, content, part)
 
-    def part_to_send(self, request: Request, info: FileInfo) -> tuple[int, int] | None:
-        """Start and stop of the range to send, None for the whole file. Raises
-        Problem."""
+    def part_to_send(self, request: Request, info: FileInfo) -> httpfiles.Span | None:
+        """The range to send, None for the whole file. Raises Problem."""
         part = httpfiles.requested_range(request, info)
         limit = self.settings.max_response or info.size
         if part is None and info.size > limit:
@@ -729,9 +727,7 @@ def _problem_of(error: Exception) -> Problem:
         allowed = ", ".join(sorted({*(error.valid_methods or ()), "OPTIONS"}))
         return Problem(405, f"Allowed here: {allowed}.", {"Allow": allowed})
     if isinstance(error, NotFound):
-        return Problem(
-            404, "There is nothing at this address. Files are under /files/."
-        )
+        return Problem(404, "There is nothing here. Files are under /files/.")
     # Werkzeug can't read all requests, such as one with a path that is not Latin-1.
     if isinstance(error, (HTTPException, UnicodeEncodeError)):
         return Problem(400, "The request is not valid.")
@@ -873,10 +869,10 @@ def server_states(client: Any) -> dict[str, str]:
     asked = {name: pool.submit(clients[name].gets, "ready") for name in clients}
     futures.wait(asked.values(), READY_SECONDS)
     pool.shutdown(wait=False)  # a frozen one may hold its thread for longer
-    answer = {
-        name for name, each in asked.items() if each.done() and not each.exception()
+    return {
+        name: "ok" if each.done() and not each.exception() else "no answer"
+        for name, each in asked.items()
     }
-    return {name: "ok" if name in answer else "no answer" for name in clients}
 
 
 _log_if_unconfigured()
