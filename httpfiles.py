@@ -22,7 +22,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import parse_qs, quote
 
 from werkzeug import http
@@ -30,12 +30,10 @@ from werkzeug.wrappers import Request, Response
 
 import memchunk
 
-if TYPE_CHECKING:
-    from _typeshed.wsgi import WSGIEnvironment
-
-Headers = Mapping[str, str]
-
 __version__ = "1.0.0"
+
+Environ = dict[str, Any]  # of WSGI
+Headers = Mapping[str, str]
 
 PIECE = 128 * 1024  # bytes of a body that are held at a time
 DRAIN = 64 * 1024 * 1024  # bytes of a refused body that are read and dropped
@@ -115,7 +113,7 @@ def size_in_words(size: int) -> str:
 class FileRequest(Request):
     """A request, its body as a stream, and the files that it has stored so far."""
 
-    def __init__(self, environ: WSGIEnvironment, body: Body) -> None:
+    def __init__(self, environ: Environ, body: Body) -> None:
         super().__init__(environ)
         self.body = body
         self.stored: list[memchunk.FileInfo] = []
@@ -163,7 +161,7 @@ class Body:
     framing. Iterating raises Problem if the body is cut off. Hosts differ in how they
     end such a body, and some end it like a complete one."""
 
-    def __init__(self, environ: WSGIEnvironment) -> None:
+    def __init__(self, environ: Environ) -> None:
         self._environ, self._stream = environ, environ["wsgi.input"]
         self.size: int | None = None
         self.problem: Problem | None = None
@@ -226,7 +224,7 @@ class Body:
                 size = min(size * 2, PIECE) if now - start < FAST else 1
 
 
-def _announced_size(environ: WSGIEnvironment) -> int | None:
+def _announced_size(environ: Environ) -> int | None:
     """Bytes of the body, None if only its end will tell. Raises Problem (RFC 9112,
     6.3)."""
     length = environ.get("CONTENT_LENGTH") or ""

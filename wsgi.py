@@ -55,12 +55,10 @@ from werkzeug.wrappers import Request, Response
 import httpfiles
 import mcpool
 import memchunk
-from httpfiles import FileRequest, Headers, Problem, SentFile, require
-from memchunk import FileInfo
+from httpfiles import Environ, FileRequest, Headers, Problem, SentFile, require
+from memchunk import FileCache, FileInfo
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIEnvironment
-
     import tus
 
 __all__ = ["Application", "SettingError", "Settings"]
@@ -79,6 +77,7 @@ FORM = "multipart/form-data"
 # Of bodies that a page may POST to any site without asking that site first.
 SIMPLE_TYPES = (httpfiles.URLENCODED, FORM, "text/plain", "")
 
+Start = Callable[..., Any]  # the second argument of a WSGI application
 Write = Callable[..., FileInfo]  # a method of the cache: `add`, `set` or `cas`
 log = logging.getLogger("memchunk.wsgi")
 
@@ -148,11 +147,11 @@ class Settings:
         most = self.max_expire
         return min(self.expire or most, most) if most else self.expire
 
-    def connect(self) -> memchunk.FileCache:
+    def connect(self) -> FileCache:
         """The cache that the settings describe. Raises SettingError."""
         tls, bound = self.tls_context(), self.max_connections
         try:
-            return memchunk.FileCache(
+            return FileCache(
                 mcpool.connect(
                     self.servers, timeout=self.timeout, tls=tls, max_connections=bound
                 ),
@@ -393,9 +392,7 @@ class Application:
     cache: where the files are. settings: all of them; the cache has its part
     already."""
 
-    def __init__(
-        self, cache: memchunk.FileCache, settings: Settings | None = None
-    ) -> None:
+    def __init__(self, cache: FileCache, settings: Settings | None = None) -> None:
         self.cache, self.settings = cache, settings or Settings()
         self.cors = Cors(self.settings)
         self.access = Access(self.settings, self.cors)
@@ -425,14 +422,10 @@ class Application:
             merge_slashes=False,
         )
 
-    def __call__(
-        self, environ: WSGIEnvironment, start_response: StartResponse
-    ) -> Iterable[bytes]:
+    def __call__(self, environ: Environ, start_response: Start) -> Iterable[bytes]:
         return self.entry(environ, start_response)
 
-    def answer(
-        self, environ: WSGIEnvironment, start_response: StartResponse
-    ) -> Iterable[bytes]:
+    def answer(self, environ: Environ, start_response: Start) -> Iterable[bytes]:
         call, body = Call(environ), httpfiles.Body(environ)
         request = FileRequest({}, body)
         try:
@@ -517,17 +510,12 @@ class Application:
         """Store the body, or each file of a form, under a name of 128 random bits: who
         doesn't know it can't find the file."""
         httpfiles.check_preconditions(request, None)
-        for file in self.sent_files(request, several=True):
-            extension = httpfiles.extension(file.content_type, file.filename)
-            name = secrets.token_hex(16) + extension
-            self.store(request, name, file, self.cache.add)
-        return self.stored_response(request, 201)
+        return self.store(request, "", self.cache.add, 201)
 
     def post_file(self, request: FileRequest, name: str) -> Response:
         if httpfiles.is_conditional(request):
             httpfiles.check_preconditions(request, self.replaceable(request, name))
-        self.store(request, name, next(self.sent_files(request)), self.cache.add)
-        return self.stored_response(request, 201)
+        return self.store(request, name, self.cache.add, 201)
 
     def put_file(self, request: FileRequest, name: str) -> Response:
         current = self.replaceable(request, name)
@@ -539,11 +527,10 @@ class Application:
             if current:
                 write = functools.partial(self.cache.cas, version=current.version)
         try:
-            self.store(request, name, next(self.sent_files(request)), write)
+            return self.store(request, name, write, 200 if current else 201)
         except (memchunk.FileExists, memchunk.FileNotFound) as error:
             detail = "Meanwhile another upload stored this file, or it was deleted."
             raise Problem(412, detail) from error
-        return self.stored_response(request, 200 if current else 201)
 
     def replaceable(self, request: Request, name: str) -> FileInfo | None:
         """The file that an upload may replace. With If-None-Match: *, a file that lost
@@ -555,9 +542,7 @@ class Application:
         only_new = request.headers.get("If-None-Match") == "*"
         return None if only_new and name not in self.cache else info
 
-    def sent_files(
-        self, request: FileRequest, several: bool = False
-    ) -> Iterator[SentFile]:
+    def sent_files(self, request: FileRequest, several: bool) -> Iterator[SentFile]:
         """The files in the body, raw or in a form, one after another. Raises
         Problem."""
         httpfiles.refuse_content_coding(request)
@@ -577,14 +562,22 @@ class Application:
             yield SentFile(content, request.body.size, content_type, "", expire)
 
     def store(
-        self, request: FileRequest, name: str, file: SentFile, write: Write
-    ) -> None:
+        self, request: FileRequest, name: str, write: Write, status: int
+    ) -> Response:
+        """Store the file in the body under the name. Without a name, store each file
+        there under a random one."""
         expected = httpfiles.expected_digests(request, "Repr-Digest")
-        content = httpfiles.verified(file.content, expected, "Repr-Digest")
-        expire = self.seconds_to_keep(file.expire)
-        metadata = httpfiles.pack_metadata(file.content_type, file.filename)
-        info = write(name, content, size=file.size, expire=expire, metadata=metadata)
-        request.stored.append(info)
+        for file in self.sent_files(request, several=not name):
+            about = file.content_type, file.filename
+            info = write(
+                name or secrets.token_hex(16) + httpfiles.extension(*about),
+                httpfiles.verified(file.content, expected, "Repr-Digest"),
+                size=file.size,
+                expire=self.seconds_to_keep(file.expire),
+                metadata=httpfiles.pack_metadata(*about),
+            )
+            request.stored.append(info)
+        return self.stored_response(request, status)
 
     def seconds_to_keep(self, text: str | None) -> int:
         """Seconds to keep a file whose sender asks for `text`. Raises Problem."""
@@ -832,18 +825,17 @@ def _duration(seconds: int) -> str:
 LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
-def _log_if_unconfigured() -> None:
-    """Print log lines with time and level as long as the host has configured none."""
-    logger, handler = logging.getLogger("memchunk"), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(LINE))
-    handler.addFilter(lambda _: not logging.root.handlers and logger.handlers[1:] == [])
-    logger.addHandler(handler)
+# Print log lines with time and level as long as the host has configured none.
+_logger, _handler = logging.getLogger("memchunk"), logging.StreamHandler()
+_handler.setFormatter(logging.Formatter(LINE))
+_handler.addFilter(lambda _: not (logging.root.handlers or _logger.handlers[1:]))
+_logger.addHandler(_handler)
 
 
 class Call:
     """A request as the log names it, by the id that the answer carries."""
 
-    def __init__(self, environ: WSGIEnvironment) -> None:
+    def __init__(self, environ: Environ) -> None:
         sent, self._began = environ.get("HTTP_X_REQUEST_ID", ""), time.monotonic()
         is_sane = re.fullmatch("[A-Za-z0-9._-]{1,64}", sent)
         self.id = sent if is_sane else secrets.token_hex(8)
@@ -873,9 +865,6 @@ def server_states(client: Any) -> dict[str, str]:
         name: "ok" if each.done() and not each.exception() else "no answer"
         for name, each in asked.items()
     }
-
-
-_log_if_unconfigured()
 
 
 # --- The development server: python wsgi.py -------------------------------------------
