@@ -229,8 +229,9 @@ def _announced_size(environ: Environ) -> int | None:
     6.3)."""
     length = environ.get("CONTENT_LENGTH") or ""
     coding = environ.get("HTTP_TRANSFER_ENCODING")
+    scope = environ.get("asgi.scope")  # of a2wsgi
     # a2wsgi's stream ends with the body too, but does not say so.
-    ends = environ.get("wsgi.input_terminated") or "asgi.scope" in environ
+    ends = environ.get("wsgi.input_terminated") or scope
     if coding is not None:
         require(ends, 411, "Send a Content-Length: this host needs one.")
         is_chunked = coding.strip().lower() == "chunked"
@@ -241,7 +242,13 @@ def _announced_size(environ: Environ) -> int | None:
     if re.fullmatch("[0-9]{1,18}", length):
         return int(length)
     require(not length, 400, "The Content-Length is not a number.")
-    return None if ends else 0  # HTTP/2 has bodies without a word
+    # Without these two, a request of HTTP/1 has no body. These hosts pass both on. But
+    # an event of AWS Lambda may have a body without a word, as HTTP/2 may.
+    passes_on = environ.get("SERVER_SOFTWARE") == "Granian" or (
+        scope and "aws.event" not in scope
+    )
+    is_empty = passes_on and environ["SERVER_PROTOCOL"].startswith("HTTP/1")
+    return 0 if is_empty or not ends else None
 
 
 def refuse_unproved_body(request: FileRequest) -> None:

@@ -707,7 +707,9 @@ def _redirect_to_slash(request: Request) -> Response:
     The Location is relative, so that it holds behind a proxy that puts more before it.
     """
     folder = quote(request.root_path.rstrip("/").rpartition("/")[2])
-    return httpfiles.empty_response({"Location": f"{folder}/"}, 308)
+    query = request.environ.get("QUERY_STRING")
+    location = f"{folder}/?{query}" if query else f"{folder}/"
+    return httpfiles.empty_response({"Location": location}, 308)
 
 
 def _problem_of(error: Exception) -> Problem:
