@@ -11,12 +11,10 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
 import mimetypes
-import pathlib
 import re
 import sys
 import time
@@ -172,7 +170,7 @@ class Body:
         self._left = sys.maxsize if self.size is None else self.size
 
     def __iter__(self) -> Iterator[bytes]:
-        return iter(functools.partial(self._next, PIECE), b"")
+        return iter(lambda: self._next(PIECE), b"")
 
     def until_cut_off(self) -> Iterator[bytes]:
         """The pieces that arrive, to the end of the body or to where it breaks off."""
@@ -421,9 +419,9 @@ def verified(
             digest.update(piece)
         yield piece
     for algorithm, digest in digests.items():
-        is_right = _base64(digest.digest()).rstrip("=") == expected[algorithm]
+        found = base64.b64encode(digest.digest()).decode().rstrip("=")
         detail = f"The {algorithm} is not that of the {field}. Send it again."
-        require(is_right, 400, detail)
+        require(found == expected[algorithm], 400, detail)
 
 
 def wanted_digest(request: Request, content: Iterable[bytes]) -> dict[str, str]:
@@ -437,11 +435,8 @@ def wanted_digest(request: Request, content: Iterable[bytes]) -> dict[str, str]:
     digest = DIGESTS[best]()
     for piece in content:
         digest.update(piece)
-    return {"Repr-Digest": f"{best}=:{_base64(digest.digest())}:"}
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
+    value = base64.b64encode(digest.digest()).decode()
+    return {"Repr-Digest": f"{best}=:{value}:"}
 
 
 # --- Preconditions, in the order of RFC 9110, 13.2.2 ----------------------------------
@@ -455,8 +450,7 @@ def is_conditional(request: Request) -> bool:
 
 def check_preconditions(request: Request, info: memchunk.FileInfo | None) -> None:
     """Raise Problem unless the conditions hold for a file, None if there is none."""
-    headers, reads = request.headers, request.method in ("GET", "HEAD")
-    if "If-Match" in headers:
+    if "If-Match" in request.headers:
         is_named = info and request.if_match.contains(info.version)
         detail = "There is no file, or its ETag is none that If-Match names."
         require(is_named, 412, detail)
@@ -464,7 +458,7 @@ def check_preconditions(request: Request, info: memchunk.FileInfo | None) -> Non
         is_older = _is_before(request.if_unmodified_since, info.created)
         detail = "The file was stored after the date in If-Unmodified-Since."
         require(not is_older, 412, detail)
-    if info and not reads:
+    if info and request.method not in ("GET", "HEAD"):
         is_ruled_out = request.if_none_match.contains_weak(info.version)
         detail = "There is a file of this name, which If-None-Match rules out."
         require(not is_ruled_out, 412, detail)
@@ -546,7 +540,7 @@ def type_and_filename(info: memchunk.FileInfo) -> tuple[str, str]:
     content_type = content_type.strip()
     is_sound = CONTENT_TYPE_PATTERN.fullmatch(content_type) and len(content_type) <= 255
     if not is_sound or content_type.lower() == URLENCODED:
-        guessed, coding = TYPES.guess_type("x" + pathlib.PurePosixPath(filename).suffix)
+        guessed, coding = TYPES.guess_type(filename)
         content_type = guessed if guessed and not coding else CONTENT_TYPE
     return content_type, filename
 
