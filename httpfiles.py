@@ -240,11 +240,10 @@ def _announced_size(environ: Environ) -> int | None:
     if re.fullmatch("[0-9]{1,18}", length):
         return int(length)
     require(not length, 400, "The Content-Length is not a number.")
-    # Without these two, a request of HTTP/1 has no body. These hosts pass both on. But
-    # an event of AWS Lambda may have a body without a word, as HTTP/2 may.
-    passes_on = environ.get("SERVER_SOFTWARE") == "Granian" or (
-        scope and "aws.event" not in scope
-    )
+    # Without these two, HTTP/1 has no body, if the host is known to pass both on. But
+    # HTTP/2 and an event of AWS Lambda may have a body without a word.
+    is_a2wsgi = scope and "aws.event" not in scope
+    passes_on = is_a2wsgi or environ.get("SERVER_SOFTWARE") == "Granian"
     is_empty = passes_on and environ["SERVER_PROTOCOL"].startswith("HTTP/1")
     return 0 if is_empty or not ends else None
 

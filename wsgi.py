@@ -324,7 +324,7 @@ class Access:
         or nothing. A page that got here by DNS rebinding has a name."""
         host = _hostname(f"//{request.host}")
         is_ours = host in self._hosts or f".{host}".endswith(self._domains)
-        # A browser takes all of digits and dots for an address.
+        # Browsers take a name of digits and dots for an IP address.
         is_address = ":" in host or host.replace(".", "").isdigit()
         is_nameless = is_address or "Host" not in request.headers
         is_probe = request.path in PROBED and is_nameless
@@ -399,7 +399,7 @@ class Application:
         self.uploads = _uploads(self)
         self.pages = Pages(self)
         self.url_map = self.routes()
-        # The count is that of X-Forwarded-For, -Proto, -Host, -Port and -Prefix.
+        # How many proxies set X-Forwarded-For, -Proto, -Host, -Port and -Prefix.
         self.entry = ProxyFix(self.answer, *[self.settings.proxies] * 5)
 
     def routes(self) -> Map:
@@ -859,10 +859,10 @@ class Call:
 def server_states(client: Any) -> dict[str, str]:
     """The state of each memcached, "ok" or "no answer" within READY_SECONDS."""
     clients = getattr(client, "servers", {"memcached": client})
-    pool = futures.ThreadPoolExecutor(len(clients))  # all are asked at once
-    asked = {name: pool.submit(clients[name].gets, "ready") for name in clients}
+    threads = futures.ThreadPoolExecutor(len(clients))  # all are asked at once
+    asked = {name: threads.submit(clients[name].gets, "ready") for name in clients}
     futures.wait(asked.values(), READY_SECONDS)
-    pool.shutdown(wait=False)  # a frozen one may hold its thread for longer
+    threads.shutdown(wait=False)  # a frozen one may hold its thread for longer
     return {
         name: "ok" if each.done() and not each.exception() else "no answer"
         for name, each in asked.items()
