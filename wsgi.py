@@ -45,10 +45,8 @@ from concurrent import futures
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
-from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 from werkzeug.http import http_date
 from werkzeug.middleware.proxy_fix import ProxyFix
-from werkzeug.routing import BaseConverter, Map, MapAdapter, Rule
 from werkzeug.serving import make_server
 from werkzeug.wrappers import Request, Response
 
@@ -79,6 +77,8 @@ SIMPLE_TYPES = (httpfiles.URLENCODED, FORM, "text/plain", "")
 
 Start = Callable[..., Any]  # the second argument of a WSGI application
 Write = Callable[..., FileInfo]  # a method of the cache: `add`, `set` or `cas`
+Handler = Callable[..., Response]  # of a request, and of the name in its address
+Routes = dict[str, dict[str, Handler]]  # by address, then by method
 log = logging.getLogger("memchunk.wsgi")
 
 
@@ -379,13 +379,6 @@ def _hostname(url: str) -> str:
 # --- The application ------------------------------------------------------------------
 
 
-class NameConverter(BaseConverter):
-    """Whatever follows /files/, slashes and line breaks included."""
-
-    regex = r"[\s\S]+"
-    part_isolating = False
-
-
 class Application:
     """The WSGI application.
 
@@ -398,29 +391,28 @@ class Application:
         self.access = Access(self.settings, self.cors)
         self.uploads = _uploads(self)
         self.pages = Pages(self)
-        self.url_map = self.routes()
+        self.handlers = self.routes()
         # How many proxies set X-Forwarded-For, -Proto, -Host, -Port and -Prefix.
         self.entry = ProxyFix(self.answer, *[self.settings.proxies] * 5)
 
-    def routes(self) -> Map:
-        table: list[tuple[str, str, Callable[..., Response]]] = [
-            ("GET", "/", self.pages.get),
-            ("GET", "/healthz", self.get_health),
-            ("GET", "/readyz", self.get_readiness),
-            ("POST", "/files", self.post_files),
-            ("POST", "/files/<name:name>", self.post_file),
-            ("PUT", "/files/<name:name>", self.put_file),
-            ("GET", "/files/<name:name>", self.get_file),
-            ("PATCH", "/files/<name:name>", self.patch_file),
-            ("DELETE", "/files/<name:name>", self.delete_file),
-            *(self.uploads.routes() if self.uploads else ()),
-        ]
-        return Map(
-            [Rule(path, methods=[method], endpoint=to) for method, path, to in table],
-            converters={"name": NameConverter},
-            strict_slashes=False,
-            merge_slashes=False,
-        )
+    def routes(self) -> Routes:
+        """What answers at each address, by method. All behind the slash of /files/ is
+        the name, slashes and line breaks included."""
+        return {
+            "/": {"GET": self.pages.get, "HEAD": self.pages.get},
+            "/healthz": {"GET": self.get_health, "HEAD": self.get_health},
+            "/readyz": {"GET": self.get_readiness, "HEAD": self.get_readiness},
+            "/files": {"POST": self.post_files},
+            "/files/": {
+                "POST": self.post_file,
+                "PUT": self.put_file,
+                "GET": self.get_file,
+                "HEAD": self.get_file,
+                "PATCH": self.patch_file,
+                "DELETE": self.delete_file,
+            },
+            **(self.uploads.routes() if self.uploads else {}),
+        }
 
     def __call__(self, environ: Environ, start_response: Start) -> Iterable[bytes]:
         return self.entry(environ, start_response)
@@ -452,34 +444,35 @@ class Application:
         self.access.check_host(request)
         if not request.environ.get("PATH_INFO") and request.root_path.strip("/"):
             return _redirect_to_slash(request)
-        adapter = self.url_map.bind("", path_info=request.path)
+        area, _, name = request.path[1:].partition("/")
+        handlers = self.handlers.get(f"/{area}/" if name else f"/{area}", {})
         # 2. A preflight: it never has a token.
         if self.cors.is_preflight(request):
-            return self.options(request, adapter)
+            return self.options(request, handlers)
         # 3. The token, before anything is told about a file.
-        if _area(request) in ("files", "uploads"):
+        if area in ("files", "uploads"):
             self.access.check_token(request)
         # 4. The address and the method, which clients of tus may override.
         _check_whole(request)
-        if self.uploads and _area(request) == "uploads":
+        if self.uploads and area == "uploads":
             override = request.headers.get("X-HTTP-Method-Override")
             request.method = (override or request.method).upper()
-        if request.method == "OPTIONS":
-            return self.options(request, adapter)
-        handler, arguments = adapter.match(method=request.method)
+        handler = handlers.get(request.method)
+        if not handler:
+            return self.options(request, handlers)
         # 5. The site, if something may change.
         self.access.check_site(request)
-        response: Response = handler(request, **arguments)
-        return response
+        return handler(request, name) if name else handler(request)
 
-    def options(self, request: Request, adapter: MapAdapter) -> Response:
-        allowed = set(adapter.allowed_methods())
-        if request.environ["PATH_INFO"] == "*":  # the server as a whole
-            allowed = {"DELETE", "GET", "HEAD", "PATCH", "POST", "PUT"}
-        if not allowed:
-            raise NotFound()
-        methods = ", ".join(sorted({*allowed, "OPTIONS"}))
-        return httpfiles.empty_response({"Allow": methods})
+    def options(self, request: Request, handlers: dict[str, Handler]) -> Response:
+        """The answer to OPTIONS, and to a method that the address does not have."""
+        if request.environ.get("PATH_INFO") == "*":  # the server as a whole
+            handlers = self.handlers["/files/"]
+        require(handlers, 404, "There is nothing here. Files are under /files/.")
+        allowed = ", ".join(sorted({*handlers, "OPTIONS"}))
+        if request.method != "OPTIONS":
+            raise Problem(405, f"Allowed here: {allowed}.", {"Allow": allowed})
+        return httpfiles.empty_response({"Allow": allowed})
 
     def failed(self, request: FileRequest, problem: Problem) -> Response:
         if not request.wants_html:
@@ -718,13 +711,7 @@ def _problem_of(error: Exception) -> Problem:
         return error
     if isinstance(error, memchunk.MemchunkError):
         return httpfiles.problem_of(error)
-    if isinstance(error, MethodNotAllowed):
-        allowed = ", ".join(sorted({*(error.valid_methods or ()), "OPTIONS"}))
-        return Problem(405, f"Allowed here: {allowed}.", {"Allow": allowed})
-    if isinstance(error, NotFound):
-        return Problem(404, "There is nothing here. Files are under /files/.")
-    # Werkzeug can't read all requests, such as one with a path that is not Latin-1.
-    if isinstance(error, (HTTPException, UnicodeEncodeError)):
+    if isinstance(error, UnicodeEncodeError):  # in a path that is not Latin-1
         return Problem(400, "The request is not valid.")
     return Problem(*httpfiles.ERRORS[memchunk.MemchunkError])
 
@@ -845,8 +832,7 @@ class Call:
     def log_failure(self, request: Request, problem: Problem, error: Exception) -> None:
         """Write one line. After an error that nobody expected, a traceback follows."""
         is_bug = problem.status == 500
-        cause = "unexpected error: " if is_bug else ""
-        cause += problem.detail if isinstance(error, HTTPException) else str(error)
+        cause = f"unexpected error: {error}" if is_bug else str(error)
         if error.__cause__:
             cause += f" ({error.__cause__})"
         level = logging.ERROR if problem.status >= 500 else logging.WARNING
