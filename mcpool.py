@@ -44,6 +44,7 @@ __version__ = "1.0.0"
 _IDLE = 60  # seconds; firewalls forget connections that idle longer
 _DOWN = 2  # seconds in which a server that did not answer in time is left alone
 _REFUSED = 10  # seconds after a refused connection until we try to open more
+_PAUSE = 0.02  # seconds after a refused connection until the same call tries again
 # A server that is out of descriptors takes a connection, but never answers. So a call
 # spends this part of its time on opening one more. Then it waits for an open one.
 _SHARE = 0.25
@@ -276,8 +277,7 @@ class ServerPool(_Commands):
             result = getattr(connection, command)(*args, **options)
             if connection.ahead:
                 raise MemcacheUnknownError(connection.ahead[:32])
-            self._down_until = 0.0
-            self._answered = connection.used = time.monotonic()
+            self._down_until, self._answered = 0.0, time.monotonic()
             return result
         except BaseException as error:
             if connection:
@@ -302,25 +302,28 @@ class ServerPool(_Commands):
                 self._down_until = now + self._timeout  # this call tries, others fail
             return now
 
-    def _take(self, deadline: float, share: float = _SHARE) -> _Connection:
+    def _take(self, deadline: float) -> _Connection:
         """An open connection, for this call alone."""
-        connection, began = self._find(deadline), time.monotonic()
-        try:
-            connection.begin(deadline, share if len(self._all) > 1 else 1)
-            return connection
-        except BaseException as error:
-            # If the server answers no other call either, it is slow, or down.
-            is_full = isinstance(error, NoAnswer) and self._answered > began
-            if is_full or isinstance(error, _TooMany):
-                self._full_until = time.monotonic() + _REFUSED
-                self._refusal = f"the server accepts no more: {error}"
-                self._drop(connection)
-            else:
-                self._give(connection)
-            is_last = share == 1 or time.monotonic() >= deadline
-            if is_last or not isinstance(error, (NoAnswer, _TooMany)):
-                raise
-        return self._take(deadline, 1)
+        share = _SHARE
+        while True:
+            connection, began = self._find(deadline), time.monotonic()
+            try:
+                connection.begin(deadline, share if len(self._all) > 1 else 1)
+                return connection
+            except BaseException as error:
+                # If the server answers no other call either, it is slow, or down.
+                is_full = isinstance(error, NoAnswer) and self._answered > began
+                if is_full or isinstance(error, _TooMany):
+                    self._full_until = time.monotonic() + _REFUSED
+                    self._refusal = f"the server accepts no more: {error}"
+                    self._drop(connection)
+                else:
+                    self._give(connection)
+                is_over = time.monotonic() + _PAUSE >= deadline
+                if is_over or not isinstance(error, (NoAnswer, _TooMany)):
+                    raise
+            share = 1
+            time.sleep(_PAUSE)
 
     def _find(self, deadline: float) -> _Connection:
         """The newest idle connection, else a new one, else the next to come free."""
@@ -350,6 +353,7 @@ class ServerPool(_Commands):
     def _give(self, connection: _Connection) -> None:
         """Hand a connection to the call that waits longest, else keep it if open."""
         with self._lock:
+            connection.used = time.monotonic()
             while self._waiters:
                 with contextlib.suppress(futures.InvalidStateError):
                     self._waiters.popleft().set_result(connection)
@@ -367,14 +371,15 @@ class _Connection(Client):
     and `recv` of its `sock`; they are methods of this class.
     """
 
-    sock: Any
+    # A reference to itself would keep a lost connection alive.
+    sock: Any = property(lambda self: self, lambda self, _: None)
     is_open, used = False, 0.0
     _socket: Any = None
     _receive: Receive | None
 
     def __init__(self, server: _Server, tls: ssl.SSLContext | None) -> None:
         super().__init__(server.place, default_noreply=False)
-        self.sock, self._server = self, server
+        self._server = server
         self._tls = tls if isinstance(server.place, tuple) else None
 
     def begin(self, deadline: float, share: float) -> None:
@@ -533,14 +538,14 @@ class _Connection(Client):
         return key, (value, match[3]) if expect_cas else value, buf
 
     def _fill(self, buffer: Any) -> Any:
-        view = memoryview(buffer).cast("B")
-        self._missing -= len(view)
-        if self._missing < 0:
-            raise ValueError("a buffer is longer than the rest of the value")
-        filled = min(len(view), len(self.ahead))
-        view[:filled], self.ahead = self.ahead[:filled], self.ahead[filled:]
-        while filled < len(view):
-            filled += self._wait(self._socket.recv_into, view[filled:])
+        with memoryview(buffer).cast("B") as view:
+            self._missing -= len(view)
+            if self._missing < 0:
+                raise ValueError("a buffer is longer than the rest of the value")
+            filled = min(len(view), len(self.ahead))
+            view[:filled], self.ahead = self.ahead[:filled], self.ahead[filled:]
+            while filled < len(view):
+                filled += self._wait(self._socket.recv_into, view[filled:])
         return buffer
 
     def _misc_cmd(self, cmds: Any, name: bytes, *args: Any) -> list[bytes]:

@@ -848,6 +848,13 @@ def test_a_pool_opens_more_connections_later_than_a_server_once_accepted(
         pool.close()
 
 
+def test_a_pool_tries_again_if_a_server_accepts_no_connection_yet(connect: Any) -> None:
+    with fake(refuses, refuses, refuses, replies(b"TOUCHED\r\n")) as server:
+        pool = connect(server)
+        assert pool.touch("a") is True
+        pool.close()
+
+
 def test_a_pool_says_what_the_server_said_that_accepts_none(connect: Any) -> None:
     with fake(refuses) as server, pytest.raises(OSError, match="Too many open conn"):
         connect(server, timeout=0.3).get("a")
