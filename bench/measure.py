@@ -214,15 +214,18 @@ class Site:
         self._buffer = bytearray(MIB)
 
     def pids(self) -> list[int]:
-        """Of all processes of the host."""
         listed = subprocess.check_output(["ps", "-o", "pid=", "-s", str(self._session)])
         return [int(pid) for pid in listed.split()]
 
     def form(self, data: bytes) -> None:
         """Upload as an HTML form does."""
-        head = b'Content-Disposition: form-data; name="file"; filename="a"'
-        parts = b"--cut\r\n" + head + b"\r\n\r\n", data, b"\r\n--cut--\r\n"
-        length, kind = str(sum(map(len, parts))), "multipart/form-data; boundary=cut"
+        edge = "----WebKitFormBoundary7MA4YWxkTrZu0gW"  # as long as browsers make it
+        head = f'--{edge}\r\nContent-Disposition: form-data; name="file"; filename="a"'
+        parts = head.encode() + b"\r\n\r\n", data, f"\r\n--{edge}--\r\n".encode()
+        length, kind = (
+            str(sum(map(len, parts))),
+            f"multipart/form-data; boundary={edge}",
+        )
         self.ask("POST", "/files", parts, Content_Type=kind, Content_Length=length)
 
     def tus(self, data: bytes, piece: int) -> None:
