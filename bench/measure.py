@@ -218,14 +218,12 @@ class Site:
         return [int(pid) for pid in listed.split()]
 
     def form(self, data: bytes) -> None:
-        """Upload as an HTML form does."""
-        edge = "----WebKitFormBoundary7MA4YWxkTrZu0gW"  # as long as browsers make it
+        """Upload as an HTML form does, with as long a boundary."""
+        edge = "----WebKitFormBoundary7MA4YWxkTrZu0gW"
         head = f'--{edge}\r\nContent-Disposition: form-data; name="file"; filename="a"'
         parts = head.encode() + b"\r\n\r\n", data, f"\r\n--{edge}--\r\n".encode()
-        length, kind = (
-            str(sum(map(len, parts))),
-            f"multipart/form-data; boundary={edge}",
-        )
+        kind = f"multipart/form-data; boundary={edge}"
+        length = str(sum(map(len, parts)))
         self.ask("POST", "/files", parts, Content_Type=kind, Content_Length=length)
 
     def tus(self, data: bytes, piece: int) -> None:
