@@ -80,8 +80,7 @@ def in_turn(tasks: Mapping[str, Task], rounds: int) -> dict[str, list[float]]:
     """Seconds that each task took in each round, the order shuffled anew in each.
 
     Just before it is timed, each runs once off the clock. So all are timed in the same
-    state of their connections: warm, after a file of the same size.
-    """
+    state of their connections: warm, after a file of the same size."""
     times: dict[str, list[float]] = {label: [] for label in tasks}
     for _ in range(rounds):
         for label in random.sample(list(tasks), len(tasks)):
