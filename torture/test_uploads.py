@@ -398,9 +398,13 @@ def load() -> Iterator[None]:
         process.wait()
 
 
+NAMES, CLIENTS = ["odd", "65537", str(4 * MIB), str(50 * MIB)], ["mcpool", "address"]
+# The short form has each client for two of the lengths.
+UPLOADS = [*itertools.product(NAMES, CLIENTS)] if LONG else [*zip(NAMES, CLIENTS * 2)]
+
+
 @pytest.mark.usefixtures("load")
-@pytest.mark.parametrize("client", ["mcpool", "address"])
-@pytest.mark.parametrize("name", ["odd", "65537", str(4 * MIB), str(50 * MIB)])
+@pytest.mark.parametrize(("name", "client"), UPLOADS)
 def test_50_mib_on_a_stock_memcached(
     memcached: Memcached, name: str, client: str
 ) -> None:
