@@ -1,17 +1,9 @@
 # memchunk 1.0.0, MIT licence; copy it beside wsgi.py. docs/http.md belongs to it.
 """What HTTP says about files. Nothing here knows the application's addresses.
 
-The parts, in the order in which an upload, and then a download, passes them:
-
-* Problems: errors as answers (RFC 9457)
-* Requests: what a client asks for; references to other addresses (RFC 9110, 3986)
-* Bodies: to their announced end, and no further (RFC 9112, 6)
-* Forms: multipart/form-data, read as a stream (RFC 7578)
-* Digests: of a file and of a body (RFC 9530)
-* Preconditions (RFC 9110, 13)
-* Ranges (RFC 9110, 14)
-* Metadata: a file's content type and name (RFC 6266, 8187)
-* Answers: JSON, problems, and files
+An upload, and then a download, passes the parts in their order. Their banners name the
+RFCs that they follow: problems, requests, bodies, forms, digests, preconditions,
+ranges, metadata, answers.
 """
 
 from __future__ import annotations
@@ -19,17 +11,16 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
 import mimetypes
-import pathlib
 import re
+import sys
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 from urllib.parse import parse_qs, quote
 
 from werkzeug import http
@@ -37,12 +28,10 @@ from werkzeug.wrappers import Request, Response
 
 import memchunk
 
-if TYPE_CHECKING:
-    from _typeshed.wsgi import WSGIEnvironment
-
-Headers = Mapping[str, str]
-
 __version__ = "1.0.0"
+
+Environ = dict[str, Any]  # of WSGI
+Headers = Mapping[str, str]
 
 PIECE = 128 * 1024  # bytes of a body that are held at a time
 DRAIN = 64 * 1024 * 1024  # bytes of a refused body that are read and dropped
@@ -85,10 +74,7 @@ ERRORS: dict[type[memchunk.MemchunkError], tuple[int, str]] = {
     memchunk.InvalidName: (400, "A name is 1 to 1024 bytes of UTF-8."),
     memchunk.SizeMismatch: (400, "The body isn't as long as announced. Send it again."),
     memchunk.FileNotFound: (404, "No such file. It may have expired or been evicted."),
-    memchunk.FileExists: (
-        409,
-        "A file of this name exists. PUT replaces it; DELETE removes it.",
-    ),
+    memchunk.FileExists: (409, "A file of this name exists. PUT replaces it."),
     memchunk.FileEvicted: (410, "The cache dropped parts of it. Upload it again."),
     memchunk.FileChanged: (412, "It has changed. Get its new ETag, and decide again."),
     memchunk.CacheUnavailable: (503, "The cache did not answer. Try again soon."),
@@ -106,8 +92,8 @@ def problem_of(error: memchunk.MemchunkError) -> Problem:
     return unavailable(detail) if status == 503 else Problem(status, detail)
 
 
-def too_large(limit: int, what: str = "this one") -> Problem:
-    detail = f"Files may have up to {size_in_words(limit)}; {what} has more."
+def too_large(limit: int) -> Problem:
+    detail = f"A file or a form may have up to {size_in_words(limit)}."
     return Problem(413, detail, limit=limit)
 
 
@@ -123,11 +109,12 @@ def size_in_words(size: int) -> str:
 
 
 class FileRequest(Request):
-    """A request, and its body as a stream."""
+    """A request, its body as a stream, and the files that it has stored so far."""
 
-    def __init__(self, environ: WSGIEnvironment, body: Body) -> None:
+    def __init__(self, environ: Environ, body: Body) -> None:
         super().__init__(environ)
         self.body = body
+        self.stored: list[memchunk.FileInfo] = []
 
     def query_value(self, key: str) -> str | None:
         """Not by `args`, which fails on bytes that are not UTF-8."""
@@ -172,7 +159,7 @@ class Body:
     framing. Iterating raises Problem if the body is cut off. Hosts differ in how they
     end such a body, and some end it like a complete one."""
 
-    def __init__(self, environ: WSGIEnvironment) -> None:
+    def __init__(self, environ: Environ) -> None:
         self._environ, self._stream = environ, environ["wsgi.input"]
         self.size: int | None = None
         self.problem: Problem | None = None
@@ -180,10 +167,10 @@ class Body:
             self.size = _announced_size(environ)
         except Problem as problem:
             self.problem = problem
-        self._left = self.size
+        self._left = sys.maxsize if self.size is None else self.size
 
     def __iter__(self) -> Iterator[bytes]:
-        return iter(functools.partial(self._next, PIECE), b"")
+        return iter(lambda: self._next(PIECE), b"")
 
     def until_cut_off(self) -> Iterator[bytes]:
         """The pieces that arrive, to the end of the body or to where it breaks off."""
@@ -194,60 +181,55 @@ class Body:
         """Up to `size` bytes, b"" at the end. Raises Problem."""
         if self.problem:
             raise self.problem
-        if self._left == 0:
+        if not self._left:
             return b""
-        piece = self._read(size if self._left is None else min(size, self._left))
-        if self._left is None:
-            self._left = None if piece else 0
-            return piece
-        self._left = self._left - len(piece) if piece else 0
-        if not piece:
-            detail = "The body ended before its Content-Length. Send it again."
-            raise CutOff(400, detail)
-        return piece
-
-    def _read(self, size: int) -> bytes:
         try:
-            piece: bytes = self._stream.read(size)
-            if not piece and self._left is None:
-                _check_end(self._environ)
+            piece: bytes = self._stream.read(min(size, self._left))
+            if not piece:
+                self._check_end()
         except Exception as error:  # each host has its own for a broken body
             self._left = 0
             raise CutOff(400, "The body broke off. Send it again.") from error
+        self._left = self._left - len(piece) if piece else 0
         return piece
+
+    def _check_end(self) -> None:
+        """Raise EOFError if the body ended early. If a chunk's size breaks off after
+        its leading zeros, cheroot reads it as 0, the last one. Then the line that must
+        follow does not come."""
+        if self.size is not None:
+            raise EOFError("it ended before its Content-Length")
+        is_cheroot = self._environ.get("SERVER_SOFTWARE", "").startswith("Cheroot")
+        if is_cheroot and not self._stream.rfile.peek(1):
+            raise EOFError("there is no line after the last chunk")
 
     def drain(self) -> None:
         """Read what a refused upload still sends, and drop it. Else the host would
         close on it, and the sender, or a proxy, would see a reset connection instead of
         the answer. We never touch the host's connection."""
         # Without these there is no body, even if the host's stream tells no length.
-        announced = {"CONTENT_LENGTH", "HTTP_TRANSFER_ENCODING"} & self._environ.keys()
-        if announced:
-            with contextlib.suppress(Problem):  # there is no one left to tell
-                self._drop()
-
-    def _drop(self) -> None:
+        if not {"CONTENT_LENGTH", "HTTP_TRANSFER_ENCODING"} & self._environ.keys():
+            return
         dropped, size, now = 0, 1, time.monotonic()
         deadline = now + DRAIN_SECONDS
-        while dropped < DRAIN and now < deadline:
-            piece = self._next(size)
-            if not piece:
-                return
-            dropped += len(piece)
-            # A host waits for all bytes of a read, so reads are large only while bytes
-            # come fast. The wait for a sender that stops has no bound here: nothing but
-            # the host's own time-out, or a proxy that buffers, ends it.
-            start, now = now, time.monotonic()
-            size = min(size * 2, PIECE) if now - start < FAST else 1
+        with contextlib.suppress(Problem):  # there is no one left to tell
+            while dropped < DRAIN and now < deadline and (piece := self._next(size)):
+                dropped += len(piece)
+                # A host waits for all bytes of a read, so reads are large only while
+                # bytes come fast. The wait for a sender that stops has no bound here:
+                # nothing but the host's time-out, or a proxy that buffers, ends it.
+                start, now = now, time.monotonic()
+                size = min(size * 2, PIECE) if now - start < FAST else 1
 
 
-def _announced_size(environ: WSGIEnvironment) -> int | None:
+def _announced_size(environ: Environ) -> int | None:
     """Bytes of the body, None if only its end will tell. Raises Problem (RFC 9112,
     6.3)."""
     length = environ.get("CONTENT_LENGTH") or ""
     coding = environ.get("HTTP_TRANSFER_ENCODING")
+    scope = environ.get("asgi.scope")  # of a2wsgi
     # a2wsgi's stream ends with the body too, but does not say so.
-    ends = environ.get("wsgi.input_terminated") or "asgi.scope" in environ
+    ends = environ.get("wsgi.input_terminated") or scope
     if coding is not None:
         require(ends, 411, "Send a Content-Length: this host needs one.")
         is_chunked = coding.strip().lower() == "chunked"
@@ -258,44 +240,27 @@ def _announced_size(environ: WSGIEnvironment) -> int | None:
     if re.fullmatch("[0-9]{1,18}", length):
         return int(length)
     require(not length, 400, "The Content-Length is not a number.")
-    return None if ends and not _announces_bodies(environ) else 0
-
-
-def _announces_bodies(environ: WSGIEnvironment) -> bool:
-    """Whether a request with a body has one of two fields, as HTTP/1 demands, and the
-    host is known to pass both on. In HTTP/2 a body may come without a word."""
-    is_a2wsgi = "asgi.scope" in environ and not _is_event(environ)
+    # Without these two, HTTP/1 has no body, if the host is known to pass both on. But
+    # HTTP/2 and an event of AWS Lambda may have a body without a word.
+    is_a2wsgi = scope and "aws.event" not in scope
     passes_on = is_a2wsgi or environ.get("SERVER_SOFTWARE") == "Granian"
-    return passes_on and environ["SERVER_PROTOCOL"].startswith("HTTP/1")
-
-
-def _is_event(environ: WSGIEnvironment) -> bool:
-    """Whether mangum made the request of an event of AWS Lambda, which has the body
-    whole."""
-    return "aws.event" in environ.get("asgi.scope", {})
-
-
-def _check_end(environ: WSGIEnvironment) -> None:
-    """Raise EOFError if the sender went away before the end of a chunked body. If a
-    chunk's size breaks off after its leading zeros, cheroot reads it as 0, the last
-    one. Then the line that must follow does not come."""
-    is_cheroot = environ.get("SERVER_SOFTWARE", "").startswith("Cheroot")
-    if is_cheroot and not environ["wsgi.input"].rfile.peek(1):
-        raise EOFError("there is no line after the last chunk")
+    is_empty = passes_on and environ["SERVER_PROTOCOL"].startswith("HTTP/1")
+    return 0 if is_empty or not ends else None
 
 
 def refuse_unproved_body(request: FileRequest) -> None:
     """Raise Problem for a body that may be cut off without a sign of it."""
-    if request.body.problem:
-        raise request.body.problem
-    is_known_host = RAISING_HOSTS.match(request.environ.get("SERVER_SOFTWARE", ""))
-    if request.body.size is not None or is_known_host or _is_event(request.environ):
-        return
+    environ, body = request.environ, request.body
+    if body.problem:
+        raise body.problem
+    is_known_host = RAISING_HOSTS.match(environ.get("SERVER_SOFTWARE", ""))
+    # mangum makes the request of an event of AWS Lambda, which has the body whole.
+    is_event = "aws.event" in environ.get("asgi.scope", {})
     fields = ("Repr-Digest", "Content-Digest")
-    if not any(expected_digests(request, field) for field in fields):
-        wanted = "Send a Content-Length, or a Repr-Digest of sha-256 or sha-512: "
-        detail = "this host does not tell a broken upload from a whole one."
-        raise Problem(411, wanted + detail)
+    if body.size is None and not (is_known_host or is_event):
+        is_proved = any(expected_digests(request, field) for field in fields)
+        wanted = "Send a Content-Length, or a Repr-Digest of sha-256 or sha-512"
+        require(is_proved, 411, f"{wanted}: this host hides where a body breaks off.")
 
 
 def refuse_content_coding(request: Request) -> None:
@@ -307,11 +272,8 @@ def refuse_content_coding(request: Request) -> None:
 
 # --- Forms: multipart/form-data (RFC 7578) --------------------------------------------
 
-NO_FILE = (
-    "The form has no part with a file name. Choose a file; with curl, send "
-    "-F file=@PATH, or --data-binary @PATH without a form."
-)
 PLAIN_CODINGS = ("binary", "7bit", "8bit")  # they change no byte (RFC 7578, 4.7)
+Part = tuple[str, str, str]  # name, file name ("" for a field), and content type
 
 
 @dataclasses.dataclass
@@ -323,18 +285,6 @@ class SentFile:
     content_type: str
     filename: str
     expire: str | None
-
-    @property
-    def extension(self) -> str:
-        return extension(self.content_type, self.filename)
-
-
-class Part(NamedTuple):
-    """The headers of a form's part. A part without a file name is a field."""
-
-    name: str
-    filename: str
-    content_type: str
 
 
 class Form:
@@ -352,7 +302,6 @@ class Form:
         self._pieces = itertools.chain(pieces, [b"\r\n"])
         self._delimiter = b"\r\n--" + boundary.encode()
         self._buffer = b"\r\n"  # the first delimiter has no line before it
-        self._at = 0  # where in that the next byte is
         self._room = MAX_FORM_OVERHEAD
         self._file: Part | None = None  # the headers of the file that comes next
 
@@ -364,7 +313,8 @@ class Form:
         """
         self._text(self._delimiter)
         expire = self._fields().get("expire", expire)
-        require(self._file, 400, NO_FILE)
+        detail = "The form has no part with a file name. With curl, send -F file=@PATH."
+        require(self._file, 400, detail)
         while self._file:
             _, filename, content_type = self._file
             content = self._content(several)
@@ -383,8 +333,8 @@ class Form:
     def _fields(self) -> dict[str, str]:
         """The fields up to the next file, or up to the end of the form."""
         fields: dict[str, str] = {}
-        while (part := self._part()) and not part.filename:
-            fields[part.name] = self._text(self._delimiter)
+        while (part := self._part()) and not part[1]:
+            fields[part[0]] = self._text(self._delimiter)
         self._file = part
         return fields
 
@@ -393,58 +343,47 @@ class Form:
         start = self._text(b"\r\n").strip()
         if start == "--":
             # What follows means nothing, but must arrive: else the body was cut off.
-            at = self._at
-            for piece in itertools.chain([self._buffer[at:]], self._pieces):
-                self._count(piece)
+            for _ in self._counted(itertools.chain([self._buffer], self._pieces)):
+                pass
             return None
         require(not start, 400, "The form is broken: text follows a boundary.")
-        headers = self._headers()
+        # Without headers, the blank line begins with the end of the line before.
+        self._buffer = b"\r\n" + self._buffer
+        lines = self._text(b"\r\n\r\n").split("\r\n")
+        fields = (line.partition(":") for line in lines)
+        headers = {key.strip().lower(): value.strip() for key, _, value in fields}
         coding = headers.get("content-transfer-encoding", "binary")
         detail = "Send the parts as they are, without a Content-Transfer-Encoding."
         require(coding.lower() in PLAIN_CODINGS, 400, detail)
         _, options = http.parse_options_header(headers.get("content-disposition"))
         name, filename = options.get("name", ""), options.get("filename", "")
-        return Part(name, filename, headers.get("content-type", ""))
-
-    def _headers(self) -> dict[str, str]:
-        # Without headers, the blank line begins with the end of the line before.
-        self._at -= 2
-        lines = self._text(b"\r\n\r\n").split("\r\n")
-        fields = (line.partition(":") for line in lines)
-        return {key.strip().lower(): value.strip() for key, _, value in fields}
+        return name, filename, headers.get("content-type", "")
 
     def _text(self, end: bytes) -> str:
-        pieces = []
-        for piece in self._until(end):
-            self._count(piece)
-            pieces.append(piece)
-        self._count(end)
-        return b"".join(pieces).decode("utf-8", "replace")
+        text = b"".join(self._counted(itertools.chain(self._until(end), [end])))
+        return text[: -len(end)].decode("utf-8", "replace")
 
-    def _count(self, piece: bytes) -> None:
-        self._room -= len(piece)
-        if self._room < 0:
-            detail = f"A form may have {MAX_FORM_OVERHEAD} bytes beside its file."
-            raise Problem(400, detail, limit=MAX_FORM_OVERHEAD)
+    def _counted(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        detail = f"A form may have {MAX_FORM_OVERHEAD} bytes beside its files."
+        for piece in pieces:
+            self._room -= len(piece)
+            require(self._room >= 0, 400, detail)
+            yield piece
 
     def _until(self, end: bytes) -> Iterator[bytes]:
         """Yield what comes before `end`, and step over it. Raises Problem if none
         comes."""
-        while (found := self._buffer.find(end, self._at)) < 0:
-            # What is at the end of the buffer may be the start of `end`.
-            start, self._at = self._at, max(self._at, len(self._buffer) - len(end) + 1)
-            if self._at > start:
-                stop = self._at
-                yield self._buffer[start:stop]
-            piece = next(self._pieces, None)
-            if piece is None:
-                detail = "The form ended before its last boundary. Send it again."
-                raise Problem(400, detail)
-            at, self._at = self._at, 0
-            self._buffer = self._buffer[at:] + piece
-        start, self._at = self._at, found + len(end)
-        if found > start:
-            yield self._buffer[start:found]
+        before, found, rest = self._buffer.partition(end)
+        while not found:
+            # The last bytes may be the start of `end`.
+            stop = max(0, len(before) - len(end) + 1)
+            yield before[:stop]
+            piece = next(self._pieces, b"")
+            detail = "The form ended before its last boundary. Send it again."
+            require(piece, 400, detail)
+            before, found, rest = (before[stop:] + piece).partition(end)
+        self._buffer = rest
+        yield before
 
 
 # --- Digests: of a file and of a body (RFC 9530) --------------------------------------
@@ -454,31 +393,23 @@ DIGESTS = {"sha-256": hashlib.sha256, "sha-512": hashlib.sha512}  # the active o
 BYTE_SEQUENCE = re.compile(r":([A-Za-z0-9+/]*)=*: *(;.*)?")
 
 
-def expected_digests(request: Request, field: str) -> dict[str, bytes]:
-    """The digests in a field of the request, by algorithm. Raises Problem. An unknown
-    algorithm is no reason to refuse a file (RFC 9530, 2)."""
+def expected_digests(request: Request, field: str) -> dict[str, str]:
+    """The digests in a field of the request, by algorithm, in base64. Raises Problem.
+    An unknown algorithm is no reason to refuse a file (RFC 9530, 2)."""
     text = request.headers.get(field, "").strip()
-    try:
-        members = http.parse_dict_header(text)
-        # It finds nothing in a field that breaks off in mid-string, and lets commas end
-        # one.
-        if text and (not members or text != text.strip(",")):
-            raise ValueError(text)
-        return {key: _decoded(members[key]) for key in DIGESTS.keys() & members}
-    except ValueError as error:
-        raise Problem(400, f"The {field} has not the form sha-256=:BASE64:.") from error
-
-
-def _decoded(item: str | None) -> bytes:
-    """The bytes that a byte sequence stands for. Raises ValueError."""
-    match = BYTE_SEQUENCE.fullmatch(item or "")
-    if not match:
-        raise ValueError(item)
-    return base64.b64decode(match[1] + "=" * (-len(match[1]) % 4))
+    members = http.parse_dict_header(text)
+    # The parser finds nothing in a field that breaks off in mid-string, and lets commas
+    # end one.
+    is_whole = (members or not text) and text == text.strip(",")
+    items = {key: members[key] or "" for key in DIGESTS.keys() & members}
+    found = {key: BYTE_SEQUENCE.fullmatch(item) for key, item in items.items()}
+    detail = f"The {field} has not the form sha-256=:BASE64:."
+    require(is_whole and all(found.values()), 400, detail)
+    return {key: match[1] for key, match in found.items() if match}
 
 
 def verified(
-    pieces: Iterable[bytes], expected: Mapping[str, bytes], field: str
+    pieces: Iterable[bytes], expected: Mapping[str, str], field: str
 ) -> Iterator[bytes]:
     """The pieces. Raises Problem after the last if they have other digests."""
     digests = {algorithm: DIGESTS[algorithm]() for algorithm in expected}
@@ -487,24 +418,24 @@ def verified(
             digest.update(piece)
         yield piece
     for algorithm, digest in digests.items():
+        found = base64.b64encode(digest.digest()).decode().rstrip("=")
         detail = f"The {algorithm} is not that of the {field}. Send it again."
-        require(digest.digest() == expected[algorithm], 400, detail)
+        require(found == expected[algorithm], 400, detail)
 
 
 def wanted_digest(request: Request, content: Iterable[bytes]) -> dict[str, str]:
     """The header with the digest that the client likes best of those we have
     (Want-Repr-Digest: RFC 9530, 4)."""
-    with contextlib.suppress(ValueError):  # a wish that isn't understood is none
-        wishes = http.parse_dict_header(request.headers.get("Want-Repr-Digest", ""))
-        weights = {key: int(wishes[key] or "") for key in DIGESTS.keys() & wishes}
-        best = max(weights, key=lambda key: weights[key], default="")
-        if weights.get(best, 0) > 0:
-            digest = DIGESTS[best]()
-            for piece in content:
-                digest.update(piece)
-            value = base64.b64encode(digest.digest()).decode()
-            return {"Repr-Digest": f"{best}=:{value}:"}
-    return {}
+    wishes = http.parse_dict_header(request.headers.get("Want-Repr-Digest", ""))
+    wanted = [key for key in DIGESTS if re.fullmatch("[1-9]|10", wishes.get(key) or "")]
+    if not wanted:
+        return {}
+    best = max(wanted, key=lambda key: int(wishes[key] or 0))
+    digest = DIGESTS[best]()
+    for piece in content:
+        digest.update(piece)
+    value = base64.b64encode(digest.digest()).decode()
+    return {"Repr-Digest": f"{best}=:{value}:"}
 
 
 # --- Preconditions, in the order of RFC 9110, 13.2.2 ----------------------------------
@@ -518,17 +449,15 @@ def is_conditional(request: Request) -> bool:
 
 def check_preconditions(request: Request, info: memchunk.FileInfo | None) -> None:
     """Raise Problem unless the conditions hold for a file, None if there is none."""
-    headers, reads = request.headers, request.method in ("GET", "HEAD")
-    if "If-Match" in headers:
-        require(info, 412, "There is no file of this name that If-Match could name.")
+    if "If-Match" in request.headers:
         is_named = info and request.if_match.contains(info.version)
-        detail = "The file's ETag is none that If-Match names. Get it again."
+        detail = "There is no file, or its ETag is none that If-Match names."
         require(is_named, 412, detail)
     elif info:
         is_older = _is_before(request.if_unmodified_since, info.created)
         detail = "The file was stored after the date in If-Unmodified-Since."
         require(not is_older, 412, detail)
-    if info and not reads:
+    if info and request.method not in ("GET", "HEAD"):
         is_ruled_out = request.if_none_match.contains_weak(info.version)
         detail = "There is a file of this name, which If-None-Match rules out."
         require(not is_ruled_out, 412, detail)
@@ -550,11 +479,10 @@ def _is_before(date: Any, created: int) -> bool:
 
 # Werkzeug's parser takes "bytes=-0" for all bytes, and a weak ETag for a strong one.
 RANGE = re.compile("bytes *= *([0-9]{0,99})-([0-9]{0,99})", re.IGNORECASE)
+Span = tuple[int, int]  # start and stop of a range
 
 
-def requested_range(
-    request: Request, info: memchunk.FileInfo
-) -> tuple[int, int] | None:
+def requested_range(request: Request, info: memchunk.FileInfo) -> Span | None:
     """Start and stop of the one range that is asked for, None for the whole file. Other
     kinds of ranges are ignored (14.2). Raises Problem."""
     match = RANGE.fullmatch(request.headers.get("Range", ""))
@@ -570,9 +498,6 @@ def requested_range(
         start, stop = int(first), min(int(last or info.size) + 1, info.size)
     else:
         start, stop = max(0, info.size - int(last)), info.size
-        if info.size == 0 and int(last):
-            # satisfiable, but there are no bytes that Content-Range could name
-            return None
     if start >= info.size:
         headers = {"Content-Range": f"bytes */{info.size}"}
         raise Problem(416, f"The file has {info.size} bytes.", headers, size=info.size)
@@ -584,15 +509,15 @@ def requested_range(
 CONTENT_TYPE = "application/octet-stream"  # if neither the sender nor the name tells
 TYPES = mimetypes.MimeTypes()  # Python's own table, not that of the machine
 # curl says this of any body; a file is hardly ever a urlencoded form.
-NO_CONTENT_TYPES = ("", "application/x-www-form-urlencoded")
+URLENCODED = "application/x-www-form-urlencoded"
 # No commas: browsers take the last of several types, and `inline` looks at the first.
 CONTENT_TYPE_PATTERN = re.compile(
     r"[\w!#$&^.+-]+/[\w!#$&^.+-]+(;[ -+\--~]*)?", re.ASCII
 )
-# Characters that make a file name look like another:
+# Control characters, surrogates, and what makes a file name look like another:
 # https://www.unicode.org/reports/tr36
-BIDI_CONTROLS = (
-    "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+DECEPTIVE = re.compile(
+    "[\0-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 )
 
 
@@ -611,7 +536,12 @@ def type_and_filename(info: memchunk.FileInfo) -> tuple[str, str]:
     except (ValueError, TypeError, KeyError, RecursionError):
         content_type = filename = ""
     filename = _clean_filename(filename or info.name)
-    return _clean_content_type(content_type) or _guessed_type(filename), filename
+    content_type = content_type.strip()
+    is_sound = CONTENT_TYPE_PATTERN.fullmatch(content_type) and len(content_type) <= 255
+    if not is_sound or content_type.lower() == URLENCODED:
+        guessed, coding = TYPES.guess_type(filename)
+        content_type = guessed if guessed and not coding else CONTENT_TYPE
+    return content_type, filename
 
 
 def describe(info: memchunk.FileInfo) -> dict[str, object]:
@@ -625,30 +555,12 @@ def describe(info: memchunk.FileInfo) -> dict[str, object]:
     }
 
 
-def _clean_content_type(text: str) -> str:
-    """The type, "" for one that is none."""
-    text = text.strip()
-    usable = text.lower() not in NO_CONTENT_TYPES and len(text) <= 255
-    return text if usable and CONTENT_TYPE_PATTERN.fullmatch(text) else ""
-
-
-def _guessed_type(filename: str) -> str:
-    guessed, coding = TYPES.guess_type("x" + pathlib.PurePosixPath(filename).suffix)
-    return guessed if guessed and not coding else CONTENT_TYPE
-
-
 def _clean_filename(text: str) -> str:
     """The last part of a path, without what could deceive a person or a file system.
     Characters that only look different are made the same first: some systems do, and
     find a path then."""
     text = re.split(r"[/\\]", unicodedata.normalize("NFKC", text))[-1]
-    kept = (
-        character
-        for character in text
-        if unicodedata.category(character) not in ("Cc", "Cs")
-        and character not in BIDI_CONTROLS
-    )
-    return "".join(kept).strip(" .")[-100:].strip(" .") or "file"
+    return DECEPTIVE.sub("", text).strip(" .")[-100:].strip(" .") or "file"
 
 
 def extension(content_type: str, filename: str) -> str:
@@ -733,18 +645,12 @@ def file_headers(info: memchunk.FileInfo, inline: bool) -> dict[str, str]:
     }
 
 
-def not_modified_response(headers: dict[str, str]) -> Response:
-    """A 304, with few of the file's headers (RFC 9110, 15.4.5)."""
-    del headers["Content-Disposition"]
-    return empty_response(headers, 304)
-
-
 def file_response(
     request: Request,
     headers: dict[str, str],
     size: int,
     content: list[bytes],
-    part: tuple[int, int] | None = None,
+    part: Span | None = None,
 ) -> Response:
     """The file, or the part of it from start to stop; for HEAD without content."""
     start, stop = part or (0, size)

@@ -18,27 +18,25 @@
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
-import math
 import os
 import re
-import secrets
 import socket
 import ssl
 import threading
 import time
 import weakref
 from collections.abc import Iterable
+from concurrent import futures
 from typing import Any, Callable, Union
 from urllib.parse import unquote_to_bytes
 
-from pymemcache import exceptions
 from pymemcache.client.base import Client
+from pymemcache.exceptions import MemcacheError, MemcacheUnknownError
+from pymemcache.exceptions import MemcacheUnexpectedCloseError as MemcacheClosed
 
 __all__ = ["Cluster", "NoAnswer", "ServerPool", "connect"]
 __version__ = "1.0.0"
@@ -46,10 +44,9 @@ __version__ = "1.0.0"
 _IDLE = 60  # seconds; firewalls forget connections that idle longer
 _DOWN = 2  # seconds in which a server that did not answer in time is left alone
 _REFUSED = 10  # seconds after a refused connection until we try to open more
-_PAUSE = 0.02  # seconds after a refused connection
-# A server that is out of descriptors does not refuse a connection, but never answers.
-# So while others are open, a call spends this part of its time on a first try to open
-# one more. Meanwhile one of the others may come free.
+_PAUSE = 0.02  # seconds after a refused connection until the same call tries again
+# A server that is out of descriptors takes a connection, but never answers. So a call
+# spends this part of its time on opening one more. Then it waits for an open one.
 _SHARE = 0.25
 _LINE = 8192  # bytes; no line of memcached is longer
 _TOGETHER = 8192  # bytes of small commands that are sent together
@@ -57,24 +54,16 @@ _OUTSTANDING = 256  # replies that we leave unread; so many fit in any socket's 
 _PARTS = 64  # in one sendmsg; Linux allows 1024, and POSIX promises 16
 
 _ADDRESS = re.compile(
-    r"(?P<tls>tls://)?((?P<user>[^:@]+):(?P<password>[^@]+)@)?"
+    r"(?P<tls>tls://)?((?P<login>[^:@]+:[^@]+)@)?"
     r"(?P<place>(\[(?P<ipv6>[\w:.%]+)\]|(?P<host>(?!\d+(:|$))[^][\s:/@,]+))"
     r"(:(?P<port>\d{1,5}))?)"
 )
 _VALUE = re.compile(rb"VALUE (\S+) \d+ (\d{1,9})(?: (\d+))?")  # below 1 GB, as -I is
-# pymemcache takes any reply to these commands for "no".
-_REPLIES = {
-    b"delete": re.compile(b"DELETED|NOT_FOUND"),
-    b"touch": re.compile(b"TOUCHED|NOT_FOUND"),
-    b"incr": re.compile(rb"\d+ *|NOT_FOUND"),
-    b"decr": re.compile(rb"\d+ *|NOT_FOUND"),
-}
+# pymemcache takes any reply to `delete`, `touch` and the like for "no".
+_REPLY = re.compile(rb"DELETED|TOUCHED|NOT_FOUND|OK|VERSION .*|\d+ *")
 
 Key = Union[str, bytes]
-Fill = Callable[[Any], Any]
-Receive = Callable[[Key, int, Fill], Any]
-
-_fork_lock = threading.Lock()
+Receive = Callable[[Key, int, Callable[[Any], Any]], Any]
 
 
 class _TooMany(ConnectionError):
@@ -100,14 +89,10 @@ def connect(
     default, those with "tls://" get Python's default context. Raises ValueError."""
     if not 0 < timeout <= threading.TIMEOUT_MAX or max_connections < 1:
         raise ValueError("timeout must be above 0, and max_connections 1 or more")
-    given = servers.split(",") if isinstance(servers, str) else list(servers)
-    if given in ([], [""]):
-        raise ValueError("no memcached server is given")
-    # A comma in a password splits it. Then an error could show the second half.
-    secret = any("@" in str(each) for each in given)
-    parsed = [_parse(each, number, secret) for number, each in enumerate(given, 1)]
-    if len({server.place for server in parsed}) < len(parsed):
-        raise ValueError("a memcached server is given twice")
+    given = servers.split(",") if isinstance(servers, str) else servers
+    parsed = [_parse(each, number) for number, each in enumerate(given, 1)]
+    if not parsed or len({server.place for server in parsed}) < len(parsed):
+        raise ValueError("no memcached server is given, or one is given twice")
     pools = [ServerPool(each, timeout, tls, max_connections) for each in parsed]
     return Cluster(pools) if len(pools) > 1 else pools[0]
 
@@ -117,27 +102,25 @@ class _Server:
     name: str  # the address as it was given, without credentials
     place: Any  # the path of a Unix socket, or host and port
     tls: bool = False
-    login: bytes = dataclasses.field(default=b"", repr=False)  # user, space, password
+    login: bytes = dataclasses.field(default=b"", repr=False)  # the command for it
 
 
-def _parse(address: object, number: int, secret: bool) -> _Server:
-    """Parse an address. Errors don't show it if there are passwords."""
+def _parse(address: object, number: int) -> _Server:
+    """Parse an address. Errors don't show it, because a password may be in it."""
     text = str(address).strip()
     if text.startswith("unix:/"):
         return _Server(text, text.replace("unix:", "", 1))
     match = _ADDRESS.fullmatch(text)
     port = int(match["port"] or 11211) if match else 0
     if not match or not 1 <= port <= 65535:
-        shown = "which is hidden for its password" if secret else repr(text)
         forms = "host, host:port, [ipv6]:port or unix:/path"
-        raise ValueError(f"address {number}, {shown}, is not valid; write {forms}")
-    login = map(
-        unquote_to_bytes, match.group("user", "password") if match["user"] else ()
-    )
+        raise ValueError(f"memcached address {number} is not valid; write {forms}")
+    login = b" ".join(map(unquote_to_bytes, (match["login"] or "").split(":", 1)))
+    login = login and b"set auth x 0 %d\r\n%b\r\n" % (len(login), login)
     place = (match["ipv6"] or match["host"]).lower(), port
     place[0].encode("idna")  # or a ValueError
     name = (match["tls"] or "") + match["place"]
-    return _Server(name, place, bool(match["tls"]), b" ".join(login))
+    return _Server(name, place, bool(match["tls"]), login)
 
 
 # --- pymemcache's interface -----------------------------------------------------------
@@ -158,15 +141,12 @@ class _Commands:
     """pymemcache's methods. Unlike in pymemcache, `noreply` is False by default."""
 
     key_prefix, no_delay = b"", True
+    for_key: Any  # gives the pool of the server that has a key
     get, gets = _forward("get"), _forward("gets")
     set, add, replace = _forward("set"), _forward("add"), _forward("replace")
     append, prepend, cas = _forward("append"), _forward("prepend"), _forward("cas")
     touch, delete = _forward("touch"), _forward("delete")
     incr, decr = _forward("incr"), _forward("decr")
-
-    def for_key(self, key: Key) -> ServerPool:
-        """The pool of the server that has this key."""
-        raise NotImplementedError
 
     def _each(self, name: str, items: Any, *args: Any, **options: Any) -> list[Any]:
         """Call a method at each server that has keys of `items`, with its items."""
@@ -177,23 +157,23 @@ class _Commands:
         return [pool._call(name, group, *args, **options) for pool, group in calls]
 
     def get_many(self, keys: Iterable[Key]) -> dict[Key, Any]:
-        return self.receive_many(keys, _receive_bytes)
-
-    def receive_many(self, keys: Iterable[Key], receive: Receive) -> dict[Key, Any]:
-        """Like `get_many`, but each value is what `receive` returns.
-
-        It is called as `receive(key, size, fill)` while the value arrives.
-        `fill(buffer)` fills a writable buffer with the next bytes of the value, and
-        returns that buffer. Together, the calls of `fill` must take exactly `size`
-        bytes. Errors of `receive` pass through."""
-        found = self._each("receive_many", dict.fromkeys(keys), receive)
-        return dict(collections.ChainMap(*found))
+        return dict(collections.ChainMap(*self._each("get_many", dict.fromkeys(keys))))
 
     def gets_many(self, keys: Iterable[Key]) -> dict[Key, Any]:
         return dict(collections.ChainMap(*self._each("gets_many", dict.fromkeys(keys))))
 
+    def receive_many(self, keys: Iterable[Key], receive: Receive) -> dict[Key, Any]:
+        """Like `get_many`, but each value is what `receive(key, size, fill)` returns.
+
+        It is called while the value arrives. `fill(buffer)` fills a writable buffer
+        with the next bytes of the value, and returns it. Together, the buffers must
+        take exactly `size` bytes. Errors of `receive` pass through."""
+        found = self._each("receive_many", dict.fromkeys(keys), receive)
+        return dict(collections.ChainMap(*found))
+
     def set_many(self, values: Any, *args: Any, **options: Any) -> list[Key]:
-        return [*itertools.chain(*self._each("set_many", values, *args, **options))]
+        failed = self._each("set_many", values, *args, **options)
+        return [key for keys in failed for key in keys]
 
     def delete_many(self, keys: Iterable[Key], noreply: bool = False) -> bool:
         return all(self._each("delete_many", dict.fromkeys(keys), noreply))
@@ -224,8 +204,8 @@ class Cluster(_Commands):
 class ServerPool(_Commands):
     """Connections to one server, whose name is `server`. `connect` makes it."""
 
-    stats, version = _forward("stats"), _forward("version")
-    flush_all = _forward("flush_all")
+    _fork_lock = threading.Lock()
+    stats, version, flush_all = map(_forward, ("stats", "version", "flush_all"))
 
     def __init__(
         self, server: _Server, timeout: float, tls: ssl.SSLContext | None, maximum: int
@@ -238,11 +218,10 @@ class ServerPool(_Commands):
     def _start(self) -> None:
         self._pid, self._lock = os.getpid(), threading.RLock()
         self._idle: collections.deque[_Connection] = collections.deque()
-        self._waiters: collections.deque[Any] = collections.deque()  # Futures
+        self._waiters: collections.deque[Any] = collections.deque()  # of Futures
         # A connection that gets lost if a signal's handler raises leaves this set.
         self._all: weakref.WeakSet[_Connection] = weakref.WeakSet()
-        # As many as the server accepts, and the error of the one that it did not.
-        self._bound, self._bound_until, self._refusal = self._maximum, 0.0, ""
+        self._full_until, self._refusal = 0.0, ""  # until then it accepts no more
         self._answered = 0.0  # when it answered last
         self._down_until = 0.0  # 0: the server answers
 
@@ -259,33 +238,30 @@ class ServerPool(_Commands):
     def pipeline(self, commands: Iterable[Iterable[Any]]) -> list[bytes]:
         """Send several commands in one go, and return their replies in order.
 
-        A command is an iterable of bytes-like parts, which are not joined. A reply is
-        one line without its end, and may be an error. Commands whose first part ends
+        A command is an iterable of bytes-like parts. Large ones are not joined. A reply
+        is one line without its end, and may be an error. Commands whose first part ends
         with b" noreply\\r\\n" get none. On TCP, a generator makes each command while
         the one before it travels."""
         if isinstance(self._server.place, str):
             # On a Unix socket, sending while the generator runs is 13 % slower.
             commands = [list(command) for command in commands]
-        replies: list[bytes] = self._call("pipeline", commands)
-        return replies
+        return list(self._call("pipeline", commands))
 
     def close(self) -> None:
         """Close the connections that are not in use. The pool can still be used."""
         self._check_process()
-        self._close_idle(math.inf)
-
-    def _close_idle(self, until: float) -> None:
-        """Close the idle connections that were last used before a moment."""
         with self._lock:
-            while self._idle and self._idle[0].used <= until:
-                connection = self._idle.popleft()  # the newest are used first
-                connection.close()
-                self._all.discard(connection)
+            while self._idle:
+                self._drop(self._idle.popleft())
+
+    def _drop(self, connection: _Connection) -> None:
+        connection.close()
+        self._all.discard(connection)
 
     def _check_process(self) -> None:
         """A child process must not talk on its parent's connections."""
         if self._pid != os.getpid():
-            with _fork_lock:
+            with self._fork_lock:
                 if self._pid != os.getpid():
                     for connection in self._idle:
                         connection.close()
@@ -299,6 +275,8 @@ class ServerPool(_Commands):
             connection = self._take(began + self._timeout)
             began = time.monotonic()
             result = getattr(connection, command)(*args, **options)
+            if connection.ahead:
+                raise MemcacheUnknownError(connection.ahead[:32])
             self._down_until, self._answered = 0.0, time.monotonic()
             return result
         except BaseException as error:
@@ -326,75 +304,64 @@ class ServerPool(_Commands):
 
     def _take(self, deadline: float) -> _Connection:
         """An open connection, for this call alone."""
-        first: OSError | None = None
+        share = _SHARE
         while True:
-            connection = self._find(deadline)
-            began, is_only = time.monotonic(), connection.is_open or len(self._all) == 1
+            connection, began = self._find(deadline), time.monotonic()
             try:
-                connection.begin(deadline, 1 if first or is_only else _SHARE)
+                connection.begin(deadline, share if len(self._all) > 1 else 1)
                 return connection
-            except (NoAnswer, _TooMany) as error:
-                first = first or error  # the first tells the cause
-                # A server that answers no other call either is slow, or down.
-                if isinstance(first, _TooMany) or self._answered > began:
-                    self._shrink(connection, first)
+            except BaseException as error:
+                # If the server answers no other call either, it is slow, or down.
+                is_full = isinstance(error, NoAnswer) and self._answered > began
+                if is_full or isinstance(error, _TooMany):
+                    self._full_until = time.monotonic() + _REFUSED
+                    self._refusal = f"the server accepts no more: {error}"
+                    self._drop(connection)
                 else:
                     self._give(connection)
-                if time.monotonic() >= deadline:
-                    raise first from None
-                time.sleep(_PAUSE)
-            except BaseException:
-                self._give(connection)
-                raise
+                is_over = time.monotonic() + _PAUSE >= deadline
+                if is_over or not isinstance(error, (NoAnswer, _TooMany)):
+                    raise
+            share = 1
+            time.sleep(_PAUSE)
 
     def _find(self, deadline: float) -> _Connection:
         """The newest idle connection, else a new one, else the next to come free."""
         with self._lock:
             now = time.monotonic()
-            self._close_idle(now - _IDLE)
+            while self._idle and self._idle[0].used <= now - _IDLE:
+                self._drop(self._idle.popleft())  # the newest are used first
             if self._idle:
                 return self._idle.pop()
-            if now >= self._bound_until:
-                self._bound, self._refusal = self._maximum, ""
-            if len(self._all) < self._bound:
+            if len(self._all) < (1 if now < self._full_until else self._maximum):
                 connection = _Connection(self._server, self._tls)
                 self._all.add(connection)
                 return connection
-            waiter: Any = concurrent.futures.Future()
+            waiter: futures.Future[_Connection] = futures.Future()
             self._waiters.append(waiter)
         try:
-            given: _Connection = waiter.result(max(deadline - now, 0))
-            return given
+            return waiter.result(max(deadline - now, 0))
         except BaseException as error:
             if not waiter.cancel():  # it came at the last moment
                 self._give(waiter.result())
-            if not isinstance(error, concurrent.futures.TimeoutError):
+            if not isinstance(error, futures.TimeoutError):
                 raise
-        limit = self._refusal or f"max_connections is {self._maximum}"
+        is_full = time.monotonic() < self._full_until
+        limit = self._refusal if is_full else f"max_connections is {self._maximum}"
         raise TimeoutError(f"{self.server}: no connection came free; {limit}")
 
-    def _shrink(self, connection: _Connection, refusal: OSError) -> None:
-        """Have no more connections than the server accepts, and share these."""
-        with self._lock:
-            self._all.discard(connection)
-            self._bound = max(len(self._all), 1)
-            self._bound_until = time.monotonic() + _REFUSED
-            self._refusal = f"the server accepts no more than {self._bound}: {refusal}"
-
     def _give(self, connection: _Connection) -> None:
-        """Hand a connection to the call that waits longest. Else keep it if it is
-        open."""
+        """Hand a connection to the call that waits longest, else keep it if open."""
         with self._lock:
             connection.used = time.monotonic()
             while self._waiters:
-                waiter = self._waiters.popleft()
-                if waiter.set_running_or_notify_cancel():
-                    waiter.set_result(connection)
+                with contextlib.suppress(futures.InvalidStateError):
+                    self._waiters.popleft().set_result(connection)
                     return
             if connection.is_open:
                 self._idle.append(connection)
             else:
-                self._all.discard(connection)
+                self._drop(connection)
 
 
 class _Connection(Client):
@@ -404,89 +371,75 @@ class _Connection(Client):
     and `recv` of its `sock`; they are methods of this class.
     """
 
-    sock: Any
+    # A reference to itself would keep a lost connection alive.
+    sock: Any = property(lambda self: self, lambda self, _: None)
     is_open, used = False, 0.0
+    _socket: Any = None
+    _receive: Receive | None
 
     def __init__(self, server: _Server, tls: ssl.SSLContext | None) -> None:
         super().__init__(server.place, default_noreply=False)
-        self.sock, self._server, self._tls = self, server, tls
-        self._has_tls = bool(tls) and not isinstance(server.place, str)
-        self._socket: Any = None
-        self._ahead = b""  # received, and not used yet
-        self._receive: Receive = _receive_bytes
+        self._server = server
+        self._tls = tls if isinstance(server.place, tuple) else None
 
     def begin(self, deadline: float, share: float) -> None:
-        """Begin a call. Connects unless the connection is open, and has no bytes that
-        nobody asked for."""
+        """Begin a call. Connects, unless it is open and nothing unasked has come."""
         now = time.monotonic()
-        self.left = deadline - now
+        self.left, self._receive = deadline - now, None
         if self.is_open:
             try:
                 self._socket.settimeout(0)
                 self._socket.recv(1)
-            except (BlockingIOError, ssl.SSLWantReadError):
-                if not self._ahead:
+            except OSError as error:
+                if isinstance(error, (BlockingIOError, ssl.SSLWantReadError)):
                     return
-            except OSError:
-                pass
-        self.close()
         self._open(now + self.left * share)
         self.left = deadline - time.monotonic()
 
     def _open(self, deadline: float) -> None:
-        """Connect to one of the host's addresses. Each gets a fair share of the
-        time."""
-        places, errors = [(socket.AF_UNIX, self._server.place)], []
-        if not isinstance(self._server.place, str):
-            host, port = self._server.place
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            places = [(family, place) for family, _, _, _, place in found]
-        for index, (family, place) in enumerate(places):
-            self.left = (deadline - time.monotonic()) / (len(places) - index)
+        """Connect to one of the host's addresses. Each gets its share of the time."""
+        place, errors = self._server.place, []
+        found: list[Any] = [(socket.AF_UNIX, 0, 0, "", place)]
+        if isinstance(place, tuple):
+            found = socket.getaddrinfo(place[0], place[1], type=socket.SOCK_STREAM)
+        for index, (family, *_, place) in enumerate(found):
+            self.left = (deadline - time.monotonic()) / (len(found) - index)
             try:
                 return self._connect_to(family, place)
-            except BaseException as error:
-                self.close()
-                if not isinstance(error, (OSError, exceptions.MemcacheError)):
-                    raise
+            except (OSError, MemcacheError) as error:
                 errors.append(error)
-        # Prefer the most telling error: a reply, then a time-out, then a refusal.
-        kinds = exceptions.MemcacheError, _TooMany, NoAnswer, OSError
-        raise next(each for kind in kinds for each in errors if isinstance(each, kind))
+        # A reply or a time-out tells more than a refusal.
+        telling = MemcacheError, _TooMany, NoAnswer
+        raise max(errors, key=lambda error: isinstance(error, telling))
 
     def _connect_to(self, family: int, place: Any) -> None:
-        """Connect, and have a harmless command answered before others rely on it."""
-        self._socket, self._ahead = socket.socket(family), b""
+        self.close()
+        self._socket, self.ahead = socket.socket(family), b""
         self._wait(self._socket.connect, place)
         if family != socket.AF_UNIX:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self._tls and self._has_tls:
+        if self._tls:
             name = self._server.place[0]
             wrap = functools.partial(self._tls.wrap_socket, server_hostname=name)
             self._socket = self._wait(wrap, self._socket)
-        try:
-            reply = self._greet()
-        except (exceptions.MemcacheUnexpectedCloseError, ConnectionResetError):
-            text = f"{self._server.name} closed the connection at once; is it for TLS?"
-            raise exceptions.MemcacheUnexpectedCloseError(text) from None
+        # The sendmsg of eventlet's sockets does not wait, so it can't be used.
+        self._gathers = hasattr(type(self._socket), "sendmsg") and not self._tls
+        self._greet()
+        self.is_open = True
+
+    def _greet(self) -> None:
+        """Log in, or have a harmless command answered, before others rely on it."""
+        harmless = b"get mcpool-%b\r\n" % os.urandom(8).hex().encode()
+        with contextlib.suppress(MemcacheClosed):  # It may have said why before.
+            self.sendall(self._server.login or harmless)
+        reply = self._line()
         text = f"{self._server.name} says {reply[:64].decode(errors='replace')!r}"
         if b"Too many open connections" in reply:
             raise _TooMany(text)
-        # A proxy says SERVER_ERROR if one of its servers is down. The others may be
-        # well.
+        # A proxy says SERVER_ERROR if only one of its servers is down.
         good = b"STORED" if self._server.login else b"END|SERVER_ERROR"
         if not re.match(good, reply):
-            text += "; does it want user:password@?"
-            raise exceptions.MemcacheUnknownError(text)
-        self.is_open = True
-
-    def _greet(self) -> bytes:
-        login, key = self._server.login, secrets.token_hex(8).encode()
-        ask = b"set auth x 0 %d\r\n%b\r\n" % (len(login), login)
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            # A server that has closed the connection may have said why.
-            self.sendall(ask if login else b"get mcpool-%b\r\n" % key)
-        return self._line()
+            raise MemcacheUnknownError(f"{text}; does it want user:password@?")
 
     def close(self) -> None:
         self.is_open = False
@@ -500,31 +453,27 @@ class _Connection(Client):
             result = operation(*args)
         except (TimeoutError, socket.timeout) as error:
             raise NoAnswer(f"{self._server.name} did not answer in time") from error
+        except (BrokenPipeError, ConnectionResetError):
+            result = 0
         finally:
             self.left -= time.monotonic() - started
-        if result in (0, b""):
-            text = f"{self._server.name} closed the connection"
-            raise exceptions.MemcacheUnexpectedCloseError(text)
+        if result is not None and not result:
+            hint = "" if self.is_open else " at once; is it for TLS?"
+            raise MemcacheClosed(f"{self._server.name} closed the connection{hint}")
         return result
 
-    def sendall(self, data: bytes) -> None:
-        self._send([memoryview(data)])
-
-    def _send(self, parts: list[memoryview]) -> None:
+    def sendall(self, *given: Any) -> None:
         """Send parts as they lie in memory, or joined if the socket can't do that."""
-        # The sendmsg of eventlet's sockets does not wait, so it can't be used.
-        gathers = hasattr(type(self._socket), "sendmsg") and not self._has_tls
-        if not gathers:
-            parts = [memoryview(b"".join(parts))]
+        parts = [*given] if self._gathers else [b"".join(given)]
         while parts:
-            if gathers:
+            if self._gathers:
                 sent = self._wait(self._socket.sendmsg, parts[:_PARTS])
             else:
                 sent = self._wait(self._socket.send, parts[0])
             while parts and sent >= len(parts[0]):
                 sent -= len(parts.pop(0))
             if sent:
-                parts[0] = parts[0][sent:]
+                parts[0] = memoryview(parts[0])[sent:]
 
     def recv(self, size: int) -> bytes:
         """One line, for pymemcache, which must not get bytes behind that line."""
@@ -533,50 +482,42 @@ class _Connection(Client):
     def _line(self) -> bytes:
         """The next line, without its end."""
         while True:
-            line, end, rest = self._ahead.partition(b"\r\n")
+            line, end, rest = self.ahead.partition(b"\r\n")
             if len(line) > _LINE:
-                text = f"{self._server.name} sends a line that is too long"
-                raise exceptions.MemcacheUnknownError(text)
+                raise MemcacheUnknownError(f"{self._server.name} sends no line end")
             if end:
-                self._ahead = rest
+                self.ahead = rest
                 return line
-            self._ahead += self._wait(self._socket.recv, _LINE)
+            self.ahead += self._wait(self._socket.recv, _LINE)
 
     def pipeline(self, commands: Iterable[Iterable[Any]]) -> list[bytes]:
-        """Small commands travel together, except on TLS (see `set_many`). Large ones go
-        at once."""
+        """Small commands travel together, except on TLS (see `set_many`)."""
         replies: list[bytes] = []
-        parts: list[memoryview] = []
-        expected = size = 0
+        expected, small = 0, b""
         for command in commands:
-            made = [memoryview(part).cast("B") for part in command]
-            expected += bytes(made[0][-10:]) != b" noreply\r\n"
-            parts, size = parts + made, size + sum(map(len, made))
-            if size >= _TOGETHER or self._has_tls:
-                self._send(parts)
-                parts, size = [], 0
-                while expected - len(replies) > _OUTSTANDING:
-                    replies.append(self._line())
-        if parts:
-            self._send(parts)
-        replies += [self._line() for _ in range(expected - len(replies))]
-        if self._ahead:
-            raise exceptions.MemcacheUnknownError(self._ahead[:32])
-        return replies
+            parts = [small, *command]
+            expected += bytes(parts[1][-10:]) != b" noreply\r\n"
+            if sum(map(len, parts)) < _TOGETHER and not self._tls:
+                small = b"".join(parts)
+                continue
+            self.sendall(*parts)
+            small = b""
+            while expected - len(replies) > _OUTSTANDING:
+                replies.append(self._line())
+        if small:
+            self.sendall(small)
+        return replies + [self._line() for _ in range(expected - len(replies))]
 
     def set_many(self, values: Any, *args: Any, **options: Any) -> list[Key]:
         # memcached's TLS may overlook a command that begins within a record.
         ask = super().set_many
-        if not self._has_tls:
+        if not self._tls:
             return ask(values, *args, **options)
         return [key for key in values if ask({key: values[key]}, *args, **options)]
 
     def receive_many(self, keys: Any, receive: Receive) -> dict[Key, Any]:
         self._receive = receive
-        try:
-            return super().get_many(keys)
-        finally:
-            self._receive = _receive_bytes
+        return self.get_many(keys)
 
     def _extract_value(
         self, expect_cas: bool, line: bytes, buf: bytes, remapped_keys: Any, _: Any
@@ -584,13 +525,16 @@ class _Connection(Client):
         """Receive one value; pymemcache's docstring offers this for overriding."""
         match = _VALUE.fullmatch(line)
         if not match or match[1] not in remapped_keys or bool(match[3]) != expect_cas:
-            raise exceptions.MemcacheUnknownError(line[:64])
+            raise MemcacheUnknownError(line[:64])
         key, self._missing = remapped_keys[match[1]], int(match[2])
-        value = self._receive(key, self._missing, self._fill)
+        if self._receive:
+            value = self._receive(key, self._missing, self._fill)
+        else:
+            value = bytes(self._fill(bytearray(self._missing)))
         if self._missing:
             raise ValueError(f"{self._missing} bytes of the value were not received")
         if self._line():
-            raise exceptions.MemcacheUnknownError("a value is longer than announced")
+            raise MemcacheUnknownError("a value is longer than announced")
         return key, (value, match[3]) if expect_cas else value, buf
 
     def _fill(self, buffer: Any) -> Any:
@@ -598,19 +542,14 @@ class _Connection(Client):
             self._missing -= len(view)
             if self._missing < 0:
                 raise ValueError("a buffer is longer than the rest of the value")
-            filled = min(len(view), len(self._ahead))
-            view[:filled], self._ahead = self._ahead[:filled], self._ahead[filled:]
+            filled = min(len(view), len(self.ahead))
+            view[:filled], self.ahead = self.ahead[:filled], self.ahead[filled:]
             while filled < len(view):
                 filled += self._wait(self._socket.recv_into, view[filled:])
         return buffer
 
     def _misc_cmd(self, cmds: Any, name: bytes, *args: Any) -> list[bytes]:
         replies = super()._misc_cmd(cmds, name, *args)
-        for reply in replies if name in _REPLIES else ():
-            if not _REPLIES[name].fullmatch(reply):
-                raise exceptions.MemcacheUnknownError(reply[:32])
+        if not all(map(_REPLY.fullmatch, replies)):
+            raise MemcacheUnknownError(replies[0][:32])
         return replies
-
-
-def _receive_bytes(key: Key, size: int, fill: Fill) -> bytes:
-    return bytes(fill(bytearray(size)))

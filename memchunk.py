@@ -75,24 +75,26 @@ LEASE = 3600  # seconds that chunks live before their file is published
 # once, never in part, and a read that began just before can finish.
 _SLACK = 60
 
-# memcached keeps an item in one piece up to the size of its largest slab class, which
-# is 512 KiB by default, two in a page of 1 MB. It stitches larger items together from
-# several pieces, which wastes memory and fails under pressure. An item takes 59 bytes
-# beside its key and value, or 63 if a client sets flags.
+# memcached keeps an item of up to 512 KiB in one piece. This is its largest slab class
+# by default; two such items fill a page. It stitches larger items together from many
+# pieces, which wastes memory and fails under pressure. An item takes 59 bytes beside
+# its key and value, or 63 if a client sets flags.
 _LARGEST_ITEM, _ITEM_OVERHEAD = 512 * 1024, 64
 _PAGE = 1024 * 1024  # bytes: memcached gives memory to a slab class in pages
 _MAX_KEY = 250  # bytes, memcached's limit
-_LEAST_LIMIT = 1024  # bytes: the smallest -I of memcached; a proxy may tell less
+_LEAST_ITEM = (
+    1024  # bytes: the smallest -I of memcached; a smaller value is not its own
+)
 _SMALL_DIVISOR = 16  # a file of up to 1/16 of a chunk lies in its manifest
 
-# Bytes of one round trip. They limit the memory of a transfer. Batches of 8 chunks
-# survive best in a cache that has just enough memory for the file. A batch of a read
-# fits in the caches of a CPU.
+# Bytes of one round trip. They limit the memory of a transfer. If memory only just fits
+# the file, batches of 8 chunks lose the fewest. A batch of a read fits in the caches of
+# a CPU.
 _WRITE_BATCH, _READ_BATCH = 4 * 1024 * 1024, 2 * 1024 * 1024
 _PIECE = 64 * 1024  # bytes to read at a time from a source of unknown size
 _MAX_CHUNK = 2**30  # bytes: memcached's -I ends there
 _MAX_CHUNKS = 2**20  # a manifest that names more is damaged
-_FEW = 8  # chunks; their deletion does not wait for replies
+_QUICK_DELETES = 8  # chunks; their deletion does not wait for replies
 
 # Chunks that were read or touched twice are active in memcached's LRU. If they fill the
 # cache, memcached refuses others until its LRU thread has made room. That thread sleeps
@@ -100,36 +102,34 @@ _FEW = 8  # chunks; their deletion does not wait for replies
 _PATIENCE, _PAUSE = 4.0, 0.02  # seconds to wait for it, and between two tries
 
 _ATTEMPTS = 100  # to change a manifest; another writer won each attempt that failed
-_FRESH = 1.0  # seconds; a publication relies on no older look at the manifest
+_FRESH = 1.0  # seconds; if a look at the manifest is older, a write looks again
 _ASK_AGAIN = 60.0  # seconds until a server that refused `stats` is asked again
 _IDLE = 60  # seconds; firewalls forget connections that idle longer
 _POLL = 0.05  # seconds between two looks of `get_or_set` at the work of another
 
 _RELATIVE_LIMIT = 30 * 24 * 3600  # memcached reads more seconds as an absolute time
 _LONG_PAST = _RELATIVE_LIMIT + 1  # as an absolute time; twemproxy refuses -1
-_ABSOLUTE_LIMIT = 2**31 - 1  # memcached has 32 bits for a time; a later end is never
+_ABSOLUTE_LIMIT = 2**31 - 1  # memcached has 32 bits for a time; later means never
 _MAX_EXPIRE = 2**62  # seconds
 _NO_TOKEN = b"%d" % (2**64 - 1)  # no item has it, so a `cas` with it changes nothing
 
 _HEADER = struct.Struct(">III")  # of a chunk: index, total, CRC
-_COUNTS = struct.Struct(">II")  # index and total, as the CRC covers them
-_CRC = struct.Struct(">I")  # of a manifest
 _FORMAT = 2
 
 _STORED, _NOT_STORED, _EXISTS = b"STORED", b"NOT_STORED", b"EXISTS"
 _NOT_FOUND, _TOUCHED, _DELETED = b"NOT_FOUND", b"TOUCHED", b"DELETED"
-_REFUSAL = re.compile(rb"out of memory (storing|during read)|object too large")
+_REFUSAL = re.compile(rb"(?i)out of memory|object too large")
 
 _CLOSED = ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, MemcacheClosed
 
-# Errors that a damaged manifest may cause. Others pass through, because a handler of a
-# signal may have raised them.
+# Errors that a damaged manifest may cause. A signal handler may raise any other error,
+# which passes through.
 _BAD_MANIFEST = ValueError, TypeError, LookupError, AttributeError, RecursionError
 
 _log = logging.getLogger("memchunk")
 
 _SEGMENT = re.compile("[0-9a-f]{16}")
-_PART = re.compile("([0-9a-f]{16}):([0-9]{1,7}):([0-9]{1,10})")
+_PART_FORM = re.compile("([0-9a-f]{16}):([0-9]{1,7}):([0-9]{1,10})")
 
 _Bytes = Union[bytes, bytearray, memoryview]
 _Expire = Union[int, datetime.timedelta]
@@ -194,7 +194,8 @@ class FileExists(MemchunkError, FileExistsError):
 
 
 class FileChanged(MemchunkError):
-    """The file is now version `current` (None: there is no file), not `version`."""
+    """The file is not `version` any more. current: its version now, None if it is
+    gone."""
 
     def __init__(self, name: str, version: str, current: str | None) -> None:
         self.version, self.current = version, current
@@ -222,8 +223,8 @@ class SizeMismatch(MemchunkError, ValueError):
 
 
 class FileCorrupt(MemchunkError):
-    """Chunk `index` is damaged, or the manifest (None). reason: "" for damage, else it
-    tells the format of a sound manifest that a later memchunk wrote."""
+    """A chunk is damaged, or the manifest if `index` is None. reason: "" for damage,
+    else it tells the format of a sound manifest that a later memchunk wrote."""
 
     def __init__(self, name: str, index: int | None, reason: str = "") -> None:
         self.index, self.reason = index, reason
@@ -240,8 +241,7 @@ class CacheFull(MemchunkError):
     cause: by the server's `stats`, "memory" (-m is smaller than the file), "slabs" (the
     memory is in pages for items of other sizes), "item size" (-I is too small), "lease"
     (it ended before the upload), "contention" (others changed the manifest 100 times),
-    "pressure" (other files fill the memory), or "unknown".
-    """
+    "pressure" (other files fill the memory), or "unknown"."""
 
     def __init__(self, name: str, cause: str, reason: str, missing: list[int]) -> None:
         self.cause, self.missing = cause, missing
@@ -264,8 +264,7 @@ class FileInfo:
 
     name, metadata: as given to `add`. size: bytes. chunks: their number, 0 for a small
     file. version: 16 hex digits, unique to one publication. created: Unix time in
-    seconds, by the writer's clock. expires: likewise, None for never.
-    """
+    seconds, by the writer's clock. expires: likewise, None for never."""
 
     name: str
     size: int
@@ -276,7 +275,7 @@ class FileInfo:
     metadata: bytes
 
 
-class FileCache:
+class FileCache(contextlib.AbstractContextManager["FileCache"]):
     """Files in memcached.
 
     client: the address of a server, "host", "host:port", "[ipv6]:port" or "unix:/path",
@@ -291,8 +290,7 @@ class FileCache:
 
     Raises ValueError for options and clients that can't work. Every method that takes a
     name may raise InvalidName and CacheUnavailable. As a context manager it closes
-    itself.
-    """
+    itself."""
 
     def __init__(
         self,
@@ -313,14 +311,18 @@ class FileCache:
         self._chunk_size = chunk_size and int(chunk_size)
         self._given = client
         self._connect()
-        longest = len(getattr(self.client, "key_prefix", b"")) + len(self._key(b"x"))
-        if longest + len(_chunk_key("", "0" * 16, _MAX_CHUNKS)) > _MAX_KEY:
+        # bytes of the longest key
+        self._key_size = len(getattr(self.client, "key_prefix", b""))
+        self._key_size += len(_chunk_key(self._key(b""), "0" * 16, _MAX_CHUNKS))
+        if self._key_size > _MAX_KEY:
             raise ValueError("key_prefix and namespace make keys longer than 250 bytes")
 
     def _connect(self) -> None:
         """Take the client, or make one for an address."""
         is_address = isinstance(self._given, str)
-        self.client = _own_client(self._given) if is_address else _checked(self._given)
+        self.client = (
+            _own_client(self._given) if is_address else _checked_client(self._given)
+        )
         self._servers: dict[int, _Server] = {}
         self._pid = os.getpid()
 
@@ -333,9 +335,6 @@ class FileCache:
 
     def __repr__(self) -> str:
         return f"<FileCache {self.namespace!r} on {_address(self.client)}>"
-
-    def __enter__(self) -> FileCache:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -354,15 +353,16 @@ class FileCache:
 
         source: a bytes-like object, a binary file (read from its position), an iterable
             of bytes-like objects, or the path of a file. Its errors pass through.
-        size: bytes of the file, with its parts. Others are a SizeMismatch.
+        size: bytes of the file, with its parts. More or fewer are a SizeMismatch.
         expire: seconds from now, or a timedelta; 0 for never.
         metadata: up to 65,535 bytes to keep with the file.
         parts: those that `stage` returned; the source is the rest of the file.
 
-        Raises FileExists, before payload is sent, if a whole file has that name (one
-        that lost chunks is replaced); FileTooLarge; SizeMismatch; CacheFull;
-        FileCorrupt for a file of a later format; TypeError for text; ValueError for
-        parts of different chunk sizes. After an error, nothing new is stored."""
+        Raises FileExists if a whole file has that name: before payload is sent, or at
+        the end if another writer was quicker. A file that lost chunks is replaced. Also
+        raises FileTooLarge; SizeMismatch; CacheFull; FileCorrupt for a file of a later
+        format; TypeError for text; ValueError for parts of different chunk sizes. After
+        an error, nothing new is stored."""
         return _Write(self, "add", name, size, expire, metadata, parts).run(source)
 
     def set(
@@ -376,7 +376,8 @@ class FileCache:
         parts: Sequence[str] = (),
     ) -> FileInfo:
         """Store a file, or replace it. Readers get the old file until this returns, or
-        if it raises. If memory can't hold both, the old file is deleted first.
+        if it raises. If memory can't hold both, the old file's chunks are deleted
+        first, and readers get FileEvicted.
         Arguments and errors are those of `add`, except FileExists and FileCorrupt."""
         return _Write(self, "set", name, size, expire, metadata, parts).run(source)
 
@@ -409,12 +410,11 @@ class FileCache:
             the server has little memory, earlier parts get it, too.
 
         Returns the new part, a short text for the `parts` of later calls, and the
-        number of bytes that it took, a multiple of the chunk size. Give the others to
-        the next call. Each call has keys of its own, so two callers never mix.
+        number of bytes that it took, a multiple of the chunk size. Pass the remaining
+        bytes to the next call. Each call has keys of its own, so two callers never mix.
 
         Raises FileEvicted if chunks of the parts are gone, FileTooLarge, CacheFull, and
-        ValueError for parts of different chunk sizes.
-        """
+        ValueError for parts of different chunk sizes."""
         return _Segment(self, name, parts, _lease(lease)).stage(_view(data))
 
     def unstage(self, name: str, parts: Sequence[str]) -> None:
@@ -428,8 +428,7 @@ class FileCache:
         FileTooLarge if a cache with another `max_size` wrote it.
 
         Starts over if a writer replaces the file meanwhile, up to 100 times; then it
-        raises FileChanged.
-        """
+        raises FileChanged."""
         tries_left = _ATTEMPTS
         while True:
             with self.open(name) as file:
@@ -455,34 +454,37 @@ class FileCache:
         caller at a time runs `make`. The others wait for the file, for up to `lock`
         seconds, and then run it, too. If the cache is down or full, or the file is
         damaged, callers still get bytes, and the file is stored if it can be."""
-        entry = self._entry(name)
-        found, lock_end = self._get_or_lock(entry, _lease(lock))
-        try:
+        # Made now, as it refuses bad options before `make` does its work.
+        write = _Write(self, "set", name, None, expire, metadata, ())
+        with self._file_or_lock(name, _lease(lock)) as found:
             if found is not None:
                 return found
             data = make()
             with contextlib.suppress(CacheUnavailable, CacheFull):
-                self.set(name, data, expire=expire, metadata=metadata)
+                write.run(data)
             return data
+
+    @contextlib.contextmanager
+    def _file_or_lock(self, name: str, seconds: int) -> Iterator[bytes | None]:
+        """Yield the file, or None if this caller has to make it."""
+        entry, found = self._entry(name), None
+        lock_end, deadline = -math.inf, time.monotonic() + seconds
+        try:
+            with contextlib.suppress(CacheUnavailable, CacheFull):
+                while (now := time.monotonic()) < deadline:
+                    with contextlib.suppress(CacheMiss, FileCorrupt, FileChanged):
+                        found = self.get(name)
+                        break
+                    if now < lock_end:
+                        break
+                    end = time.monotonic() + seconds
+                    if entry.take_lock(seconds):
+                        # Look again: its last owner may have stored the file.
+                        lock_end = end
+            yield found
         finally:
             if time.monotonic() < lock_end:  # later, it may be another's
                 entry.delete([entry.lock])
-
-    def _get_or_lock(self, entry: _Entry, seconds: int) -> tuple[bytes | None, float]:
-        """The file, None if this caller must make it; and the end of its lock."""
-        now, lock_end = time.monotonic(), -math.inf
-        deadline = now + seconds
-        with contextlib.suppress(CacheUnavailable, CacheFull):
-            while now < deadline:
-                with contextlib.suppress(CacheMiss, FileCorrupt, FileChanged):
-                    return self.get(entry.name), lock_end
-                if now < lock_end:
-                    break
-                now = time.monotonic()
-                if entry.take_lock(seconds):
-                    # Look again: its last owner may have stored the file.
-                    lock_end = now + seconds
-        return None, lock_end
 
     def open(self, name: str) -> CachedFile:
         """The present version of the file, as a binary stream, which fetches chunks as
@@ -496,30 +498,28 @@ class FileCache:
 
     def __contains__(self, name: str) -> bool:
         """Whether the whole file is there. Reads no payload, and changes nothing."""
-        entry = self._entry(name)
-        found = entry.lookup()
+        entry, before = self._entry(name), None
         for _ in range(_ATTEMPTS):
-            if found.value is None or entry.is_whole(found):
+            found = entry.lookup()
+            if found.value in (None, before) or entry.is_whole(found):
                 break
             # A writer may have replaced the file, and deleted the chunks asked for.
-            before, found = found, entry.lookup()
-            if found.value == before.value:
-                return False
-        return found.value is not None
+            before = found.value
+        return found.value not in (None, before)
 
     def touch(self, name: str, expire: _Expire) -> FileInfo:
         """Give the file a new time to live: seconds from now, a timedelta, or 0 for no
-        end. Raises FileNotFound, FileEvicted, FileCorrupt, CacheFull. After an error,
-        call it again, or its chunks may never expire."""
+        end. Raises FileNotFound, FileEvicted, FileCorrupt, CacheFull. If it raises,
+        call it again. Until then the chunks may have no expiry."""
         entry, seconds = self._entry(name), _seconds(expire)
         for _ in range(_ATTEMPTS):
             found, now = entry.lookup(), int(time.time())
             old, keys = found.require(), entry.keys(found.segments)
             new = dataclasses.replace(old, expires=now + seconds if seconds else None)
             end, chunks_end = entry.exptimes(seconds)
-            # First ask if all are there: a dead file's chunks must keep their end. Then
-            # chunks get no end: they must outlive the manifest with its old end as well
-            # as with the new one, and only clocks that agree know the later one.
+            # If chunks are missing, the others keep their expiry. If not, all lose it
+            # for a moment: the manifest ends at the old or the new time, and the chunks
+            # must outlive both. Only clocks that agree would know the later one.
             missing = entry.missing(keys) or entry.touch(keys, 0)
             if missing:
                 with contextlib.suppress(FileChanged):  # then touch the present version
@@ -553,7 +553,8 @@ class FileCache:
         key = self._entry("ping").key  # first, as it connects anew after a fork
         servers = getattr(self.client, "servers", {"": self.client})
         for client in servers.values():
-            _Entry(_Server(client), "", key).ask(lambda client: client.gets(key))
+            entry = _Entry(self._server(client), "", key)
+            entry.ask(lambda client: client.gets(key))
 
     def close(self) -> None:
         """Close the client's connections. The next call opens new ones."""
@@ -575,10 +576,10 @@ class FileCache:
         key = self._key(encoded)
         for_key = getattr(self.client, "for_key", None)
         client = for_key(key) if for_key else self.client
-        server = self._servers.get(id(client))
-        if server is None:
-            server = self._servers.setdefault(id(client), _Server(client))
-        return _Entry(server, name, key)
+        return _Entry(self._server(client), name, key)
+
+    def _server(self, client: Any) -> _Server:
+        return self._servers.setdefault(id(client), _Server(client))
 
 
 # --- The stored format ----------------------------------------------------------------
@@ -591,7 +592,7 @@ def _chunk_key(key: str, segment: str, index: int) -> str:
 def _chunk(key: str, index: int, total: int, *body: Any) -> tuple[Any, ...]:
     """A chunk's value: header, payload and padding, as parts, which saves a copy.
     The CRC covers the key, too, so that a sound chunk in a wrong place is damage."""
-    crc = zlib.crc32(key.encode(), zlib.crc32(_COUNTS.pack(index, total)))
+    crc = zlib.crc32(key.encode(), zlib.crc32(_HEADER.pack(index, total, 0)[:8]))
     for part in body:
         crc = zlib.crc32(part, crc)
     return _HEADER.pack(index, total, crc), *body
@@ -626,14 +627,14 @@ class _Manifest:
         del fields["data"]
         line = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
         body = b"".join((line, b"\n", self.metadata, self.data))
-        return _CRC.pack(zlib.crc32(body)) + body
+        return zlib.crc32(body).to_bytes(4, "big") + body
 
     @classmethod
     def unpack(cls, name: str, value: Any) -> _Manifest:
         """Raises FileCorrupt unless `value` is a manifest of the file `name`."""
         try:
-            seal, body = bytes(value[:4]), bytes(value[4:])  # a CRC has 4 bytes
-            if seal != _CRC.pack(zlib.crc32(body)):
+            seal, body = bytes(value[:4]), bytes(value[4:])
+            if seal != zlib.crc32(body).to_bytes(4, "big"):
                 raise ValueError("the CRC is another")
             line, _, rest = body.partition(b"\n")
             fields = json.loads(line)
@@ -673,7 +674,7 @@ class _Manifest:
 def _parsed(parts: Sequence[str]) -> tuple[_Segments, int]:
     """Segments and chunk size of an upload's parts, 0 if there are none. Raises
     ValueError for parts that don't belong together."""
-    matches = [] if isinstance(parts, str) else list(map(_PART.fullmatch, parts))
+    matches = [] if isinstance(parts, str) else list(map(_PART_FORM.fullmatch, parts))
     found = [(each[1], int(each[2]), int(each[3])) for each in matches if each]
     sizes, keys = {size for _, _, size in found}, {key for key, _, _ in found}
     is_size = all(1 <= size <= _MAX_CHUNK for size in sizes)
@@ -701,49 +702,58 @@ class _Segment:
         self.total = 0  # chunks that there will be, 0 if that is not known
         self.pid, self.started = os.getpid(), time.monotonic()
         self.may_appear = False  # whether the file's manifest was sent
+        self.size: int | None = None  # of the whole file, as announced
 
     def plan(self, size: int) -> None:
         """Decide how to cut a file of up to `size` bytes."""
         item, self.largest, self.memory = self.entry.limits()
-        self.small = (self.cache._chunk_size or item) // _SMALL_DIVISOR
+        self.inline_limit = (self.cache._chunk_size or item) // _SMALL_DIVISOR
         if not self.chunk_size:
-            prefix = getattr(self.entry.client, "key_prefix", b"")
-            around = len(prefix) + len(
-                _chunk_key(self.entry.key, self.key, _MAX_CHUNKS)
-            )
-            around += _HEADER.size + _ITEM_OVERHEAD
-            self.chunk_size = self.cache._chunk_size or max(item - around, 1)
+            around = self.cache._key_size + _HEADER.size + _ITEM_OVERHEAD
+            self.chunk_size = self.cache._chunk_size or item - around
         self.batch_size = self.chunk_size * max(1, _WRITE_BATCH // self.chunk_size)
+        # The file takes more than half of the memory.
         self.is_tight = 2 * size > self.memory
+
+    def check(self, length: int) -> None:
+        """Raise if the file may not be as long as it is already."""
+        name, limit = self.entry.name, self.chunk_size * _MAX_CHUNKS
+        limit = min(limit, self.cache.max_size)
+        if length > limit:
+            raise FileTooLarge(name, length, limit)
+        if self.size is not None and length > self.size:
+            raise SizeMismatch(name, self.size, length)
+        needed = -(-length // self.chunk_size) * self.chunk_size
+        if needed > self.memory:
+            raise self.entry.cache_full(needed)
 
     def stage(self, data: memoryview) -> tuple[str, int]:
         """`FileCache.stage`."""
-        name, size = self.entry.name, self.length + len(data)
-        if size > self.cache.max_size:
-            raise FileTooLarge(name, size, self.cache.max_size)
         self.plan(self.cache.max_size)
+        self.check(self.length + len(data))
         missing = self._missing_parts()
         if missing:
             version = self.parts[-1][0]
-            info = FileInfo(name, self.length, self.first, version, 0, None, b"")
+            name, chunks = self.entry.name, self.first
+            info = FileInfo(name, self.length, chunks, version, 0, None, b"")
             raise FileEvicted(name, info, missing)
         taken = len(data) - len(data) % self.chunk_size
         self.total = taken // self.chunk_size
         with self.deleted_on_error():
-            for batch in _batches([data[:taken]], self.batch_size):
+            for batch in _slices(data[:taken], self.batch_size):
                 self.send(batch)
         return f"{self.key}:{self.count}:{self.chunk_size}", taken
 
     def _missing_parts(self) -> list[int]:
-        """The indices of the parts' chunks that are gone. On a tight server, keeps the
-        others active."""
+        """The indices of the parts' chunks that are gone. Keeps the others active if
+        the server is tight."""
         keys = self.entry.keys(self.parts)
-        if not (keys and self.is_tight) or self._are_published():
+        if not keys or not self.is_tight or self._are_published():
             return self.entry.missing(keys)
         self.entry.touch(keys, self.lease)
         missing = self.entry.touch(keys, self.lease)
         # If another published them meanwhile, the lease replaced their final expiry.
-        # Then they get no end, which is never too early. `_tidy` is the other half.
+        # Then they get no expiry, so they can't end too early. See `_tidy`, too.
         if self._are_published():
             self.entry.touch(keys, 0)
         return missing
@@ -759,15 +769,14 @@ class _Segment:
         """Store a batch of chunks on the lease.
 
         end: the final expiry, None if it comes later. If it is given, all chunks of
-        the file are touched with it in the same round trip. Returns whether they were
-        there.
-        """
+        the file are touched with it in the same round trip. Returns whether that was
+        done, and all were there."""
         chunks = {command.key: command for command in self._commands(batch)}
         is_last = end is not None and not self.is_tight
         touched = self.all_keys() if is_last else []
         refused, missing = self.entry.store(list(chunks.values()), touched, end or 0)
         if refused or self.is_tight:
-            self._insist(chunks, refused)
+            self._store_until_kept(chunks, refused)
             return False
         return is_last and not missing
 
@@ -787,15 +796,17 @@ class _Segment:
             self.count += 1
             yield _Command("set", key, self.lease, make)
 
-    def _insist(self, chunks: dict[str, _Command], refused: dict[str, bytes]) -> None:
+    def _store_until_kept(
+        self, chunks: dict[str, _Command], refused: dict[str, bytes]
+    ) -> None:
         """Store chunks again until the server keeps them. A full cache evicts new ones
-        first, unless two touches make them active in its LRU. Done always, this would
-        cost a large cache an eighth of its files. Raises CacheFull."""
+        first, unless two touches make them active in its LRU. If every write did so, a
+        large cache would lose an eighth of its files. Raises CacheFull."""
         deadline, keys = time.monotonic() + _PATIENCE, list(chunks)
         while True:
             self.entry.touch(keys, self.lease)
-            gone = {keys[position] for position in self.entry.touch(keys, self.lease)}
-            keys = [key for key in keys if key in gone or key in refused]
+            # A refused chunk is gone, too.
+            keys = [keys[at] for at in self.entry.touch(keys, self.lease)]
             if not keys:
                 return
             reply = next(iter(refused.values()), b"")
@@ -810,14 +821,17 @@ class _Segment:
         size = (self.first + max(self.count, self.total)) * self.chunk_size
         # memcached's clock ticks once a second: an item may end up to a second early.
         is_over = time.monotonic() - self.started > self.lease - 1
+        # Parts are older. If they are gone, and memory is not tight, their lease ended.
+        parts_are_gone = min(missing, default=self.first) < self.first
+        is_over = is_over or (parts_are_gone and not self.is_tight)
         return self.entry.cache_full(size, missing, said, "lease" if is_over else "")
 
     @contextlib.contextmanager
     def deleted_on_error(self) -> Iterator[None]:
-        """An error deletes the segment, unless the file may yet appear. An exception
-        that is no Exception, such as Ctrl-C or a time-out of gevent, ends a write like
-        a kill: the server may still be at work on a command, so nothing more is sent.
-        The lease ends the chunks."""
+        """An error deletes the segment, unless the file may yet appear. After an
+        exception that is no Exception, such as Ctrl-C or a time-out of gevent, nothing
+        more is sent, because the server may still be at work on a command. Chunks that
+        are on the lease expire."""
         try:
             yield
         except Exception as error:
@@ -855,18 +869,19 @@ class _Write(_Segment):
         return self._store(source)
 
     def _store(self, source: Any) -> FileInfo:
-        known, pieces = _opened_source(source)
+        known, batches = _opened_source(source)
         # 1. Look up the manifest, and refuse early: no payload was sent yet.
         found = self._begin(known)
         with self.deleted_on_error():
             # 2. Store the chunks on a lease. The last batch may include step 3.
-            is_settled = self._send(pieces(self.batch_size), found)
-            manifest, is_young = self._manifest(), self.verb != "cas" and found.is_young
+            is_settled = self._send(batches(self.batch_size), found)
+            manifest = self._manifest()
+            is_young = time.monotonic() - found.time < _FRESH and self.verb != "cas"
             for _ in range(_ATTEMPTS):
                 # A restarted server counts its tokens anew: an old one might fit.
                 found = found if is_young else self._look_up()
                 # 3. Touch every chunk: this proves that each is still there.
-                end, chunks_end = self._settle(is_settled)
+                end, chunks_end = self._set_expiry(is_settled)
                 # 4. Publish. If the reply gets lost, the file may yet appear.
                 self.may_appear = True
                 if self.entry.replace(found, manifest.pack(), end):
@@ -890,25 +905,15 @@ class _Write(_Segment):
             raise FileTooLarge(self.entry.name, least, self.cache.max_size)
         found = self._look_up()
         self.plan(self.cache.max_size if self.size is None else self.size)
-        self._check(self.length if self.size is None else self.size)
+        self.check(self.length if self.size is None else self.size)
         self.total = -(-((self.size or self.length) - self.length) // self.chunk_size)
         if self.metadata:
-            manifest = len(self._manifest().pack()) + self.small + len(self.entry.key)
+            manifest = (
+                len(self._manifest().pack()) + self.inline_limit + len(self.entry.key)
+            )
             if manifest + _ITEM_OVERHEAD > self.largest:
                 raise self.entry.cache_full(0, said="its manifest is too large")
         return found
-
-    def _check(self, length: int) -> None:
-        """Raise if the file may not be as long as it is already."""
-        name, limit = self.entry.name, self.chunk_size * _MAX_CHUNKS
-        limit = min(limit, self.cache.max_size)
-        if length > limit:
-            raise FileTooLarge(name, length, limit)
-        if self.size is not None and length > self.size:
-            raise SizeMismatch(name, self.size, length)
-        needed = -(-length // self.chunk_size) * self.chunk_size
-        if needed > self.memory:
-            raise self.entry.cache_full(needed)
 
     def _look_up(self) -> _Found:
         """The present manifest. Raises an error if it forbids the write."""
@@ -921,20 +926,20 @@ class _Write(_Segment):
             raise FileExists(self.entry.name, found.manifest.info)
         return found
 
-    def _send(self, pieces: Iterable[Any], found: _Found) -> bool:
+    def _send(self, batches: Iterable[memoryview], old: _Found) -> bool:
         """Store all chunks. Returns whether they have their final expiry already."""
         is_settled, sent = False, 0.0
-        for batch in _batches(pieces, self.batch_size):
+        for batch in batches:
             self.length += len(batch)
-            self._check(self.length)
+            self.check(self.length)
             # If memory can't hold both files, the old one goes: memcached would evict
             # some of its chunks anyway, and keep the others in place of new ones.
-            if found.manifest and found.manifest.size + self.length > self.memory:
-                found = self._look_up()  # another may have reused chunks meanwhile
-                self.entry.delete_segments(found.segments, self.parts)
-                found = found._replace(manifest=None)
+            if old.manifest and old.manifest.size + self.length > self.memory:
+                old = self._look_up()  # another may have reused chunks meanwhile
+                self.entry.delete_segments(old.segments, self.parts)
+                old = old._replace(manifest=None)
             is_last = self.length == self.size or len(batch) < self.batch_size
-            if is_last and len(batch) == self.length <= self.small:
+            if is_last and len(batch) == self.length <= self.inline_limit:
                 self.data = bytes(batch)
                 continue
             if is_last and not self.count:
@@ -955,12 +960,12 @@ class _Write(_Segment):
         name, cut = self.entry.name, self.chunk_size
         return _Manifest(name, self.length, cut, *about, segments, self.data)
 
-    def _settle(self, is_settled: bool) -> tuple[int, int]:
-        """Give every chunk its final expiry; return that of the manifest, and theirs.
-        Raises CacheFull if one is gone: a server that is short of memory says STORED,
-        and evicts the first chunks while the last arrive."""
+    def _set_expiry(self, is_done: bool) -> tuple[int, int]:
+        """Give every chunk its final expiry, unless that is done; return that of the
+        manifest, and theirs. Raises CacheFull if one is gone: a server with little
+        memory says STORED, but evicts the first chunks while the last arrive."""
         end, chunks_end = self.entry.exptimes(self.expire)
-        missing = [] if is_settled else self.entry.touch(self.all_keys(), chunks_end)
+        missing = [] if is_done else self.entry.touch(self.all_keys(), chunks_end)
         if missing:
             raise self.cache_full(missing)
         return end, chunks_end
@@ -986,15 +991,13 @@ class CachedFile(io.RawIOBase):
 
     Fetches only the chunks that are read. Reading raises FileEvicted, FileCorrupt, and
     FileChanged if the file was replaced or deleted since it was opened and its chunks
-    are gone.
-    """
+    are gone."""
 
     def __init__(self, cache: FileCache, manifest: _Manifest) -> None:
         super().__init__()
         self.info, self._cache, self._manifest = manifest.info, cache, manifest
-        self._chunk_size = (
-            manifest.chunk_size if self.info.chunks else max(self.info.size, 1)
-        )
+        size = manifest.chunk_size if self.info.chunks else self.info.size
+        self._chunk_size = max(size, 1)
         place = self._entry.key
         self._chunks = [  # key, index in the segment, number of chunks in the segment
             (_chunk_key(place, key, index), index, count)
@@ -1031,10 +1034,9 @@ class CachedFile(io.RawIOBase):
                 self._held, offset = (number, payload), number * self._chunk_size
                 first, last = max(start - offset, 0), stop - offset
                 yield offset + first - start, payload[first:last]
-            numbers, payload = numbers[batch:], memoryview(b"")
-            # Freed now, so that the next batch is received into the same memory. Fresh
-            # pages from the system take as long as the CRC.
-            del payloads
+            # Let go of the payloads now, so that the next batch is received into the
+            # same memory. Fresh pages from the system take as long as the CRC.
+            numbers, payloads, payload = numbers[batch:], {}, memoryview(b"")
 
     def _fetch(
         self, numbers: range, start: int, target: memoryview | None
@@ -1097,20 +1099,17 @@ class CachedFile(io.RawIOBase):
 
     def read(self, size: int | None = -1) -> bytes:
         """The next `size` bytes, fewer only at the end; all that is left by default."""
-        # IOBase's own makes room for all of `size`, however much is left.
-        if size is None or size < 0:
-            return self.readall()
-        return super().read(min(size, max(self.info.size - self._position, 0))) or b""
-
-    def readall(self) -> bytes:
-        """All that is left."""
+        left = max(self.info.size - self._position, 0)
+        size = left if size is None or size < 0 else min(size, left)
         # The system makes these zero bytes when they are written to, and `getvalue`
-        # hands the buffer over without a copy. So the file is in memory once.
-        output = io.BytesIO(bytes(max(self.info.size - self._position, 0)))
+        # hands the buffer over without a copy. So the bytes are in memory once.
+        output = io.BytesIO(bytes(size))
         with output.getbuffer() as view:
             filled = self.readinto(view)
         output.truncate(filled)  # another thread may have moved the stream
         return output.getvalue()
+
+    readall = read  # io.BufferedReader calls it
 
     def readable(self) -> bool:
         self._checkClosed()
@@ -1144,10 +1143,6 @@ class _Found(NamedTuple):
     @property
     def segments(self) -> _Segments:
         return self.manifest.segments if self.manifest else ()
-
-    @property
-    def is_young(self) -> bool:
-        return time.monotonic() - self.time < _FRESH
 
     def require(self, version: str | None = None) -> _Manifest:
         """Raises FileNotFound, FileCorrupt; FileChanged unless it is `version`."""
@@ -1200,8 +1195,8 @@ class _Entry:
                 return True
             raise
         self._expect([reply], _STORED, _NOT_STORED, _EXISTS, _NOT_FOUND)
-        # A replicated pool of memcached's proxy has one token for each replica, so that
-        # one stores and another says no.
+        # The replicas of a pool of memcached's proxy have tokens of their own. So one
+        # may store the manifest while another refuses it.
         return reply == _STORED or bool(value and self.lookup().value == value)
 
     def store(
@@ -1227,8 +1222,8 @@ class _Entry:
 
     def missing(self, keys: Sequence[str]) -> list[int]:
         """The positions of the keys that are gone. A `cas` that can't succeed asks for
-        them. Of the commands that every proxy speaks, it alone neither reads a chunk
-        nor changes its expiry."""
+        them. Every proxy knows it, and it neither reads a chunk nor changes its
+        expiry."""
         commands = [_Command("cas", key, token=_NO_TOKEN) for key in keys]
         return self._absent(self.run(commands), _EXISTS)
 
@@ -1238,15 +1233,13 @@ class _Entry:
 
     def delete(self, keys: Sequence[str], quick: bool = False) -> None:
         """Delete chunks that no manifest names. A failure is no error, because nothing
-        depends on it. But nobody else will delete them, so it is tried twice.
-
-        quick: don't wait for the replies, if the chunks are few.
-        """
+        depends on it. But nobody else will delete them, so it is tried twice. quick:
+        don't wait for the replies, if the chunks are few."""
         # Nagle's algorithm would hold up the next command of a client that allows it.
-        # memcached's proxy 1.6.45 sends "noreplY" on, which older servers refuse.
+        # memcached's proxy 1.6.45 forwards "noreplY", which older servers refuse.
         is_safe = getattr(self.client, "no_delay", False)
         is_safe = is_safe and "is_proxy" not in self.server.settings
-        quick = quick and is_safe and len(keys) <= _FEW
+        quick = quick and is_safe and len(keys) <= _QUICK_DELETES
         verb = "delete quickly" if quick else "delete"
         for _ in range(2):
             with contextlib.suppress(CacheUnavailable, CacheFull):
@@ -1258,8 +1251,7 @@ class _Entry:
         self, segments: _Segments, kept: _Segments, quick: bool = False
     ) -> None:
         """Delete the chunks of segments, unless another file has them, too."""
-        keys = {key for key, _ in kept}
-        gone = [segment for segment in segments if segment[0] not in keys]
+        gone = [(key, count) for key, count in segments if key not in dict(kept)]
         self.delete(self.keys(gone), quick)
 
     def take_lock(self, seconds: int) -> bool:
@@ -1272,8 +1264,10 @@ class _Entry:
 
     def explain(self, manifest: _Manifest, missing: list[int]) -> NoReturn:
         """Raise the reason for missing chunks: FileChanged or FileEvicted."""
-        now = self.lookup().manifest
-        current = now.version if now else None
+        found = self.lookup()
+        if found.damage:
+            raise found.damage
+        current = found.manifest.version if found.manifest else None
         if current != manifest.version:
             raise FileChanged(self.name, manifest.version, current)
         error = FileEvicted(self.name, manifest.info, missing)
@@ -1299,7 +1293,7 @@ class _Entry:
             raise self.unavailable(_NO_CAS)
         value = told.get("item_size_max", _PAGE)
         item = min(_LARGEST_ITEM, value, told.get("slab_chunk_max", _LARGEST_ITEM))
-        return item, value, told.get("maxbytes", math.inf)
+        return item, value, max(told.get("maxbytes", 0), 0) or math.inf
 
     def stats(self, *kind: str) -> dict[str, int]:
         """The numbers of a `stats`. A server or proxy that refuses gives none, and is
@@ -1316,14 +1310,14 @@ class _Entry:
         for key, value in told.items():
             with contextlib.suppress(ValueError, TypeError):
                 numbers[key.decode()] = int(value)
+        if told.get(b"cas_enabled") == b"no":
+            numbers["cas_enabled"] = 0
         if told.get(b"proxy_enabled") == b"yes":
             numbers["is_proxy"] = 1
             numbers.pop("maxbytes", None)  # it is the proxy's own, not its servers'
-        limits = (
-            numbers.get("item_size_max", _PAGE),
-            numbers.get("slab_chunk_max", _PAGE),
-        )
-        if not numbers or min(limits) < _LEAST_LIMIT:
+        sizes = ("item_size_max", "slab_chunk_max")
+        least = min(numbers.get(key, _PAGE) for key in sizes)
+        if not numbers or least < _LEAST_ITEM:
             self.server.silent_until, numbers = time.monotonic() + _ASK_AGAIN, {}
         return numbers
 
@@ -1369,31 +1363,28 @@ class _Entry:
     def read(self, keys: list[str], receive: Callable[..., None]) -> dict[str, Any]:
         """Have `receive` take the values that are there: from mcpool, each while the
         next arrives. Returns a dictionary with their keys."""
-        values: dict[str, Any] = {}
-        if keys and hasattr(self.client, "receive_many"):
-            values = self.ask(lambda client: client.receive_many(keys, receive))
-        elif keys:
-            values = self.ask(lambda client: client.get_many(keys))
-            for key, value in values.items():
-                receive(key, len(value), io.BytesIO(value).readinto)
+        if not keys:
+            return {}
+        if hasattr(self.client, "receive_many"):
+            return dict(self.ask(lambda client: client.receive_many(keys, receive)))
+        values = dict(self.ask(lambda client: client.get_many(keys)))
+        for key, value in values.items():
+            receive(key, len(value), io.BytesIO(value).readinto)
         return values
 
     def run(self, commands: list[_Command], again: bool = True) -> list[bytes]:
         """Do commands; return their replies. A client with `pipeline`, as of mcpool,
         gets them in one go. Others get them one by one: pymemcache's `set_many` stops
         at the first refusal, while the server goes on to store what is behind it."""
-        if not hasattr(self.client, "pipeline"):
+        if not commands or not hasattr(self.client, "pipeline"):
             return [self.ask(command.call, again) for command in commands]
-        if not commands:
-            return []
         wires = functools.partial(map, _Command.wire, commands)
         return list(self.ask(lambda client: client.pipeline(wires()), again))
 
     def ask(self, command: Callable[[Any], Any], again: bool = True) -> Any:
         """Have the client do a command. Its errors become CacheUnavailable.
-        again: whether the command may be repeated. Then it is, if the server has closed
-        the connection meanwhile. After a restart, all that idle in a pool are closed.
-        """
+        again: repeat the command if the server has closed the connection. After a
+        restart, it has closed all that idle in a pool."""
         pool = getattr(self.client, "client_pool", None)
         retries = 1 + len(getattr(pool, "free", ())) if again else 0
         while True:
@@ -1403,14 +1394,14 @@ class _Entry:
                 return result
             except MemchunkError:
                 raise
-            except (OSError, MemcacheError) as error:
+            except (OSError, MemcacheError, ValueError) as error:
                 retries -= 1
                 if retries < 0 or not isinstance(error, _CLOSED):
                     self.server.note(error)
                     raise self.unavailable(_reason(error)) from error
             except BaseException as error:
-                # The next command would read the rest of this reply. After an Exception
-                # pymemcache's Client closes its connection itself.
+                # Close the connection, or the next command reads the rest of this
+                # reply. After an Exception pymemcache's Client does so itself.
                 if not isinstance(error, Exception) and isinstance(self.client, Client):
                     self.client.close()
                 raise
@@ -1425,9 +1416,8 @@ class _Entry:
         for reply in set(replies).difference(allowed):
             if _REFUSAL.search(reply):
                 raise self.cache_full(0, said=reply.decode())
-            raise self.unavailable(
-                _OLD if reply == b"ERROR" else f"it said {reply[:64]!r}"
-            )
+            said = f"it said {reply[:64]!r}"
+            raise self.unavailable(_OLD if reply == b"ERROR" else said)
 
 
 class _Command(NamedTuple):
@@ -1473,7 +1463,8 @@ class _Command(NamedTuple):
         except MemcacheClosed:  # a MemcacheServerError, too, but no reply
             raise
         except MemcacheServerError as error:
-            return b"SERVER_ERROR %b" % str(error).encode()
+            said = error.args[0] if error.args else b""
+            return b"SERVER_ERROR " + (said if isinstance(said, bytes) else b"")
 
 
 # --- The client -----------------------------------------------------------------------
@@ -1498,12 +1489,13 @@ class _Server:
 
 
 def _is_outage(error: BaseException | None) -> bool:
-    """Not if the server closed a connection: some do so on a command they refuse."""
+    """Whether the server is down. A closed connection tells nothing, because some
+    servers close it after a command that they refuse."""
     return isinstance(error, OSError) and not isinstance(error, _CLOSED)
 
 
 _NO_CAS = "it runs without cas (-C), which memchunk needs"
-_OLD = "it does not know a command (memchunk needs memcached 1.4.8 or newer)"
+_OLD = "it refused a command: it has too many connections, or is older than 1.4.8"
 _REASONS = {
     "lease": "the upload took longer than its lease",
     "contention": f"other writers changed the manifest {_ATTEMPTS} times",
@@ -1521,7 +1513,7 @@ def _own_client(address: str) -> PooledClient:
     return PooledClient(address, no_delay=True, default_noreply=False, **waits)
 
 
-def _checked(client: Any) -> Any:
+def _checked_client(client: Any) -> Any:
     """The client. Raises ValueError for one that breaks the promise."""
     instead = "give FileCache a Client, a PooledClient, or mcpool.connect(...)"
     if isinstance(client, HashClient):
@@ -1553,24 +1545,32 @@ def _reason(error: Exception) -> str:
 # --- Sources --------------------------------------------------------------------------
 
 
-def _opened_source(source: Any) -> tuple[int | None, Callable[[int], Iterable[Any]]]:
+def _opened_source(
+    source: Any,
+) -> tuple[int | None, Callable[[int], Iterable[memoryview]]]:
     """The number of bytes that a source has left, None if only reading will tell; and a
-    function that yields them in pieces (of a file: of the given size), each valid until
-    the next is asked for. Raises TypeError for a source that yields no bytes."""
+    function that yields them in batches of a given size. Only the last may be shorter,
+    and each is valid until the next is asked for. Raises TypeError for a source that
+    yields no bytes."""
     if isinstance(source, (str, io.TextIOBase)):
         raise TypeError("files are bytes: encode the text, or open it in binary mode")
     with contextlib.suppress(TypeError):
         view = _view(source)
-        return len(view), lambda size: [view]
+        return len(view), functools.partial(_slices, view)
     if _is_file(source):
         return _file_size(source), functools.partial(_read_file, source)
     # The `read(n)` of an http.client.HTTPResponse ends a broken download like a whole
     # one. Its `length` is the number of bytes that must come.
     known = getattr(source, "length", None) if hasattr(source, "getheader") else None
     if hasattr(source, "read"):
-        return known, lambda size: iter(functools.partial(source.read, _PIECE), b"")
-    pieces = iter(source)
-    return None, lambda size: pieces
+        source = iter(functools.partial(source.read, _PIECE), b"")
+    return known, functools.partial(_gathered, iter(source))
+
+
+def _slices(view: memoryview, size: int) -> Iterator[memoryview]:
+    for start in range(0, len(view), size):
+        end = start + size
+        yield view[start:end]
 
 
 def _is_file(source: Any) -> bool:
@@ -1587,16 +1587,20 @@ def _file_size(file: Any) -> int | None:
 
 
 def _read_file(file: Any, size: int) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(size))
-    while count := file.readinto(buffer):
-        yield buffer[:count]
+    buffer, filled = memoryview(bytearray(size)), 0
+    while count := file.readinto(buffer[filled:]):
+        filled += count
+        if filled == size:
+            yield buffer
+            filled = 0
     if count is None:
-        raise BlockingIOError("the file does not block, and has no bytes yet")
+        raise BlockingIOError("the file is non-blocking, and has no bytes now")
+    if filled:
+        yield buffer[:filled]
 
 
-def _batches(pieces: Iterable[Any], size: int) -> Iterator[memoryview]:
-    """The pieces as batches of `size` bytes; only the last may be shorter. Bytes that
-    need not be joined are not copied."""
+def _gathered(pieces: Iterator[Any], size: int) -> Iterator[memoryview]:
+    """Gather pieces into batches. Bytes that need not be joined are not copied."""
     rest = bytearray()
     for piece in pieces:
         view = _view(piece)

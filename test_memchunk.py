@@ -547,6 +547,15 @@ def test_get_or_set_gives_a_lock_back_that_it_took_late(
     assert counting.commands.count("add") == 3  # two locks, and a manifest
 
 
+@pytest.mark.parametrize("option", ["expire", "metadata"])
+def test_get_or_set_refuses_bad_options_before_it_makes_a_file(
+    files: FileCache, option: str
+) -> None:
+    bad: Any = {"expire": -1, "metadata": bytes(65_536)}[option]
+    with pytest.raises(ValueError, match=option):
+        files.get_or_set(NAME, lambda: bytes(1 // 0), **{option: bad})
+
+
 def test_get_or_set_hands_out_the_bytes_that_a_full_cache_refuses(
     start_memcached: Start,
 ) -> None:

@@ -121,26 +121,23 @@ class Uploads:
             "Tus-Max-Size": str(self.cache.max_size),
         }
 
-    def routes(self) -> list[tuple[str, str, Handler]]:
-        """Rows for the application's table: method, path, handler."""
-        one = "/uploads/<upload_id>"
-        table: list[tuple[str, str, Handler]] = [
-            ("POST", "/uploads", self.post),
-            ("HEAD", one, self.head),
-            ("PATCH", one, self.patch),
-            ("DELETE", one, self.delete),
-        ]
-        return [(m, path, functools.partial(self.answer, to)) for m, path, to in table]
+    def routes(self) -> dict[str, dict[str, Handler]]:
+        """For the application's table: what answers at each address, by method."""
+        one: dict[str, Handler] = dict.fromkeys(
+            ("HEAD", "PATCH", "DELETE"), self.answer
+        )
+        return {"/uploads": {"POST": self.answer}, "/uploads/": one}
 
-    def answer(self, handler: Handler, request: FileRequest, **ids: str) -> Response:
-        """What all handlers have in common."""
+    def answer(self, request: FileRequest, *ids: str) -> Response:
+        """What all handlers have in common. Each is called like its method."""
         version = request.headers.get("Tus-Resumable")
         detail = "Send 'Tus-Resumable: 1.0.0': that is spoken here."
         require(version == "1.0.0", 412, detail)
         if request.method != "HEAD":
             httpfiles.refuse_content_coding(request)
+        handler: Handler = getattr(self, request.method.lower())
         try:
-            return handler(request, **ids)
+            return handler(request, *ids)
         except memchunk.FileChanged as error:
             detail = "Another request continued this upload. Ask where it is."
             raise Problem(409, detail) from error

@@ -28,7 +28,7 @@ import hashlib
 import hmac
 import html
 import importlib.util
-import ipaddress
+import itertools
 import logging
 import os
 import pathlib
@@ -40,29 +40,25 @@ import ssl
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent import futures
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
-from pymemcache.exceptions import MemcacheError
-from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 from werkzeug.http import http_date
 from werkzeug.middleware.proxy_fix import ProxyFix
-from werkzeug.routing import BaseConverter, Map, MapAdapter, Rule
 from werkzeug.serving import make_server
 from werkzeug.wrappers import Request, Response
+from werkzeug.wsgi import ClosingIterator
 
 import httpfiles
 import mcpool
 import memchunk
-from httpfiles import FileRequest, Headers, Problem, SentFile, require
-from memchunk import FileInfo
+from httpfiles import Environ, FileRequest, Headers, Problem, SentFile, require
+from memchunk import FileCache, FileInfo
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIEnvironment
-
     import tus
 
 __all__ = ["Application", "SettingError", "Settings"]
@@ -76,11 +72,15 @@ READ_ATTEMPTS = 5  # of a download that a writer overtakes
 PREFLIGHT_AGE = "3600"  # seconds that a browser may rely on our answer
 
 READS = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
-UPLOADS = ("PATCH", "POST", "PUT")  # methods that may store what they carry
-FILE_ADDRESS = re.compile(r"/(files|uploads)(/|\Z)")  # what a token guards
 PROBED = ("/healthz", "/readyz")  # what balancers ask for, by IP address
+FORM = "multipart/form-data"
+# Of bodies that a page may POST to any site without asking that site first.
+SIMPLE_TYPES = (httpfiles.URLENCODED, FORM, "text/plain", "")
 
+Start = Callable[..., Any]  # the second argument of a WSGI application
 Write = Callable[..., FileInfo]  # a method of the cache: `add`, `set` or `cas`
+Handler = Callable[..., Response]  # of a request, and of the name in its address
+Routes = dict[str, dict[str, Handler]]  # by address, then by method
 log = logging.getLogger("memchunk.wsgi")
 
 
@@ -96,26 +96,23 @@ class SettingError(RuntimeError):
     sentence."""
 
 
-def _row(
-    default: Any, least: float = 0, most: float = MAX_NUMBER, secret: bool = False
-) -> Any:
+def _row(default: Any, least: float = 0, most: float = MAX_NUMBER) -> Any:
     """A row of the table below: the default, which has the setting's type, and the
     bounds of a number."""
-    bounds = {"least": least, "most": most}
-    return dataclasses.field(default=default, repr=not secret, metadata=bounds)
+    return dataclasses.field(default=default, metadata={"least": least, "most": most})
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)  # no log may show the secrets in it
 class Settings:
     """How the API behaves. Each is `MEMCHUNK_` and its name in capitals in the
     environment. A list has commas between its items."""
 
-    servers: str = _row("127.0.0.1:11211", secret=True)  # as mcpool.connect takes them
+    servers: str = _row("127.0.0.1:11211")  # as mcpool.connect takes them
     namespace: str = _row("memchunk2")  # begins every key
     max_size: int = _row(memchunk.MAX_SIZE, 1)  # bytes of the largest file
     expire: int = _row(0)  # seconds to keep a file whose upload doesn't say; 0: no end
     timeout: float = _row(memchunk.TIMEOUT, 0.001)  # seconds to wait for memcached
-    token: str = _row("", secret=True)  # a list; clients must send one of them
+    token: str = _row("")  # a list; clients must send one of them
     max_response: int = _row(0)  # most bytes of a file in one answer; 0: any number
     max_expire: int = _row(0)  # most seconds that an upload may ask for; 0: any number
     origins: str = _row("")  # a list of other sites whose pages may use the API, or "*"
@@ -133,7 +130,10 @@ class Settings:
     def from_environment(cls, environ: Mapping[str, str]) -> Settings:
         """Read every setting that is there. Raises SettingError."""
         fields = {f"MEMCHUNK_{f.name.upper()}": f for f in dataclasses.fields(cls)}
-        _refuse_unknown(environ, fields)
+        for name in sorted(environ.keys() - fields):
+            if name.startswith("MEMCHUNK_"):  # perhaps misspelt, as in MEMCHUNK_TOKENS
+                [nearest] = difflib.get_close_matches(name, fields, n=1, cutoff=0)
+                raise SettingError(f"{name} is not a setting; the nearest is {nearest}")
         values = {
             field.name: _parsed(variable, environ[variable], field)
             for variable, field in fields.items()
@@ -149,11 +149,11 @@ class Settings:
         most = self.max_expire
         return min(self.expire or most, most) if most else self.expire
 
-    def connect(self) -> memchunk.FileCache:
+    def connect(self) -> FileCache:
         """The cache that the settings describe. Raises SettingError."""
         tls, bound = self.tls_context(), self.max_connections
         try:
-            return memchunk.FileCache(
+            return FileCache(
                 mcpool.connect(
                     self.servers, timeout=self.timeout, tls=tls, max_connections=bound
                 ),
@@ -169,27 +169,17 @@ class Settings:
         """For every host of the list; None if no file is set. Raises SettingError."""
         if not (self.tls_ca or self.tls_cert or self.tls_key):
             return None
-        if not self.tls_cert and self.tls_key:
-            raise SettingError("MEMCHUNK_TLS_KEY needs a MEMCHUNK_TLS_CERT")
-        culprit = f"MEMCHUNK_TLS_CA ({self.tls_ca})"
+        culprit = "MEMCHUNK_TLS_CA"
         try:
             context = ssl.create_default_context(cafile=self.tls_ca or None)
-            culprit = f"MEMCHUNK_TLS_CERT ({self.tls_cert}) or MEMCHUNK_TLS_KEY"
-            if self.tls_cert:
+            culprit = "MEMCHUNK_TLS_CERT, with its MEMCHUNK_TLS_KEY,"
+            if self.tls_cert or self.tls_key:
                 # Without a password, OpenSSL may ask for one on the terminal.
                 context.load_cert_chain(self.tls_cert, self.tls_key or None, "")
         except OSError as error:
-            text = f"{culprit} is no PEM file that can be used: {error}"
+            text = f"{culprit} names no PEM file that can be used: {error}"
             raise SettingError(text) from None
         return context
-
-
-def _refuse_unknown(environ: Mapping[str, str], known: Iterable[str]) -> None:
-    """Raise SettingError if a name may be misspelt, as in MEMCHUNK_TOKENS."""
-    for variable in sorted(set(environ).difference(known)):
-        if variable.startswith("MEMCHUNK_"):
-            [nearest] = difflib.get_close_matches(variable, known, n=1, cutoff=0)
-            raise SettingError(f"{variable} is not a setting; the nearest is {nearest}")
 
 
 def _parsed(variable: str, text: str, field: dataclasses.Field[Any]) -> Any:
@@ -209,14 +199,14 @@ def _parsed(variable: str, text: str, field: dataclasses.Field[Any]) -> Any:
     return kind(number)
 
 
-def _items(variable: str, text: str, pattern: str, example: str) -> frozenset[str]:
-    """The items of a list. Raises SettingError."""
-    items = frozenset(filter(None, re.split(r"[\s,]+", text.lower())))
+def _items(variable: str, text: str, pattern: str, wanted: str) -> list[str]:
+    """The items of a list. Raises SettingError, which shows no item: it may be a
+    token."""
+    items = [item.strip() for item in re.split(r"[,\n]", text) if item.strip()]
     if text and not items:
         raise SettingError(f"{variable} is an empty list; unset it")
-    for item in items:
-        if not re.fullmatch(pattern, item):
-            raise SettingError(f"{variable}: {item!r} is not like {example}")
+    if not all(re.fullmatch(pattern, item) for item in items):
+        raise SettingError(f"{variable} must be {wanted}, with commas between them")
     return items
 
 
@@ -240,39 +230,26 @@ class Tokens:
     def accept(self, sent: str) -> bool:
         """Whether it is one of them. All are compared, so that time tells nothing."""
         if self._path and time.monotonic() >= self._due:
-            self._read_again()
-        given, found = sent.encode(), False
-        for token in self._tokens:
-            found |= hmac.compare_digest(given, token)
-        return found
-
-    def _read_again(self) -> None:
-        try:
-            self._tokens, self._is_broken = self._read(), False
-        except SettingError as error:
-            if not self._is_broken:
-                log.error("%s; the last tokens stay", error)
-            self._is_broken = True
+            try:
+                self._tokens, self._is_broken = self._read(), False
+            except SettingError as error:
+                if not self._is_broken:
+                    log.error("%s; the last tokens stay", error)
+                self._is_broken = True
+        given = sent.encode()
+        return sum(hmac.compare_digest(given, token) for token in self._tokens) > 0
 
     def _read(self) -> list[bytes]:
         self._due = time.monotonic() + TOKEN_FILE_SECONDS
-        tokens = _tokens("MEMCHUNK_TOKEN", self._text) if self._text else []
+        wanted = "[!-~]+", "tokens of printable ASCII without spaces"
+        tokens = _items("MEMCHUNK_TOKEN", self._text, *wanted)
         if self._path:
             try:
                 text = pathlib.Path(self._path).read_text("utf-8-sig")
             except (OSError, ValueError) as error:
                 raise SettingError(f"MEMCHUNK_TOKEN_FILE: {error}") from None
-            tokens += _tokens("MEMCHUNK_TOKEN_FILE", text)
-        return tokens
-
-
-def _tokens(variable: str, text: str) -> list[bytes]:
-    tokens = [token.strip() for token in re.split(r"[,\n]", text) if token.strip()]
-    if not tokens:
-        raise SettingError(f"{variable} has no token")
-    if not all(re.fullmatch("[!-~]+", token) for token in tokens):
-        raise SettingError(f"{variable} must be of printable ASCII, without spaces")
-    return [token.encode() for token in tokens]
+            tokens += _items("MEMCHUNK_TOKEN_FILE", text or ",", *wanted)
+        return [token.encode() for token in tokens]
 
 
 def _sent_token(request: Request) -> str:
@@ -301,8 +278,8 @@ class Cors:
     )
 
     def __init__(self, settings: Settings) -> None:
-        given, example = settings.origins, "https://example.com"
-        self._origins = _items("MEMCHUNK_ORIGINS", given, ORIGIN, example)
+        given, wanted = settings.origins.lower(), "origins like https://example.com"
+        self._origins = _items("MEMCHUNK_ORIGINS", given, ORIGIN, wanted)
 
     def shared_origin(self, request: Request) -> str | None:
         """What to call the origin of a page that may use the API from elsewhere; else
@@ -318,20 +295,17 @@ class Cors:
         is_options = request.method == "OPTIONS"
         return is_options and asks and self.shared_origin(request) is not None
 
-    def preflight_headers(self, request: Request, methods: str) -> dict[str, str]:
-        wanted = request.headers.get("Access-Control-Request-Headers", "")
-        return {
-            "Access-Control-Allow-Methods": methods,
-            "Access-Control-Allow-Headers": wanted if wanted.isascii() else "",
-            "Access-Control-Max-Age": PREFLIGHT_AGE,
-        }
-
     def share(self, request: Request, response: Response) -> None:
         """Let such a page see the answer."""
-        origin = self.shared_origin(request)
+        origin, headers = self.shared_origin(request), response.headers
         if origin:
-            response.headers["Access-Control-Allow-Origin"] = origin
-            response.headers["Access-Control-Expose-Headers"] = self.EXPOSED
+            headers["Access-Control-Allow-Origin"] = origin
+            headers["Access-Control-Expose-Headers"] = self.EXPOSED
+        if self.is_preflight(request):
+            wanted = request.headers.get("Access-Control-Request-Headers", "")
+            headers["Access-Control-Allow-Methods"] = headers.get("Allow", "")
+            headers["Access-Control-Allow-Headers"] = wanted if wanted.isascii() else ""
+            headers["Access-Control-Max-Age"] = PREFLIGHT_AGE
         if self._origins and "*" not in self._origins:
             response.vary.add("Origin")
 
@@ -341,32 +315,35 @@ class Access:
 
     def __init__(self, settings: Settings, cors: Cors) -> None:
         self.tokens, self._cors = Tokens(settings), cors
-        self._hosts = _items("MEMCHUNK_HOSTS", settings.hosts, HOST, "example.com")
+        given, wanted = settings.hosts.lower(), "host names without a port"
+        hosts = _items("MEMCHUNK_HOSTS", given, HOST, wanted)
+        self._hosts = [host.strip("[]") for host in hosts]
+        self._domains = tuple(host for host in hosts if host.startswith("."))
         self._public_read = settings.public_read
 
     def check_host(self, request: Request) -> None:
         """MEMCHUNK_HOSTS must have the request's host. A probe has an IP address there,
         or nothing. A page that got here by DNS rebinding has a name."""
         host = _hostname(f"//{request.host}")
-        is_name = "Host" in request.headers and not _is_address(host)
-        is_probe = request.path in PROBED and not is_name
-        is_ours = not self._hosts or is_probe or _is_among(host, self._hosts)
-        require(is_ours, 421, "This server has another name, by MEMCHUNK_HOSTS.")
+        is_ours = host in self._hosts or f".{host}".endswith(self._domains)
+        # Browsers take a name of digits and dots for an IP address.
+        is_address = ":" in host or host.replace(".", "").isdigit()
+        is_nameless = is_address or "Host" not in request.headers
+        is_probe = request.path in PROBED and is_nameless
+        is_right = not self._hosts or is_ours or is_probe
+        require(is_right, 421, "This server has another name, by MEMCHUNK_HOSTS.")
 
     def check_token(self, request: FileRequest) -> None:
         """Reads may be public. An upload's address is no link to a file."""
-        is_read = request.method in READS and not _is_upload(request)
-        if not self.tokens or (is_read and self._public_read):
-            return
-        if self.tokens.accept(_sent_token(request)):
+        is_read = request.method in READS and _area(request) == "files"
+        is_open = not self.tokens or (is_read and self._public_read)
+        if is_open or self.tokens.accept(_sent_token(request)):
             return
         # A browser that follows a link asks its user, but not in a script's request.
         scheme = "Basic" if request.wants_html else "Bearer"
         headers = {"WWW-Authenticate": f'{scheme} realm="memchunk"'}
-        send = (
-            "Send the token: 'Authorization: Bearer TOKEN', or as any user's password."
-        )
-        raise Problem(401, send, headers)
+        detail = "Send 'Authorization: Bearer TOKEN', or the token as a password."
+        raise Problem(401, detail, headers)
 
     def check_site(self, request: Request) -> None:
         """A page of another site must not change anything. A form there may post to any
@@ -378,10 +355,6 @@ class Access:
         require(is_ours, 403, "A page of another site may not change files here.")
 
 
-# Of bodies that a page may POST to any site without asking that site first.
-FORM_TYPES = {"application/x-www-form-urlencoded", "multipart/form-data", "text/plain"}
-
-
 def _site(request: Request) -> str:
     """The value that Sec-Fetch-Site would have. Browsers don't send it over plain HTTP.
 
@@ -391,8 +364,8 @@ def _site(request: Request) -> str:
     origin, host = request.headers.get("Origin"), request.headers.get("Host", "")
     if origin is None:
         return "none"
-    simple = request.method == "POST" and request.mimetype in {*FORM_TYPES, ""}
-    asks_first = not simple or "Tus-Resumable" in request.headers
+    is_simple = request.method == "POST" and request.mimetype in SIMPLE_TYPES
+    asks_first = not is_simple or "Tus-Resumable" in request.headers
     if asks_first and origin.lower().startswith("http://"):
         return "none"
     own = _hostname(f"//{host}")
@@ -405,28 +378,7 @@ def _hostname(url: str) -> str:
     return ""
 
 
-def _is_among(host: str, hosts: Iterable[str]) -> bool:
-    """Whether a list has it, by its name or by ".example.com", which has all below."""
-    return any(
-        f".{host}".endswith(each) if each.startswith(".") else host == each.strip("[]")
-        for each in hosts
-    )
-
-
-def _is_address(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host) is not None
-    return False
-
-
 # --- The application ------------------------------------------------------------------
-
-
-class NameConverter(BaseConverter):
-    """Whatever follows /files/, slashes and line breaks included."""
-
-    regex = r"[\s\S]+"
-    part_isolating = False
 
 
 class Application:
@@ -435,51 +387,43 @@ class Application:
     cache: where the files are. settings: all of them; the cache has its part
     already."""
 
-    def __init__(
-        self, cache: memchunk.FileCache, settings: Settings | None = None
-    ) -> None:
+    def __init__(self, cache: FileCache, settings: Settings | None = None) -> None:
         self.cache, self.settings = cache, settings or Settings()
         self.cors = Cors(self.settings)
         self.access = Access(self.settings, self.cors)
         self.uploads = _uploads(self)
         self.pages = Pages(self)
-        self.url_map = self.routes()
-        told = ("x_for", "x_proto", "x_host", "x_port", "x_prefix")
-        count = dict.fromkeys(told, self.settings.proxies)
-        self.entry = ProxyFix(self.answer, **count)
+        self.handlers = self.routes()
+        # How many proxies set X-Forwarded-For, -Proto, -Host, -Port and -Prefix.
+        self.entry = ProxyFix(self.answer, *[self.settings.proxies] * 5)
 
-    def routes(self) -> Map:
-        table: list[tuple[str, str, Callable[..., Response]]] = [
-            ("GET", "/", self.pages.get),
-            ("GET", "/healthz", self.get_health),
-            ("GET", "/readyz", self.get_readiness),
-            ("POST", "/files", self.post_files),
-            ("POST", "/files/<name:name>", self.post_file),
-            ("PUT", "/files/<name:name>", self.put_file),
-            ("GET", "/files/<name:name>", self.get_file),
-            ("PATCH", "/files/<name:name>", self.patch_file),
-            ("DELETE", "/files/<name:name>", self.delete_file),
-            *(self.uploads.routes() if self.uploads else ()),
-        ]
-        return Map(
-            [Rule(path, methods=[method], endpoint=to) for method, path, to in table],
-            converters={"name": NameConverter},
-            strict_slashes=False,
-            merge_slashes=False,
-        )
+    def routes(self) -> Routes:
+        """What answers at each address, by method. All behind the slash of /files/ is
+        the name, slashes and line breaks included."""
+        return {
+            "/": {"GET": self.pages.get, "HEAD": self.pages.get},
+            "/healthz": {"GET": self.get_health, "HEAD": self.get_health},
+            "/readyz": {"GET": self.get_readiness, "HEAD": self.get_readiness},
+            "/files": {"POST": self.post_files},
+            "/files/": {
+                "POST": self.post_file,
+                "PUT": self.put_file,
+                "GET": self.get_file,
+                "HEAD": self.get_file,
+                "PATCH": self.patch_file,
+                "DELETE": self.delete_file,
+            },
+            **(self.uploads.routes() if self.uploads else {}),
+        }
 
-    def __call__(
-        self, environ: WSGIEnvironment, start_response: StartResponse
-    ) -> Iterable[bytes]:
+    def __call__(self, environ: Environ, start_response: Start) -> Iterable[bytes]:
         return self.entry(environ, start_response)
 
-    def answer(
-        self, environ: WSGIEnvironment, start_response: StartResponse
-    ) -> Iterable[bytes]:
+    def answer(self, environ: Environ, start_response: Start) -> Iterable[bytes]:
         call, body = Call(environ), httpfiles.Body(environ)
         request = FileRequest({}, body)
         try:
-            request = _request(environ, body)
+            request = FileRequest(environ, body)
             response = self.dispatch(request)
         except Exception as error:
             problem = _problem_of(error)
@@ -489,12 +433,14 @@ class Application:
         response.headers["X-Request-Id"] = call.id
         if "uwsgi.version" in environ:  # all other hosts send a Date by themselves
             response.headers["Date"] = http_date()
-        if self.uploads and _is_upload(request):
+        if self.uploads and _area(request) == "uploads":
             response.headers.update(self.uploads.headers)
         self.cors.share(request, response)
         # After the answer, since a client may wait for it before it sends more.
         response.call_on_close(body.drain)
-        return response(environ, start_response)
+        answer = response(environ, start_response)
+        is_a2wsgi = "asgi.scope" in environ
+        return _drained(answer, body) if is_a2wsgi else answer
 
     def dispatch(self, request: FileRequest) -> Response:
         """Check the request, in this order, and have a handler answer it."""
@@ -502,44 +448,45 @@ class Application:
         self.access.check_host(request)
         if not request.environ.get("PATH_INFO") and request.root_path.strip("/"):
             return _redirect_to_slash(request)
-        adapter = self.url_map.bind_to_environ(request.environ)
-        adapter.websocket = False  # an Upgrade that we don't speak is to be ignored
+        area, _, name = request.path[1:].partition("/")
+        handlers = self.handlers.get(f"/{area}/" if name else f"/{area}", {})
         # 2. A preflight: it never has a token.
         if self.cors.is_preflight(request):
-            return self.options(request, adapter)
+            return self.options(request, handlers)
         # 3. The token, before anything is told about a file.
-        if FILE_ADDRESS.match(request.path):
+        if area in ("files", "uploads"):
             self.access.check_token(request)
-        # 4. The address and the method.
+        # 4. The address and the method, which clients of tus may override.
         _check_whole(request)
-        if self.uploads and _is_upload(request):
-            request.method = _tus_method(request)
-        if request.method == "OPTIONS":
-            return self.options(request, adapter)
-        handler, arguments = adapter.match(method=request.method)
+        if self.uploads and area == "uploads":
+            override = request.headers.get("X-HTTP-Method-Override")
+            request.method = (override or request.method).upper()
+        handler = handlers.get(request.method)
+        if not handler:
+            return self.options(request, handlers)
         # 5. The site, if something may change.
         self.access.check_site(request)
-        response: Response = handler(request, **arguments)
-        return response
+        return handler(request, name) if name else handler(request)
 
-    def options(self, request: Request, adapter: MapAdapter) -> Response:
-        allowed = set(adapter.allowed_methods())
-        if request.environ["PATH_INFO"] == "*":  # the server as a whole
-            allowed = {"DELETE", "GET", "HEAD", "PATCH", "POST", "PUT"}
-        if not allowed:
-            raise NotFound()
-        methods = ", ".join(sorted({*allowed, "OPTIONS"}))
-        is_preflight = self.cors.is_preflight(request)
-        headers = self.cors.preflight_headers(request, methods) if is_preflight else {}
-        return httpfiles.empty_response({"Allow": methods, **headers})
+    def options(self, request: Request, handlers: dict[str, Handler]) -> Response:
+        """The answer to OPTIONS, and to a method that the address does not have."""
+        if request.environ.get("PATH_INFO") == "*":  # the server as a whole
+            handlers = self.handlers["/files/"]
+        require(handlers, 404, "There is nothing here. Files are under /files/.")
+        allowed = ", ".join(sorted({*handlers, "OPTIONS"}))
+        if request.method != "OPTIONS":
+            raise Problem(405, f"Allowed here: {allowed}.", {"Allow": allowed})
+        return httpfiles.empty_response({"Allow": allowed})
 
     def failed(self, request: FileRequest, problem: Problem) -> Response:
         if not request.wants_html:
+            if request.stored:
+                described = [self.describe(request, info) for info in request.stored]
+                problem.members["stored"] = described
             return httpfiles.problem_response(problem)
         title = httpfiles.TITLES.get(problem.status, "Error")
-        names = [each["name"] for each in problem.members.get("stored", ())]
-        links = [self.link(request, name, name) for name in names]
-        lines = [html.escape(problem.detail), *(f"Stored: {link}" for link in links)]
+        stored = [self.stored_line(request, info) for info in request.stored]
+        lines = [html.escape(problem.detail), *(f"Stored: {each}" for each in stored)]
         headers = {**problem.headers, **httpfiles.NO_STORE}
         return self.pages.message(request, title, lines, problem.status, headers)
 
@@ -560,46 +507,27 @@ class Application:
         """Store the body, or each file of a form, under a name of 128 random bits: who
         doesn't know it can't find the file."""
         httpfiles.check_preconditions(request, None)
-        infos: list[FileInfo] = []
-        try:
-            for file in self.sent_files(request, several=True):
-                name = secrets.token_hex(16) + file.extension
-                infos.append(self.write_file(request, name, file, self.cache.add))
-        except (Problem, memchunk.MemchunkError) as error:
-            problem = _problem_of(error)
-            if infos:
-                stored = [self.describe(request, info) for info in infos]
-                problem.members["stored"] = stored
-            raise problem from (None if problem is error else error)
-        return self.stored_response(request, infos, 201)
+        return self.store(request, "", self.cache.add, 201)
 
     def post_file(self, request: FileRequest, name: str) -> Response:
         if httpfiles.is_conditional(request):
             httpfiles.check_preconditions(request, self.replaceable(request, name))
-        file = next(self.sent_files(request))
-        info = self.write_file(request, name, file, self.cache.add)
-        return self.stored_response(request, [info], 201)
+        return self.store(request, name, self.cache.add, 201)
 
     def put_file(self, request: FileRequest, name: str) -> Response:
-        current, conditions = self.replaceable(request, name), request.headers
+        current = self.replaceable(request, name)
         httpfiles.check_preconditions(request, current)
-        # The write must keep the preconditions true to its end.
         write: Write = self.cache.set
-        if current and (
-            "If-Match" in conditions or "If-Unmodified-Since" in conditions
-        ):
-            write = functools.partial(self.cache.cas, version=current.version)
-        elif conditions.get("If-None-Match") == "*":
+        if httpfiles.is_conditional(request):
+            # The write keeps the preconditions true to its end.
             write = self.cache.add
-        file = next(self.sent_files(request))
+            if current:
+                write = functools.partial(self.cache.cas, version=current.version)
         try:
-            info = self.write_file(request, name, file, write)
-        except memchunk.FileExists as error:
-            detail = "Meanwhile another upload stored a file of this name."
+            return self.store(request, name, write, 200 if current else 201)
+        except (memchunk.FileExists, memchunk.FileNotFound) as error:
+            detail = "Meanwhile another upload stored this file, or it was deleted."
             raise Problem(412, detail) from error
-        except memchunk.FileNotFound as error:
-            raise Problem(412, "Meanwhile another request deleted the file.") from error
-        return self.stored_response(request, [info], 200 if current else 201)
 
     def replaceable(self, request: Request, name: str) -> FileInfo | None:
         """The file that an upload may replace. With If-None-Match: *, a file that lost
@@ -611,18 +539,15 @@ class Application:
         only_new = request.headers.get("If-None-Match") == "*"
         return None if only_new and name not in self.cache else info
 
-    def sent_files(
-        self, request: FileRequest, several: bool = False
-    ) -> Iterator[SentFile]:
+    def sent_files(self, request: FileRequest, several: bool) -> Iterator[SentFile]:
         """The files in the body, raw or in a form, one after another. Raises
         Problem."""
         httpfiles.refuse_content_coding(request)
-        is_form = request.mimetype == "multipart/form-data"
+        is_form = request.mimetype == FORM
         beside = httpfiles.MAX_FORM_OVERHEAD if is_form else 0
         # Before the body is read, since a client may wait for what we say.
         if (request.body.size or 0) > self.cache.max_size + beside:
-            what = "this form" if is_form else "this one"
-            raise httpfiles.too_large(self.cache.max_size, what)
+            raise httpfiles.too_large(self.cache.max_size)
         expire = request.query_value("expire")
         content_type = request.headers.get("Content-Type", "")
         expected = httpfiles.expected_digests(request, "Content-Digest")
@@ -633,17 +558,23 @@ class Application:
         else:
             yield SentFile(content, request.body.size, content_type, "", expire)
 
-    def write_file(
-        self, request: FileRequest, name: str, file: SentFile, write: Write
-    ) -> FileInfo:
+    def store(
+        self, request: FileRequest, name: str, write: Write, status: int
+    ) -> Response:
+        """Store the file in the body under the name. Without a name, store each file
+        there under a random one."""
         expected = httpfiles.expected_digests(request, "Repr-Digest")
-        return write(
-            name,
-            httpfiles.verified(file.content, expected, "Repr-Digest"),
-            size=file.size,
-            expire=self.seconds_to_keep(file.expire),
-            metadata=httpfiles.pack_metadata(file.content_type, file.filename),
-        )
+        for file in self.sent_files(request, several=not name):
+            about = file.content_type, file.filename
+            info = write(
+                name or secrets.token_hex(16) + httpfiles.extension(*about),
+                httpfiles.verified(file.content, expected, "Repr-Digest"),
+                size=file.size,
+                expire=self.seconds_to_keep(file.expire),
+                metadata=httpfiles.pack_metadata(*about),
+            )
+            request.stored.append(info)
+        return self.stored_response(request, status)
 
     def seconds_to_keep(self, text: str | None) -> int:
         """Seconds to keep a file whose sender asks for `text`. Raises Problem."""
@@ -653,17 +584,14 @@ class Application:
         least, limit = (1, most) if most else (0, MAX_EXPIRE)
         seconds = int(text) if re.fullmatch(r"[0-9]{1,10}", text) else -1
         if not least <= seconds <= limit:
-            lowest = least or "0 (no end)"
-            detail = f"'expire' must be a number of seconds, {lowest} to {limit}."
+            detail = f"'expire' must be a number of seconds, {least} to {limit}."
             raise Problem(400, detail, limit=limit)
         return seconds
 
-    def stored_response(
-        self, request: FileRequest, infos: list[FileInfo], status: int
-    ) -> Response:
+    def stored_response(self, request: FileRequest, status: int) -> Response:
         """For one file its JSON, for several a list; for a form that a browser sent
         without the page's script, a page."""
-        headers = dict(httpfiles.NO_STORE)
+        infos, headers = request.stored, dict(httpfiles.NO_STORE)
         if len(infos) == 1:
             headers["ETag"] = f'"{infos[0].version}"'
             if status == 201:
@@ -680,11 +608,9 @@ class Application:
         kept = "until the cache needs the room"
         if info.expires:
             kept = time.strftime("until %Y-%m-%d %H:%M UTC", time.gmtime(info.expires))
-        link = self.link(request, info.name, httpfiles.type_and_filename(info)[1])
+        address = httpfiles.relative_reference(request, self.file_path(info.name))
+        link = _link(address, httpfiles.type_and_filename(info)[1])
         return f"{link}<br>{info.size:,} bytes, kept {kept}."
-
-    def link(self, request: Request, name: str, text: str) -> str:
-        return _link(httpfiles.relative_reference(request, self.file_path(name)), text)
 
     def describe(self, request: Request, info: FileInfo) -> dict[str, object]:
         url = httpfiles.absolute_path(request, self.file_path(info.name))
@@ -711,7 +637,8 @@ class Application:
         headers = httpfiles.file_headers(info, inline)
         httpfiles.check_preconditions(request, info)
         if httpfiles.is_not_modified(request, info):
-            return httpfiles.not_modified_response(headers)
+            del headers["Content-Disposition"]  # RFC 9110, 15.4.5
+            return httpfiles.empty_response(headers, 304)
         if request.method == "HEAD":
             self.check_complete(info)
             return httpfiles.file_response(request, headers, info.size, [])
@@ -721,17 +648,12 @@ class Application:
         content = [bytes(piece) for piece in file.chunks(*(part or (0, info.size)))]
         return httpfiles.file_response(request, headers, info.size, content, part)
 
-    def part_to_send(self, request: Request, info: FileInfo) -> tuple[int, int] | None:
-        """Start and stop of the range to send, None for the whole file. Raises
-        Problem."""
+    def part_to_send(self, request: Request, info: FileInfo) -> httpfiles.Span | None:
+        """The range to send, None for the whole file. Raises Problem."""
         part = httpfiles.requested_range(request, info)
         limit = self.settings.max_response or info.size
         if part is None and info.size > limit:
-            detail = (
-                f"This server sends up to {limit} bytes in one answer. The file has "
-                f"{info.size}. Ask for ranges, 'Range: bytes=0-' first: each answer's "
-                "Content-Range says how far it got."
-            )
+            detail = f"Ask for ranges of up to {limit} bytes, 'Range: bytes=0-' first."
             headers = {"Accept-Ranges": "bytes"}
             raise Problem(403, detail, headers, size=info.size, limit=limit)
         return part and (part[0], min(part[1], part[0] + limit))
@@ -740,7 +662,6 @@ class Application:
         """Raise if a chunk of the file is gone. The others are neither read nor
         verified."""
         if info.name not in self.cache:
-            self.cache.stat(info.name)  # it may be gone altogether
             raise Problem(*httpfiles.ERRORS[memchunk.FileEvicted])
 
     def patch_file(self, request: FileRequest, name: str) -> Response:
@@ -763,11 +684,12 @@ class Application:
         return httpfiles.empty_response({})
 
 
-def _request(environ: WSGIEnvironment, body: httpfiles.Body) -> FileRequest:
-    try:
-        return FileRequest(environ, body)
-    except ValueError as error:  # such as a path that is not Latin-1, as WSGI wants it
-        raise Problem(400, "The request is not valid.") from error
+def _drained(answer: Iterable[bytes], body: httpfiles.Body) -> Iterable[bytes]:
+    """The answer, and the rest of the body before the answer's end. At that end uvicorn
+    and hypercorn close the connection, before a2wsgi calls `close`. hypercorn closes it
+    only while somebody reads, so `close` reads once more."""
+    pieces = itertools.chain(answer, iter(body.drain, None))
+    return ClosingIterator(pieces, body.drain)
 
 
 def _check_whole(request: Request) -> None:
@@ -775,17 +697,13 @@ def _check_whole(request: Request) -> None:
     # Werkzeug shows broken UTF-8 as U+FFFD.
     is_utf8 = "\ufffd" not in request.path
     require(is_utf8, 400, "The address is not percent-encoded UTF-8.")
-    is_part = request.method in UPLOADS and "Content-Range" in request.headers
+    is_part = request.method not in READS and "Content-Range" in request.headers
     require(not is_part, 400, "A part can't be stored as a file. Send the file whole.")
 
 
-def _tus_method(request: Request) -> str:
-    """tus has it for clients that can't PATCH or DELETE."""
-    return (request.headers.get("X-HTTP-Method-Override") or request.method).upper()
-
-
-def _is_upload(request: Request) -> bool:
-    return re.match(r"/uploads(/|\Z)", request.path) is not None
+def _area(request: Request) -> str:
+    """The first part of the address: a token guards "files" and "uploads"."""
+    return request.path.split("/")[1]
 
 
 def _redirect_to_slash(request: Request) -> Response:
@@ -794,8 +712,8 @@ def _redirect_to_slash(request: Request) -> Response:
     The Location is relative, so that it holds behind a proxy that puts more before it.
     """
     folder = quote(request.root_path.rstrip("/").rpartition("/")[2])
-    query = quote(request.query_string, safe="%/:?=&;,+!$'()*@~")
-    location = f"{folder}/" + (f"?{query}" if query else "")
+    query = request.environ.get("QUERY_STRING")
+    location = f"{folder}/?{query}" if query else f"{folder}/"
     return httpfiles.empty_response({"Location": location}, 308)
 
 
@@ -805,12 +723,8 @@ def _problem_of(error: Exception) -> Problem:
         return error
     if isinstance(error, memchunk.MemchunkError):
         return httpfiles.problem_of(error)
-    if isinstance(error, MethodNotAllowed):
-        allowed = ", ".join(sorted({*(error.valid_methods or ()), "OPTIONS"}))
-        return Problem(405, f"Allowed here: {allowed}.", {"Allow": allowed})
-    if isinstance(error, HTTPException) and error.code and 400 <= error.code < 500:
-        details = {404: "There is nothing at this address. Files are under /files/."}
-        return Problem(error.code, details.get(error.code, "The request is not valid."))
+    if isinstance(error, UnicodeEncodeError):  # in a path that is not Latin-1
+        return Problem(400, "The request is not valid.")
     return Problem(*httpfiles.ERRORS[memchunk.MemchunkError])
 
 
@@ -880,8 +794,7 @@ def _hashes(tag: str, page: str) -> str:
     """The blocks of a page that may run in it, as its policy names them."""
     blocks = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
     digests = [hashlib.sha256(block.encode()).digest() for block in blocks]
-    sources = [f"'sha256-{base64.b64encode(each).decode()}'" for each in digests]
-    return " ".join(sources) or "'none'"
+    return " ".join(f"'sha256-{base64.b64encode(each).decode()}'" for each in digests)
 
 
 def _link(address: str, text: str) -> str:
@@ -892,9 +805,8 @@ def _expiry_options(settings: Settings) -> str:
     """What the page offers as time to keep a file: no longer than the settings
     allow."""
     most, default = settings.max_expire or MAX_EXPIRE, settings.default_expire
-    offers = sorted({default, *(seconds for seconds in EXPIRES if seconds <= most)})
     options = []
-    for seconds in offers:
+    for seconds in sorted({default, *(each for each in EXPIRES if each <= most)}):
         text = f"for {_duration(seconds)}" if seconds else "as long as there is room"
         selected = " selected" if seconds == default else ""
         options.append(f'<option value="{seconds}"{selected}>{text}</option>')
@@ -914,18 +826,17 @@ def _duration(seconds: int) -> str:
 LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
-def _log_if_unconfigured() -> None:
-    """Print log lines with time and level as long as the host has configured none."""
-    logger, handler = logging.getLogger("memchunk"), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(LINE))
-    handler.addFilter(lambda _: not logging.root.handlers and logger.handlers[1:] == [])
-    logger.addHandler(handler)
+# Print log lines with time and level as long as the host has configured none.
+_logger, _handler = logging.getLogger("memchunk"), logging.StreamHandler()
+_handler.setFormatter(logging.Formatter(LINE))
+_handler.addFilter(lambda _: not (logging.root.handlers or _logger.handlers[1:]))
+_logger.addHandler(_handler)
 
 
 class Call:
     """A request as the log names it, by the id that the answer carries."""
 
-    def __init__(self, environ: WSGIEnvironment) -> None:
+    def __init__(self, environ: Environ) -> None:
         sent, self._began = environ.get("HTTP_X_REQUEST_ID", ""), time.monotonic()
         is_sane = re.fullmatch("[A-Za-z0-9._-]{1,64}", sent)
         self.id = sent if is_sane else secrets.token_hex(8)
@@ -933,9 +844,7 @@ class Call:
     def log_failure(self, request: Request, problem: Problem, error: Exception) -> None:
         """Write one line. After an error that nobody expected, a traceback follows."""
         is_bug = problem.status == 500
-        cause = "unexpected error: " if is_bug else ""
-        is_told = not is_bug and not isinstance(error, memchunk.MemchunkError)
-        cause += problem.detail if is_told else str(error)
+        cause = f"unexpected error: {error}" if is_bug else str(error)
         if error.__cause__:
             cause += f" ({error.__cause__})"
         level = logging.ERROR if problem.status >= 500 else logging.WARNING
@@ -948,47 +857,31 @@ class Call:
 def server_states(client: Any) -> dict[str, str]:
     """The state of each memcached, "ok" or "no answer" within READY_SECONDS."""
     clients = getattr(client, "servers", {"memcached": client})
-    answer: set[str] = set()
-
-    def ask(name: str) -> None:
-        with contextlib.suppress(OSError, MemcacheError):
-            clients[name].gets("ready")
-            answer.add(name)
-
-    deadline = time.monotonic() + READY_SECONDS
-    # All at once, and as daemons: a frozen one may hold its thread for longer.
-    threads = [threading.Thread(target=ask, args=(n,), daemon=True) for n in clients]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(deadline - time.monotonic(), 0))
-    return {name: "ok" if name in answer else "no answer" for name in clients}
-
-
-_log_if_unconfigured()
+    threads = futures.ThreadPoolExecutor(len(clients))  # all are asked at once
+    asked = {name: threads.submit(clients[name].gets, "ready") for name in clients}
+    futures.wait(asked.values(), READY_SECONDS)
+    threads.shutdown(wait=False)  # a frozen one may hold its thread for longer
+    return {
+        name: "ok" if each.done() and not each.exception() else "no answer"
+        for name, each in asked.items()
+    }
 
 
 # --- The development server: python wsgi.py -------------------------------------------
-
-NO_MEMCACHED = (
-    "MEMCHUNK_SERVERS is not set, and there is no memcached to start; install it: "
-    "'apt-get install memcached', 'dnf install memcached' or 'brew install memcached'"
-)
 
 
 @contextlib.contextmanager
 def own_memcached() -> Iterator[str]:
     """A memcached on a Unix socket that only this user sees, for as long as the `with`
     block runs; yields its name for `mcpool.connect`. Raises SettingError."""
-    program = shutil.which("memcached")
-    if program is None:
-        raise SettingError(NO_MEMCACHED)
+    if not (program := shutil.which("memcached")):
+        there_is = "there is no memcached to start: 'apt-get install memcached'"
+        raise SettingError(f"MEMCHUNK_SERVERS is not set, and {there_is}")
     with tempfile.TemporaryDirectory(prefix="memchunk") as folder:
         path = pathlib.Path(folder, "memcached")
-        # As root, memcached wants to be told so.
-        user = ["-u", "root"] if os.geteuid() == 0 else []
-        # The MiB are the most that it takes, not what it starts with.
-        command = [program, "-s", str(path), "-m", "1024", *user]
+        # The MiB are the most that it takes, not what it starts with. Only root, who
+        # has to name a user, changes to that one.
+        command = [program, "-s", str(path), "-m", "1024", "-u", "root"]
         process = subprocess.Popen(command)
         try:
             while not path.exists():
@@ -1013,30 +906,25 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format=LINE)  # the access log as well
     try:
         settings = Settings.from_environment(os.environ)
-        with contextlib.ExitStack() as stack:
+        with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
             if "MEMCHUNK_SERVERS" not in os.environ:
                 server = stack.enter_context(own_memcached())
                 settings = dataclasses.replace(settings, servers=server)
             serve(Application(settings.connect(), settings), options.host, options.port)
     except SettingError as error:
         sys.exit(f"wsgi.py: {error}")
-    except KeyboardInterrupt:
-        pass
 
 
 def serve(application: Application, host: str, port: int) -> None:
     server = make_server(host, port, application, threaded=True)
-    if not application.access.tokens and not _is_loopback(server.server_address[0]):
+    # 127.0.0.1, ::1, or the path of a Unix socket.
+    is_local = re.match(r"127\.|::1\Z|/", str(server.server_address[0]))
+    if not application.access.tokens and not is_local:
         risk = "other machines may read, store and delete files here"
         log.warning("%s; set MEMCHUNK_TOKEN, or listen on 127.0.0.1", risk)
     shown = f"[{host}]" if ":" in host else host
     print(f"memchunk: http://{shown}:{server.port}/", flush=True)
     server.serve_forever()
-
-
-def _is_loopback(address: Any) -> bool:
-    """Whether only this machine reaches it. The path of a Unix socket counts, too."""
-    return not _is_address(address) or ipaddress.ip_address(address).is_loopback
 
 
 if __name__ == "__main__":

@@ -13,14 +13,14 @@ from bench.peers import BARE, HAND, OURS
 MARK = "<!-- benchmark: `python -m bench` writes the lines from here to the plot -->\n"
 FORMATS = {"x": "{:.2f}", "MiB": "+ {:.1f} MiB", "of -m": "{:.3f} of -m"}
 INTRO = """
-Written by `{}`, not by hand. Every ratio is ours / theirs: below 1, memchunk is faster
-or smaller. Times are medians, and a ratio is that of two medians; in brackets are the
-quartiles of the ratios of single rounds. Each call is timed right after an untimed one
-of the same kind on the same connection, in turn with the others, in an order that is
-shuffled in each round. The machine: {}."""
+Written by `{}`, not by hand. Every ratio is ours / theirs, which is memchunk's figure
+divided by the other one. Below 1, memchunk is faster or smaller. Times are medians, and
+a ratio is that of two medians. Quartiles of the ratios of single rounds are in
+brackets. Before each timed call, the same call runs untimed on the same connection. All
+clients take turns, and each round shuffles their order. Machine and versions: {}."""
 BUSY = """
-**The machine did other work before and perhaps meanwhile (its load was {}): take the
-times as a first picture.**"""
+**The machine was busy before this run, and perhaps during it (its load was {}). So the
+times are only a first picture.**"""
 MET = {None: "", True: " ({})", False: " (**not {}**)"}  # a ratio and its aim
 WHOLE = 50 * MIB
 SHOWN = [  # the lines of the README: verb and size
@@ -74,14 +74,14 @@ def verdict(found: Sequence[Figure]) -> str:
     missed = [each for each in found if each.met is False]
     known = sum(each.met is not None for each in found)
     rows = [(f.what, size_text(f.size), f.beside, value(f), f.aim) for f in missed]
-    header = "aims that are missed", "size", "beside", "figure", "aim"
+    header = "misses its aim", "size", "compared with", "figure", "aim"
     return (
-        "A file of 50 MiB takes so many times as long as with a bare socket that moves "
-        f"the same items: {', '.join(bare)}. Beside pymemcache by hand with a CRC-32, "
-        f"the ratio is {small[0]:.2f} to {small[-1]:.2f} up to 32 KiB, and "
+        "Compared with a bare socket that moves the same items, the ratio for a file "
+        f"of 50 MiB is {', '.join(bare)}. Compared with pymemcache by hand with a "
+        f"CRC-32, it is {small[0]:.2f} to {small[-1]:.2f} up to 32 KiB, and "
         f"{large[0]:.2f} to {large[-1]:.2f} from 256 KiB on. "
-        f"{known - len(missed)} of {known} aims are met, and at 50 MiB these are "
-        f"faster: {', '.join(faster) or 'none'}.\n\n{table(header, rows)}"
+        f"{known - len(missed)} of {known} aims are met. At 50 MiB, these are faster "
+        f"than memchunk: {', '.join(faster) or 'none'}.\n\n{table(header, rows)}"
     )
 
 
@@ -100,7 +100,7 @@ def lines(found: Iterable[Figure]) -> str:
         times = [seconds(figure.ours), seconds(figure.theirs)]
         met = {None: figure.note, True: "yes", False: "**no**"}[figure.met]
         rows.append((figure.what, figure.beside, *times, text, figure.aim, met))
-    header = "what", "beside", "ours", "theirs", "figure", "aim", "met"
+    header = "test", "compared with", OURS, "the other", "figure", "aim", "aim met"
     return table(header, rows)
 
 
@@ -110,7 +110,7 @@ def by_size(found: Sequence[Figure]) -> str:
     for what in dict.fromkeys(each.what for each in found):
         chosen = [figure for figure in found if figure.what == what]
         times = {figure.size: seconds(figure.ours) for figure in chosen}
-        rows = [("ours", *times.values())]
+        rows = [(OURS, *times.values())]
         for beside in dict.fromkeys(figure.beside for figure in chosen):
             cells = [
                 value(each) + MET[each.met].format(each.aim)

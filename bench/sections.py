@@ -72,17 +72,17 @@ def speed_aims(verb: str, size: int) -> dict[str, str]:
 
 
 def speed(options: Options) -> Iterator[Figure]:
-    """One client, one file of each size; the plot shows the same figures. `set` has all
-    steps of a write in it, and replaces the file. The bare socket moves the very items
-    that memchunk stores, with a look at the manifest and a CRC-32 of each item: no
-    client can do less. Files by hand lie in chunks of 1,000,000 bytes."""
+    """One client stores and reads one file of each size. The plot shows the same
+    figures. `set` replaces the file, with all steps of a write. The bare socket moves
+    the same items as memchunk, looks at the manifest, and computes a CRC-32 of each
+    item. No client can do less. "By hand" means chunks of 1,000,000 bytes."""
     with peers.peers() as ready:
         for size in SIZES[1::4] if options.quick else SIZES:
             yield from compared(ready, " over TCP", size, options.rounds, speed_aims)
 
 
 def tls(options: Options) -> Iterator[Figure]:
-    """The same over TLS, to a memcached with -Z, beside a bare TLS socket."""
+    """The same over TLS, to a memcached with -Z, compared with a bare TLS socket."""
     authority, size = importlib.import_module("trustme").CA(), SIZES[-1]
     context = ssl.create_default_context()
     authority.configure_trust(context)
@@ -98,9 +98,9 @@ def tls(options: Options) -> Iterator[Figure]:
 
 
 def frozen(options: Options) -> Iterator[Figure]:
-    """Ten memcacheds behind gunicorn with four threads; eight clients ask for files of
-    16 KiB at random. Then one server is stopped by SIGSTOP. Counted are the requests
-    for files of the other nine, from that moment on, before any call timed out."""
+    """gunicorn with four threads serves files of ten memcacheds. Eight clients ask for
+    files of 16 KiB at random. Then SIGSTOP freezes one server. Only requests for files
+    of the other nine count. This begins at once, when no call has timed out yet."""
     seconds, timeout = (3, "0.5") if options.quick else (20, "5")
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(memcached("-m64")) for _ in range(10)]
@@ -118,8 +118,8 @@ def frozen(options: Options) -> Iterator[Figure]:
         stopped = loaded(site, names, others, seconds)
     rate = len(stopped) / len(healthy)
     slow, fast = statistics.median(stopped), statistics.median(healthy)
-    yield Figure("rate of requests", "healthy", rate, aim="≥ 0.5")
-    yield Figure("median", "healthy", slow / fast, "x", "≤ 2", slow, fast)
+    yield Figure("rate of requests", "no frozen server", rate, aim="≥ 0.5")
+    yield Figure("median time", "no frozen server", slow / fast, "x", "≤ 2", slow, fast)
 
 
 def loaded(
@@ -153,9 +153,9 @@ def requests(data: bytes) -> dict[str, Callable[[measure.Site], object]]:
 
 
 def http(options: Options) -> Iterator[Figure]:
-    """Over TCP, with one process, beside the same host with an application that only
-    reads the body, or sends constant bytes, plus the bare socket's time to memcached.
-    The page uploads by tus, 4 MiB a request."""
+    """Each host has one process, and memcached is reached over TCP. The empty app only
+    reads the body, or sends constant bytes, on the same host. The bare socket's time to
+    memcached is added to its time. The page uploads by tus, 4 MiB a request."""
     data = os.urandom(options.size)
     with memcached() as address:
         bare = peers.BareSocket(address)
@@ -186,8 +186,8 @@ def on_host(
 
 
 def memory(options: Options) -> Iterator[Figure]:
-    """The peak beyond what the same process held idle, after one small file: a process
-    of its own for the library, gunicorn for HTTP."""
+    """The peak beyond the memory of the same process when it was idle, after one small
+    file. The library runs in a process of its own, and the HTTP API in gunicorn."""
     data, limit = os.urandom(options.size), options.size // MIB + 8
     with tempfile.TemporaryDirectory() as folder, memcached() as address:
         path = pathlib.Path(folder, "file")
@@ -224,11 +224,11 @@ def child(what: str, address: str, path: pathlib.Path) -> float:
 
 
 def space(options: Options) -> Iterator[Figure]:
-    """Bytes of memcached's memory per byte of a file: all slab chunks that it takes, as
-    `stats slabs` counts them, with keys, headers and the manifest."""
+    """Bytes of memcached's memory for each byte of a file, by `stats slabs`. All slab
+    chunks of the file count, with keys, headers and the manifest."""
     source, count = random.Random(1), 5 if options.quick else 40
     sizes = {f"{size} MB": [size * MB] for size in (1, 2, 5, 10, 20, 50)}
-    worst = f"worst of {count} of 5-50 MB"
+    worst = f"worst of {count} files of 5-50 MB"
     sizes[worst] = [source.randint(5 * MB, 50 * MB) for _ in range(count)]
     for what, drawn in sizes.items():
         ratio = max(taken(size) / size for size in drawn)
@@ -248,9 +248,9 @@ def taken(size: int) -> int:
 
 
 def eviction(options: Options) -> Iterator[Figure]:
-    """Files of random sizes, in all five times the cache. Then the shares of -m that
-    hold intact files, and the newest files up to the first that is not intact: for
-    memchunk, the worst of all seeds."""
+    """Files of random sizes, in all five times the cache, are stored. Then all intact
+    files take one share of -m, and the newest ones, up to the first that is not intact,
+    another. The shares of memchunk are the worst of all seeds."""
     megabytes, seeds = (128, (1,)) if options.quick else (1024, (1, 2, 3))
     for low, high in ((0, 50), (5, 50)):
         press = functools.partial(pressed, megabytes, range(low * MB, high * MB + 1))
@@ -294,8 +294,8 @@ def intact(peer: Any, name: str, size: int) -> bool:
 
 
 def against(options: Options) -> Iterator[Figure]:
-    """This memchunk.py beside another one, both on connections of their own and on a
-    stock PooledClient."""
+    """This memchunk.py, compared with another one. Both run on their own connections
+    and on a stock PooledClient."""
     sizes = SIZES[1::4] if options.quick else SIZES
     with memcached() as address:
         versions = peers.versions(options.against, address)

@@ -71,7 +71,7 @@ def test_mount_without_its_slash_leads_to_it(
     ],
 )
 def test_host_that_is_listed(memcached: Memcached, host: str, status: int) -> None:
-    hosts = "Files.example, .b.example [::1]"
+    hosts = "Files.example, .b.example, [::1]"
     client, headers = make(memcached, hosts=hosts), {"Host": host}
     assert client.get("/", headers=headers).status_code == status
 

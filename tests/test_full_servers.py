@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from pymemcache.client.base import Client
+from pymemcache.exceptions import MemcacheServerError
 from pymemcache.exceptions import MemcacheUnexpectedCloseError as ClosedError
 from pymemcache.exceptions import MemcacheUnknownCommandError as UnknownError
 
@@ -262,6 +263,8 @@ TOLD: list[Any] = [
     {b"item_size_max": b"a lot", b"maxbytes": b"", b"slab_chunk_max": b"1.5"},
     {b"item_size_max": None, b"maxbytes": None, b"slab_chunk_max": None},
     {b"item_size_max": 0, b"maxbytes": 0},
+    {b"maxbytes": 0},
+    {b"maxbytes": -1},
     {b"slab_chunk_max": 512},  # KiB, as memcached counts from 1.6.24 on
     {b"item_size_max": -1, b"slab_chunk_max": -1},
     *[
@@ -303,13 +306,15 @@ def test_a_server_that_does_not_tell_its_memory_leaves_the_cause_unknown(
 def test_a_server_without_cas_is_a_clear_error(start_memcached: Start) -> None:
     refusal = pytest.raises(memchunk.CacheUnavailable, match="without cas")
     with FileCache(start_memcached("-C").server) as cache:
-        with contextlib.suppress(memchunk.CacheUnavailable):
-            cache.set("file", BIG[:MIB])  # as long as there is nothing, nothing tells
+        for data in (BIG[:MIB], b"small"):
+            with refusal:
+                cache.set("file", data)
+    client = Client(cache.client.server)
+    with FileCache(client) as cache:
+        client.set(cache._key(b"file"), b"1", noreply=False)
         for call in (cache.get, cache.stat, cache.delete, cache.__contains__):
             with refusal:
                 call("file")
-        with refusal:
-            cache.set("file", b"small")
 
 
 @pytest.mark.parametrize("verb", ["set", "touch", "delete"])
@@ -331,3 +336,17 @@ def test_a_manifest_that_others_keep_changing_is_contention(
         assert caught.value.cause == "contention"
         assert other.get("file") == b"1"
     assert len(memcached.keys()) == 1
+
+
+@pytest.mark.parametrize("said", ["out of memory storing object", "Out of memory"])
+def test_a_refusal_is_told_in_the_words_of_the_server(
+    memcached: Memcached, said: str
+) -> None:
+    def refuse(command: str) -> None:
+        if command == "add":
+            raise MemcacheServerError(said.encode())
+
+    client = Wrapped(Client(memcached.address, timeout=5), before=refuse)
+    with FileCache(client) as cache, pytest.raises(memchunk.CacheFull) as caught:
+        cache.add("file", b"x")
+    assert f": SERVER_ERROR {said}: " in str(caught.value)

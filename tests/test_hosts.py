@@ -193,6 +193,15 @@ def test_a_client_that_sends_too_much_gets_to_read_why(
     assert "50 MiB" in refused.json["detail"]
 
 
+def test_a_body_beyond_what_is_dropped_does_not_hold_the_connection(
+    server: Server,
+) -> None:
+    size = 90 * MIB
+    head = b"PUT /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % size
+    server.raw(head, bytes(size))
+    assert server.request("GET", "/healthz").status == 200
+
+
 def test_a_client_that_waits_is_answered_before_it_sends(server: Server) -> None:
     if not server.host.early:
         return

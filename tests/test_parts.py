@@ -102,6 +102,9 @@ def test_the_lease_ends_parts_that_nobody_publishes(
     wait_for(lambda: not chunks(memcached, [part]), "the lease to end")
     with pytest.raises(memchunk.FileEvicted):
         cache.stage("other", b"", parts=[part])
+    with pytest.raises(memchunk.CacheFull) as caught:
+        cache.set("other", b"", parts=[part])
+    assert caught.value.cause == "lease"
 
 
 # --- What is refused ------------------------------------------------------------------
@@ -272,6 +275,18 @@ def test_a_cas_that_comes_too_late_deletes_no_parts_of_the_new_file(
         with pytest.raises(memchunk.FileChanged):
             cache.cas("file", source(), old.version)
         assert cache.get("file") == DATA[:taken] + b"new"
+
+
+def test_stage_refuses_more_than_memory_holds_before_it_sends_any(
+    memcached: Memcached,
+) -> None:
+    client = PooledClient(memcached.address, default_noreply=False)
+    with FileCache(Tiny(client), chunk_size=CHUNK) as cache:
+        part, _ = cache.stage("file", DATA[: 5 * CHUNK])
+        with pytest.raises(memchunk.CacheFull) as caught:
+            cache.stage("file", DATA[: 5 * CHUNK], parts=[part])
+    assert caught.value.cause == "memory"
+    assert len(memcached.keys()) == 5
 
 
 def test_a_publication_that_is_done_raises_no_error(

@@ -161,7 +161,7 @@ def test_tls_cert_is_shown_to_a_server_that_asks_for_it(
         ({"tls_ca": __file__}, "MEMCHUNK_TLS_CA"),
         ({"tls_cert": "/nowhere"}, "MEMCHUNK_TLS_CERT"),
         ({"tls_cert": __file__}, "MEMCHUNK_TLS_CERT"),
-        ({"tls_key": __file__}, "MEMCHUNK_TLS_KEY needs"),
+        ({"tls_key": __file__}, "MEMCHUNK_TLS_KEY"),
     ],
 )
 def test_tls_files_that_are_none_stop_the_start(

@@ -142,7 +142,7 @@ def test_several_files_are_limited_together(memcached: Memcached) -> None:
     client = make(memcached, max_size=MIB)
     answer = post(client, *[("f", "a", bytes(MIB // 2))] * 3)
     assert answer.status_code == 413
-    assert answer.json["detail"] == "Files may have up to 1 MiB; this form has more."
+    assert answer.json["detail"] == "A file or a form may have up to 1 MiB."
     assert memcached.keys() == []
 
 

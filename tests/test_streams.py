@@ -294,6 +294,16 @@ def test_a_damaged_chunk_is_corrupt_and_the_others_are_read(opened: Opened) -> N
     assert caught.value.index == 5
 
 
+def test_a_stream_without_its_chunk_and_with_a_damaged_manifest_is_corrupt(
+    opened: Opened,
+) -> None:
+    opened.server.delete(opened.chunk(5))
+    opened.server.write(opened.chunk(0).partition("|#|")[0], b"damage")
+    with pytest.raises(memchunk.FileCorrupt) as caught:
+        opened.file.read()
+    assert caught.value.index is None
+
+
 @pytest.mark.parametrize("change", ["set", "delete"])
 def test_a_stream_of_a_replaced_file_says_so(opened: Opened, change: str) -> None:
     assert opened.file.read(10) == DATA[:10]

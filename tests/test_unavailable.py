@@ -165,6 +165,7 @@ ANSWERS = [
         b"SERVER_ERROR busy\r\n",
     ],
     *[b"ERROR\r\n", b"CLIENT_ERROR bad\r\n", b"ERROR Too many open connections\r\n"],
+    *[b"VALUE x\r\n", b"VALUE key 0 many 1\r\nEND\r\n"],
 ]
 
 
@@ -412,6 +413,19 @@ def test_log_tells_once_that_a_server_stops_and_answers_again(
     assert stops.startswith(f"memcached at {memcached.server} does not answer: ")
     assert starts == f"memcached at {memcached.server} answers again"
     assert {each.name for each in caplog.records} == {"memchunk"}
+
+
+def test_log_tells_once_that_pings_fail(
+    memcached: Memcached, caplog: pytest.LogCaptureFixture
+) -> None:
+    with FileCache(memcached.server) as cache:
+        memcached.kill()
+        for _ in range(2):
+            with pytest.raises(memchunk.CacheUnavailable):
+                cache.ping()
+        memcached.start()
+        cache.ping()
+    assert [each.levelname for each in caplog.records] == ["WARNING"] * 2
 
 
 def test_log_tells_which_chunks_were_evicted_or_damaged(
