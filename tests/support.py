@@ -359,6 +359,11 @@ class Server:
             os.killpg(self.process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(10)
+        self.kill()
+
+    def kill(self) -> None:
+        """At once, for tests that don't look at what it logs in the end: gunicorn needs
+        a second to stop."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

@@ -96,7 +96,7 @@ def start(tmp_path: pathlib.Path, memcached: Memcached) -> Iterator[Start]:
         def start(refused: str = "", **environ: str) -> Any:
             environ = {"MEMCHUNK_SERVERS": memcached.server, **environ}
             server = Server(HOSTS["gunicorn-threads"], tmp_path / "log", **environ)
-            stack.callback(server.stop)
+            stack.callback(server.kill)
             browser = chromium(tmp_path, refused)
             stack.callback(browser.quit)
             browser.server = server.wait()

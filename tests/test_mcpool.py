@@ -701,7 +701,7 @@ def test_calls_fail_at_once_while_one_tries_again(connect: Any) -> None:
         pool = connect(server, timeout=0.5)
         with pytest.raises(mcpool.NoAnswer):
             pool.get("a")
-        wait_for(lambda: time.monotonic() > pool._down_until, "two seconds to pass")
+        pool._down_until = time.monotonic()  # two seconds pass
         second = in_thread(lambda: pool.get("a"))
         assert tries[1].wait(WAIT)
         with pytest.raises(mcpool.NoAnswer, match="a moment ago"):
@@ -795,7 +795,7 @@ def test_a_server_that_is_slow_once_keeps_its_connections(
     calls = [in_thread(lambda: pool.get("a")) for _ in range(5)]
     assert [type(call()) for call in calls] == [mcpool.NoAnswer] * 5
     memcached.resume()
-    wait_for(lambda: time.monotonic() > pool._down_until, "two seconds to pass")
+    pool._down_until = time.monotonic()  # two seconds pass
     assert pool.get("a") is None
     with in_use(pool), in_use(pool), in_use(pool):
         assert pool.get("a") is None
@@ -991,7 +991,7 @@ def test_all_addresses_of_a_host_are_tried(
         places.append(memcached.address)
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", each) for each in places]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
-        pool = connect("cache.example.com", timeout=4)
+        pool = connect("cache.example.com", timeout=2)
         assert pool.set("a", b"1") is True
         assert pool.get("a") == b"1"
 

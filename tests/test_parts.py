@@ -98,7 +98,7 @@ def test_the_lease_ends_parts_that_nobody_publishes(
     cache.stage("file", DATA)
     ends = memcached.expiries().values()
     assert all(3600 - CLOCK < end - time.time() < 3601 + CLOCK for end in ends)
-    part, _ = cache.stage("other", DATA, lease=2)
+    part, _ = cache.stage("other", DATA, lease=1)
     wait_for(lambda: not chunks(memcached, [part]), "the lease to end")
     with pytest.raises(memchunk.FileEvicted):
         cache.stage("other", b"", parts=[part])
@@ -388,7 +388,7 @@ def test_a_stock_server_holds_50_mib_that_are_staged(
 ) -> None:
     memcached = start_memcached()
     with FileCache(memcached.server) as cache:
-        for turn in range(10 if piece > MIB else 3):
+        for turn in range(5 if piece > MIB else 3):
             data = bytes([turn]) + BIG[1:]
             parts, rest = staged(cache, data, piece)
             cache.set("file", rest, parts=parts, size=len(data))

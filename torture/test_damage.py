@@ -27,7 +27,7 @@ from torture.model import Store, cache_on, manifest
 from torture.tools import CHUNK, LONG, connected, counts, result
 
 DATA = bytes(range(250))  # three chunks
-STRIDE = 1 if LONG else 9  # of pairs of lies
+STRIDE = 1 if LONG else 17  # of pairs of lies
 MUTATIONS = 1_000_000 if LONG else 40_000
 DAMAGED = ("FileCorrupt", "FileEvicted", "FileNotFound")
 
@@ -79,14 +79,16 @@ def check(cache: FileCache, kind: str, sound: bool = False) -> None:
 
 def test_every_bit_and_every_length(place: Any) -> None:
     items, cache = place
+    # In the short form a real server has a sample, of all bits in a byte.
+    stride = 1 if LONG or isinstance(items, ModelItems) else 7
     for key in keys(cache.set("file", DATA, metadata=b"metadata")):
         value = items.read(key)
-        for bit in range(8 * len(value)):
+        for bit in range(0, 8 * len(value), stride):
             damaged = bytearray(value)
             damaged[bit // 8] ^= 1 << bit % 8
             items.write(key, bytes(damaged))
             check(cache, "one bit")
-        for length in range(2 * len(value)):
+        for length in range(0, 2 * len(value), stride):
             if length != len(value):
                 items.write(key, (value + bytes(len(value)))[:length])
                 check(cache, "other length")

@@ -297,6 +297,7 @@ class Exploration:
             Operation("stage", UPLOAD, STAGED)(cache_on(store.run))
         self._world = World(file, is_upload)
         self._checked: set[object] = set()
+        self._finals: dict[object, tuple[object, object]] = {}
         self._schedules: dict[State, int] = {}
         self._path: list[Event] = []
         processes = tuple(Process(operation) for operation in operations)
@@ -323,9 +324,7 @@ class Exploration:
         return total
 
     def _check(self, state: State) -> None:
-        cache = cache_on(state.store().run)
-        data = result(lambda: cache.get("file"))
-        final = data, result(lambda: cache.stat("file").expires or 0)
+        final = self._final(state)
         outcomes = tuple(process.outcome for process in state.processes)
         evicted = state.evicted, state.evicted_after
         facts = (outcomes, state.before, *evicted, final, state.struck)
@@ -335,6 +334,15 @@ class Exploration:
             assert is_explained, self._story(*facts)
         wrong = misplaced(state)
         assert not wrong, self._story(*outcomes, wrong)
+
+    def _final(self, state: State) -> tuple[object, object]:
+        """What a reader finds at the end, and when it ends."""
+        if state.items not in self._finals:
+            cache = cache_on(state.store().run)
+            data = result(lambda: cache.get("file"))
+            ends = result(lambda: cache.stat("file").expires or 0)
+            self._finals[state.items] = data, ends
+        return self._finals[state.items]
 
     def _story(self, *facts: object) -> str:
         lines = "\n".join(map(str, [*self._path, *facts]))

@@ -112,7 +112,7 @@ def test_a_stock_server_that_has_come_to_rest_takes_50_mib(
         time.sleep(0.1)
         return server.stats()["lru_maintainer_juggles"] == before
 
-    failed, turns = 0, 10 if LONG else 2
+    failed, turns = 0, 10 if LONG else 1
     names = ("one", "one", "two", "two") * turns
     with clients(server) as caches:
         for name, cache in zip(names, caches):
@@ -213,7 +213,7 @@ def test_servers_that_go_and_come_back(
     monkeypatch.setattr(mcpool, "_DOWN", 0)
     servers = [start_memcached() for _ in range(3)]
     names = [f"file {number}" for number in range(60 if LONG else 9)]
-    turns = 50 if LONG else 3
+    turns = 50 if LONG else 1
     pool = mcpool.connect([each.server for each in servers], timeout=TIMEOUT)
     with FileCache(pool, chunk_size=CHUNK) as cache:
         for turn, server in itertools.product(range(turns), servers):

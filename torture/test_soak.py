@@ -42,12 +42,13 @@ from tests.test_hosts import RULE_BREAKERS
 from torture.tools import LONG, counts
 
 CLIENTS = 16
-PHASES, SECONDS = (6, 100) if LONG else (3, 2)  # between them the host is looked at
-KILLS = (PHASES // 2, PHASES - 1)  # the phases in whose middle memcached is killed
+PHASES, SECONDS = (6, 100) if LONG else (2, 2)  # between them the host is looked at
+# The phases in whose middle memcached is killed.
+KILLS = (3, 5) if LONG else (0, 1)
 DOWN = 0.5  # seconds that it then stays away
 TIMEOUT = 2  # seconds that the host waits for memcached
 # Seconds that a slow client takes, at the least, and a stalled one waits.
-SLOW = 2 * TIMEOUT
+SLOW = 2 * TIMEOUT if LONG else 1.2 * TIMEOUT
 
 THREADS = 16  # of a host, in all its processes
 GUNICORN = Host(
