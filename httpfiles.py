@@ -248,6 +248,15 @@ def _announced_size(environ: Environ) -> int | None:
     return 0 if is_empty or not ends else None
 
 
+def limited(pieces: Iterable[bytes], most: int, problem: Problem) -> Iterator[bytes]:
+    """The pieces. Raises the problem if they have more bytes."""
+    for piece in pieces:
+        most -= len(piece)
+        if most < 0:
+            raise problem
+        yield piece
+
+
 def refuse_unproved_body(request: FileRequest) -> None:
     """Raise Problem for a body that may be cut off without a sign of it."""
     environ, body = request.environ, request.body
@@ -494,6 +503,8 @@ def requested_range(request: Request, info: memchunk.FileInfo) -> Span | None:
     first, last = match.groups()
     if first and last and int(last) < int(first):
         return None
+    if not first and int(last) and not info.size:
+        return None  # satisfiable, but Content-Range can't name the bytes
     if first:
         start, stop = int(first), min(int(last or info.size) + 1, info.size)
     else:

@@ -544,14 +544,16 @@ class Application:
         Problem."""
         httpfiles.refuse_content_coding(request)
         is_form = request.mimetype == FORM
-        beside = httpfiles.MAX_FORM_OVERHEAD if is_form else 0
+        most = self.cache.max_size + (httpfiles.MAX_FORM_OVERHEAD if is_form else 0)
+        too_large = httpfiles.too_large(self.cache.max_size)
         # Before the body is read, since a client may wait for what we say.
-        if (request.body.size or 0) > self.cache.max_size + beside:
-            raise httpfiles.too_large(self.cache.max_size)
+        if (request.body.size or 0) > most:
+            raise too_large
         expire = request.query_value("expire")
         content_type = request.headers.get("Content-Type", "")
         expected = httpfiles.expected_digests(request, "Content-Digest")
-        content = httpfiles.verified(request.body, expected, "Content-Digest")
+        body = httpfiles.limited(request.body, most, too_large)
+        content = httpfiles.verified(body, expected, "Content-Digest")
         httpfiles.refuse_unproved_body(request)
         if is_form:
             yield from httpfiles.Form(content, content_type).files(expire, several)
