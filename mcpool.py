@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import queue
 import re
 import socket
 import ssl
@@ -30,7 +31,6 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable
-from concurrent import futures
 from typing import Any, Callable, Union
 from urllib.parse import unquote_to_bytes
 
@@ -59,8 +59,13 @@ _ADDRESS = re.compile(
     r"(:(?P<port>\d{1,5}))?)"
 )
 _VALUE = re.compile(rb"VALUE (\S+) \d+ (\d{1,9})(?: (\d+))?")  # below 1 GB, as -I is
-# pymemcache takes any reply to `delete`, `touch` and the like for "no".
-_REPLY = re.compile(rb"DELETED|TOUCHED|NOT_FOUND|OK|VERSION .*|\d+ *")
+# pymemcache takes any reply to these commands for "no".
+_REPLIES = {
+    b"delete": re.compile(b"DELETED|NOT_FOUND"),
+    b"touch": re.compile(b"TOUCHED|NOT_FOUND"),
+    b"incr": re.compile(rb"\d+ *|NOT_FOUND"),
+    b"decr": re.compile(rb"\d+ *|NOT_FOUND"),
+}
 
 Key = Union[str, bytes]
 Receive = Callable[[Key, int, Callable[[Any], Any]], Any]
@@ -218,10 +223,12 @@ class ServerPool(_Commands):
     def _start(self) -> None:
         self._pid, self._lock = os.getpid(), threading.RLock()
         self._idle: collections.deque[_Connection] = collections.deque()
-        self._waiters: collections.deque[Any] = collections.deque()  # of Futures
-        # A connection that gets lost if a signal's handler raises leaves this set.
+        self._waiters: collections.deque[Any] = collections.deque()  # SimpleQueues
+        # If a signal's handler raises, a connection may get lost. The garbage collector
+        # takes it out of this set.
         self._all: weakref.WeakSet[_Connection] = weakref.WeakSet()
-        self._full_until, self._refusal = 0.0, ""  # until then it accepts no more
+        # Until then it accepts no more, so we open one only if there is none.
+        self._full_until, self._refusal = 0.0, ""
         self._answered = 0.0  # when it answered last
         self._down_until = 0.0  # 0: the server answers
 
@@ -283,11 +290,11 @@ class ServerPool(_Commands):
             if connection:
                 connection.close()  # perhaps in mid-reply
             now = time.monotonic()
-            # If a call waited long for a connection, the server had little time.
+            # The wait for a free connection does not count against the server.
             if isinstance(error, NoAnswer) and now - began >= self._timeout / 2:
                 self._down_until = now + _DOWN
             elif not isinstance(error, TimeoutError):
-                self._down_until = min(self._down_until, now)  # the next call tries
+                self._down_until = min(self._down_until, now)  # one call tries
             raise
         finally:
             if connection:
@@ -303,7 +310,7 @@ class ServerPool(_Commands):
             return now
 
     def _take(self, deadline: float) -> _Connection:
-        """An open connection, for this call alone."""
+        """An open connection, for this call alone. A second try has all the time."""
         share = _SHARE
         while True:
             connection, began = self._find(deadline), time.monotonic()
@@ -313,17 +320,17 @@ class ServerPool(_Commands):
             except BaseException as error:
                 # If the server answers no other call either, it is slow, or down.
                 is_full = isinstance(error, NoAnswer) and self._answered > began
-                if is_full or isinstance(error, _TooMany):
+                is_full = is_full or isinstance(error, _TooMany)
+                if is_full:
                     self._full_until = time.monotonic() + _REFUSED
                     self._refusal = f"the server accepts no more: {error}"
-                    self._drop(connection)
-                else:
-                    self._give(connection)
                 is_over = time.monotonic() + _PAUSE >= deadline
                 if is_over or not isinstance(error, (NoAnswer, _TooMany)):
+                    self._give(connection)  # the next in line tries
                     raise
             share = 1
-            time.sleep(_PAUSE)
+            time.sleep(_PAUSE)  # with a place taken, so that few threads try at a time
+            (self._drop if is_full else self._give)(connection)
 
     def _find(self, deadline: float) -> _Connection:
         """The newest idle connection, else a new one, else the next to come free."""
@@ -337,14 +344,21 @@ class ServerPool(_Commands):
                 connection = _Connection(self._server, self._tls)
                 self._all.add(connection)
                 return connection
-            waiter: futures.Future[_Connection] = futures.Future()
+            waiter: queue.SimpleQueue[_Connection] = queue.SimpleQueue()
             self._waiters.append(waiter)
+        return self._wait_for(waiter, max(deadline - now, 0))
+
+    def _wait_for(self, waiter: Any, seconds: float) -> _Connection:
+        """What another call puts into the queue `waiter` when it ends."""
         try:
-            return waiter.result(max(deadline - now, 0))
+            given: _Connection = waiter.get(timeout=seconds)
+            return given
         except BaseException as error:
-            if not waiter.cancel():  # it came at the last moment
-                self._give(waiter.result())
-            if not isinstance(error, futures.TimeoutError):
+            with self._lock, contextlib.suppress(ValueError):
+                self._waiters.remove(waiter)
+            with contextlib.suppress(queue.Empty):  # else it came at the last moment
+                self._give(waiter.get_nowait())
+            if not isinstance(error, queue.Empty):
                 raise
         is_full = time.monotonic() < self._full_until
         limit = self._refusal if is_full else f"max_connections is {self._maximum}"
@@ -354,11 +368,9 @@ class ServerPool(_Commands):
         """Hand a connection to the call that waits longest, else keep it if open."""
         with self._lock:
             connection.used = time.monotonic()
-            while self._waiters:
-                with contextlib.suppress(futures.InvalidStateError):
-                    self._waiters.popleft().set_result(connection)
-                    return
-            if connection.is_open:
+            if self._waiters:
+                self._waiters.popleft().put(connection)
+            elif connection.is_open:
                 self._idle.append(connection)
             else:
                 self._drop(connection)
@@ -393,6 +405,7 @@ class _Connection(Client):
             except OSError as error:
                 if isinstance(error, (BlockingIOError, ssl.SSLWantReadError)):
                     return
+        self.close()  # it may have an odd byte
         self._open(now + self.left * share)
         self.left = deadline - time.monotonic()
 
@@ -464,7 +477,8 @@ class _Connection(Client):
 
     def sendall(self, *given: Any) -> None:
         """Send parts as they lie in memory, or joined if the socket can't do that."""
-        parts = [*given] if self._gathers else [b"".join(given)]
+        joined = given if self._gathers else [b"".join(given)]
+        parts = [memoryview(part).cast("B") for part in joined]
         while parts:
             if self._gathers:
                 sent = self._wait(self._socket.sendmsg, parts[:_PARTS])
@@ -473,7 +487,7 @@ class _Connection(Client):
             while parts and sent >= len(parts[0]):
                 sent -= len(parts.pop(0))
             if sent:
-                parts[0] = memoryview(parts[0])[sent:]
+                parts[0] = parts[0][sent:]
 
     def recv(self, size: int) -> bytes:
         """One line, for pymemcache, which must not get bytes behind that line."""
@@ -517,7 +531,10 @@ class _Connection(Client):
 
     def receive_many(self, keys: Any, receive: Receive) -> dict[Key, Any]:
         self._receive = receive
-        return self.get_many(keys)
+        try:
+            return self.get_many(keys)
+        finally:
+            self._receive = None  # its buffers
 
     def _extract_value(
         self, expect_cas: bool, line: bytes, buf: bytes, remapped_keys: Any, _: Any
@@ -550,6 +567,7 @@ class _Connection(Client):
 
     def _misc_cmd(self, cmds: Any, name: bytes, *args: Any) -> list[bytes]:
         replies = super()._misc_cmd(cmds, name, *args)
-        if not all(map(_REPLY.fullmatch, replies)):
+        known = _REPLIES.get(name)
+        if known and not all(map(known.fullmatch, replies)):
             raise MemcacheUnknownError(replies[0][:32])
         return replies

@@ -14,6 +14,7 @@ import ssl
 import threading
 import time
 import tracemalloc
+import weakref
 from collections.abc import Iterator
 from typing import Any, Callable
 
@@ -443,6 +444,32 @@ def test_pipeline_makes_all_commands_first_on_a_unix_socket(
     assert pool.get("a") is None
 
 
+@pytest.mark.parametrize("count", [100, 1_000_000])
+def test_pipeline_sends_views_of_items_that_are_not_bytes(
+    connect: Any, memcached: Memcached, count: int
+) -> None:
+    pool, view = connect(memcached.server), memoryview(bytes(8 * count)).cast("Q")
+    head = b"set a 0 0 %d\r\n" % view.nbytes
+    if view.nbytes > MIB:  # more than memcached takes: all of it must be sent
+        assert pool.pipeline([[head, view, b"\r\n"]])[0].startswith(b"SERVER_ERROR")
+    else:
+        assert pool.pipeline([[head, view, b"\r\n"]]) == [b"STORED"]
+    assert pool.touch("b") is False
+
+
+def test_receive_many_keeps_no_hold_of_its_hook(pool: Any) -> None:
+    class Hook:
+        def __call__(self, key: Any, size: int, fill: Any) -> bytes:
+            return bytes(fill(bytearray(size)))
+
+    pool.set("a", b"1")
+    hook = Hook()
+    gone = weakref.ref(hook)
+    assert pool.receive_many(["a"], hook) == {"a": b"1"}
+    del hook
+    assert gone() is None
+
+
 def test_pipeline_does_not_join_parts(connect: Any, start_memcached: Start) -> None:
     for unix in (False, True):
         pool = connect(start_memcached("-I", "32m", "-m", "512", unix=unix).server)
@@ -855,6 +882,29 @@ def test_a_pool_tries_again_if_a_server_accepts_no_connection_yet(connect: Any) 
         pool.close()
 
 
+def test_a_call_goes_on_if_another_gives_up_on_a_server_that_accepts_none(
+    connect: Any,
+) -> None:
+    refusing, waits = threading.Event(), threading.Event()
+
+    def handle(connection: socket.socket) -> None:
+        refusing.set()
+        answer = replies(b"TOUCHED\r\n") if waits.is_set() else refuses
+        answer(connection)
+
+    with fake(handle) as server:
+        pool = connect(server, timeout=1)
+        first = in_thread(lambda: pool.touch("a"))
+        assert refusing.wait(WAIT)
+        pool._timeout = WAIT  # of the second call
+        second = in_thread(lambda: pool.touch("a"))
+        wait_for(lambda: pool._waiters, "the second call to wait")
+        assert "Too many open connections" in str(first())
+        waits.set()
+        assert second() is True
+        pool.close()
+
+
 def test_a_pool_says_what_the_server_said_that_accepts_none(connect: Any) -> None:
     with fake(refuses) as server, pytest.raises(OSError, match="Too many open conn"):
         connect(server, timeout=0.3).get("a")
@@ -890,6 +940,29 @@ def test_an_idle_connection_with_a_stray_reply_is_not_used(
         idle = pool._idle[-1]._socket
         assert select.select([idle], [], [], WAIT)[0]
         assert pool.get("a") == b"1"
+        pool.close()
+
+
+def test_an_idle_connection_with_a_stray_reply_is_closed_if_no_other_can_be_opened(
+    connect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def handle(connection: socket.socket) -> None:
+        replies_once(b"TOUCHED\r\n")(connection)
+        connection.sendall(b"E")
+        silent(connection)
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise socket.gaierror(-3, "no name server answers")
+
+    with fake(handle, replies(b"TOUCHED\r\n")) as server:
+        pool = connect(server)
+        pool.touch("a")
+        assert select.select([pool._idle[-1]._socket], [], [], WAIT)[0]
+        with monkeypatch.context() as patch:
+            patch.setattr(socket, "getaddrinfo", fails)
+            with pytest.raises(socket.gaierror):
+                pool.touch("a")
+        assert pool.touch("a") is True
         pool.close()
 
 
