@@ -439,8 +439,7 @@ class Application:
         # After the answer, since a client may wait for it before it sends more.
         response.call_on_close(body.drain)
         answer = response(environ, start_response)
-        is_a2wsgi = "asgi.scope" in environ
-        return _drained(answer, body) if is_a2wsgi else answer
+        return _drained(answer, body) if "asgi.scope" in environ else answer  # a2wsgi
 
     def dispatch(self, request: FileRequest) -> Response:
         """Check the request, in this order, and have a handler answer it."""
@@ -544,14 +543,16 @@ class Application:
         Problem."""
         httpfiles.refuse_content_coding(request)
         is_form = request.mimetype == FORM
-        beside = httpfiles.MAX_FORM_OVERHEAD if is_form else 0
+        room = self.cache.max_size + (httpfiles.MAX_FORM_OVERHEAD if is_form else 0)
+        too_large = httpfiles.too_large(self.cache.max_size)
         # Before the body is read, since a client may wait for what we say.
-        if (request.body.size or 0) > self.cache.max_size + beside:
-            raise httpfiles.too_large(self.cache.max_size)
+        if (request.body.size or 0) > room:
+            raise too_large
         expire = request.query_value("expire")
         content_type = request.headers.get("Content-Type", "")
         expected = httpfiles.expected_digests(request, "Content-Digest")
-        content = httpfiles.verified(request.body, expected, "Content-Digest")
+        content = httpfiles.limited(request.body, room, too_large)
+        content = httpfiles.verified(content, expected, "Content-Digest")
         httpfiles.refuse_unproved_body(request)
         if is_form:
             yield from httpfiles.Form(content, content_type).files(expire, several)
@@ -659,8 +660,7 @@ class Application:
         return part and (part[0], min(part[1], part[0] + limit))
 
     def check_complete(self, info: FileInfo) -> None:
-        """Raise if a chunk of the file is gone. The others are neither read nor
-        verified."""
+        """Raise if a chunk of the file is gone. None is read or verified."""
         if info.name not in self.cache:
             raise Problem(*httpfiles.ERRORS[memchunk.FileEvicted])
 

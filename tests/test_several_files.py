@@ -146,6 +146,20 @@ def test_several_files_are_limited_together(memcached: Memcached) -> None:
     assert memcached.keys() == []
 
 
+def test_several_files_are_limited_together_without_a_length(
+    memcached: Memcached,
+) -> None:
+    client = make(memcached, max_size=MIB)
+    chunked = {"wsgi.input_terminated": True, "HTTP_TRANSFER_ENCODING": "chunked"}
+    environ = {**chunked, "CONTENT_LENGTH": "", "SERVER_SOFTWARE": "gunicorn"}
+    half = ("f", "a", bytes(MIB // 2))
+    assert post(client, half, half, environ_overrides=environ).status_code == 201
+    answer = post(client, half, half, half, environ_overrides=environ)
+    assert answer.status_code == 413
+    [stored] = json.loads(answer.data)["stored"]
+    assert client.get(stored["url"]).data == bytes(MIB // 2)
+
+
 def test_new_files_fulfil_no_if_match(client: Any, memcached: Memcached) -> None:
     for headers in ({"If-Match": "*"}, {"If-Match": '"x"'}):
         assert post(client, A, B, headers=headers).status_code == 412
