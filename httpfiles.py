@@ -240,7 +240,7 @@ def _announced_size(environ: Environ) -> int | None:
         return int(length)
     require(not length, 400, "The Content-Length is not a number.")
     # Without these two, HTTP/1 has no body, if the host is known to pass both on. But
-    # HTTP/2 and an event of AWS Lambda may have a body without a word.
+    # HTTP/2 and an event of AWS Lambda may have a body without them.
     is_a2wsgi = scope and "aws.event" not in scope
     passes_on = is_a2wsgi or environ.get("SERVER_SOFTWARE") == "Granian"
     is_empty = passes_on and environ["SERVER_PROTOCOL"].startswith("HTTP/1")
@@ -307,7 +307,7 @@ class Form:
         # Some leave out the line break at the very end.
         self._pieces = itertools.chain(pieces, [b"\r\n"])
         self._delimiter = b"\r\n--" + boundary.encode()
-        self._buffer = b"\r\n"  # the first delimiter has no line before it
+        self._buffer = b"\r\n"  # as if a line stood before the first delimiter
         self._room = MAX_FORM_OVERHEAD
         detail = f"A form may have {MAX_FORM_OVERHEAD} bytes beside its files."
         self._no_room = Problem(400, detail)
@@ -339,7 +339,7 @@ class Form:
     def _fields(self) -> dict[str, str]:
         """The fields up to the next file, or up to the end of the form."""
         fields: dict[str, str] = {}
-        while (part := self._part()) and not part[1]:
+        while (part := self._part()) and not part[1]:  # it has no file name
             fields[part[0]] = self._text(self._delimiter)
         self._file = part
         return fields
@@ -354,7 +354,7 @@ class Form:
                 pass
             return None
         require(not start, 400, "The form is broken: text follows a boundary.")
-        # Without headers, the blank line begins with the end of the line before.
+        # If the part has no headers, one line break ends the boundary and them.
         self._buffer = b"\r\n" + self._buffer
         lines = self._text(b"\r\n\r\n").split("\r\n")
         fields = (line.partition(":") for line in lines)
@@ -396,8 +396,8 @@ BYTE_SEQUENCE = re.compile(r":([A-Za-z0-9+/]*)=*: *(;.*)?")
 
 
 def expected_digests(request: Request, field: str) -> dict[str, str]:
-    """The digests in a field of the request, by algorithm, in base64. Raises Problem.
-    An unknown algorithm is no reason to refuse a file (RFC 9530, 2)."""
+    """The digests in a field of the request, by algorithm, in base64 without padding.
+    An unknown one is no reason to refuse a file (RFC 9530, 2). Raises Problem."""
     text = request.headers.get(field, "").strip()
     members = http.parse_dict_header(text)
     # The parser finds nothing in a field that breaks off in mid-string, and lets commas
@@ -442,7 +442,7 @@ def wanted_digest(request: Request, content: Iterable[bytes]) -> dict[str, str]:
 
 # --- Preconditions, in the order of RFC 9110, 13.2.2 ----------------------------------
 
-PRECONDITIONS = ("If-Match", "If-Unmodified-Since", "If-None-Match")  # of any method
+PRECONDITIONS = ("If-Match", "If-Unmodified-Since", "If-None-Match")  # of writes, too
 
 
 def is_conditional(request: Request) -> bool:

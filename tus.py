@@ -129,7 +129,7 @@ class Uploads:
         return {"/uploads": {"POST": self.answer}, "/uploads/": one}
 
     def answer(self, request: FileRequest, *ids: str) -> Response:
-        """What all handlers have in common. Each is called like its method."""
+        """What all handlers have in common. Each has the name of its method."""
         version = request.headers.get("Tus-Resumable")
         detail = "Send 'Tus-Resumable: 1.0.0': that is spoken here."
         require(version == "1.0.0", 412, detail)
