@@ -1,9 +1,8 @@
 # memchunk 1.0.0, MIT licence; copy it beside wsgi.py. docs/http.md belongs to it.
 """What HTTP says about files. Nothing here knows the application's addresses.
 
-An upload, and then a download, passes the parts in their order. Their banners name the
-RFCs that they follow: problems, requests, bodies, forms, digests, preconditions,
-ranges, metadata, answers.
+The parts are in the order in which an upload, and then a download, passes them. Their
+banners name the RFCs that they follow.
 """
 
 from __future__ import annotations
@@ -241,20 +240,11 @@ def _announced_size(environ: Environ) -> int | None:
         return int(length)
     require(not length, 400, "The Content-Length is not a number.")
     # Without these two, HTTP/1 has no body, if the host is known to pass both on. But
-    # HTTP/2 and an event of AWS Lambda may have a body without a word.
+    # HTTP/2 and an event of AWS Lambda may have a body without them.
     is_a2wsgi = scope and "aws.event" not in scope
     passes_on = is_a2wsgi or environ.get("SERVER_SOFTWARE") == "Granian"
     is_empty = passes_on and environ["SERVER_PROTOCOL"].startswith("HTTP/1")
     return 0 if is_empty or not ends else None
-
-
-def limited(pieces: Iterable[bytes], most: int, problem: Problem) -> Iterator[bytes]:
-    """The pieces. Raises the problem if they have more bytes."""
-    for piece in pieces:
-        most -= len(piece)
-        if most < 0:
-            raise problem
-        yield piece
 
 
 def refuse_unproved_body(request: FileRequest) -> None:
@@ -270,6 +260,15 @@ def refuse_unproved_body(request: FileRequest) -> None:
         is_proved = any(expected_digests(request, field) for field in fields)
         wanted = "Send a Content-Length, or a Repr-Digest of sha-256 or sha-512"
         require(is_proved, 411, f"{wanted}: this host hides where a body breaks off.")
+
+
+def limited(pieces: Iterable[bytes], room: int, problem: Problem) -> Iterator[bytes]:
+    """The pieces. Raises the problem if they have more than `room` bytes."""
+    for piece in pieces:
+        room -= len(piece)
+        if room < 0:
+            raise problem
+        yield piece
 
 
 def refuse_content_coding(request: Request) -> None:
@@ -297,10 +296,8 @@ class SentFile:
 
 
 class Form:
-    """A multipart/form-data body, read as a stream.
-
-    Werkzeug's decoder (3.1.9) adds a byte to a file when a piece ends within the last
-    "--"."""
+    """A multipart/form-data body, read as a stream. Werkzeug's decoder (3.1.9) adds a
+    byte to a file when a piece ends within the last "--"."""
 
     def __init__(self, pieces: Iterable[bytes], content_type: str) -> None:
         boundary = http.parse_options_header(content_type)[1].get("boundary", "")
@@ -310,16 +307,16 @@ class Form:
         # Some leave out the line break at the very end.
         self._pieces = itertools.chain(pieces, [b"\r\n"])
         self._delimiter = b"\r\n--" + boundary.encode()
-        self._buffer = b"\r\n"  # the first delimiter has no line before it
+        self._buffer = b"\r\n"  # as if a line stood before the first delimiter
         self._room = MAX_FORM_OVERHEAD
+        detail = f"A form may have {MAX_FORM_OVERHEAD} bytes beside its files."
+        self._no_room = Problem(400, detail)
         self._file: Part | None = None  # the headers of the file that comes next
 
     def files(self, expire: str | None, several: bool) -> Iterator[SentFile]:
         """The parts that have a file name. Read each before asking for the next. A
-        field "expire" must stand before the first.
-
-        If no file is chosen, a browser sends an empty file name: that part is a field.
-        """
+        field "expire" must stand before the first. If no file is chosen, a browser
+        sends an empty file name: that part is a field."""
         self._text(self._delimiter)
         expire = self._fields().get("expire", expire)
         detail = "The form has no part with a file name. With curl, send -F file=@PATH."
@@ -342,7 +339,7 @@ class Form:
     def _fields(self) -> dict[str, str]:
         """The fields up to the next file, or up to the end of the form."""
         fields: dict[str, str] = {}
-        while (part := self._part()) and not part[1]:
+        while (part := self._part()) and not part[1]:  # it has no file name
             fields[part[0]] = self._text(self._delimiter)
         self._file = part
         return fields
@@ -352,11 +349,12 @@ class Form:
         start = self._text(b"\r\n").strip()
         if start == "--":
             # What follows means nothing, but must arrive: else the body was cut off.
-            for _ in self._counted(itertools.chain([self._buffer], self._pieces)):
+            rest = itertools.chain([self._buffer], self._pieces)
+            for _ in limited(rest, self._room, self._no_room):
                 pass
             return None
         require(not start, 400, "The form is broken: text follows a boundary.")
-        # Without headers, the blank line begins with the end of the line before.
+        # If the part has no headers, one line break ends the boundary and them.
         self._buffer = b"\r\n" + self._buffer
         lines = self._text(b"\r\n\r\n").split("\r\n")
         fields = (line.partition(":") for line in lines)
@@ -369,15 +367,10 @@ class Form:
         return name, filename, headers.get("content-type", "")
 
     def _text(self, end: bytes) -> str:
-        text = b"".join(self._counted(itertools.chain(self._until(end), [end])))
+        pieces = itertools.chain(self._until(end), [end])
+        text = b"".join(limited(pieces, self._room, self._no_room))
+        self._room -= len(text)
         return text[: -len(end)].decode("utf-8", "replace")
-
-    def _counted(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
-        detail = f"A form may have {MAX_FORM_OVERHEAD} bytes beside its files."
-        for piece in pieces:
-            self._room -= len(piece)
-            require(self._room >= 0, 400, detail)
-            yield piece
 
     def _until(self, end: bytes) -> Iterator[bytes]:
         """Yield what comes before `end`, and step over it. Raises Problem if none
@@ -403,8 +396,8 @@ BYTE_SEQUENCE = re.compile(r":([A-Za-z0-9+/]*)=*: *(;.*)?")
 
 
 def expected_digests(request: Request, field: str) -> dict[str, str]:
-    """The digests in a field of the request, by algorithm, in base64. Raises Problem.
-    An unknown algorithm is no reason to refuse a file (RFC 9530, 2)."""
+    """The digests in a field of the request, by algorithm, in base64 without padding.
+    An unknown one is no reason to refuse a file (RFC 9530, 2). Raises Problem."""
     text = request.headers.get(field, "").strip()
     members = http.parse_dict_header(text)
     # The parser finds nothing in a field that breaks off in mid-string, and lets commas
@@ -449,7 +442,7 @@ def wanted_digest(request: Request, content: Iterable[bytes]) -> dict[str, str]:
 
 # --- Preconditions, in the order of RFC 9110, 13.2.2 ----------------------------------
 
-PRECONDITIONS = ("If-Match", "If-Unmodified-Since", "If-None-Match")  # of any method
+PRECONDITIONS = ("If-Match", "If-Unmodified-Since", "If-None-Match")  # of writes, too
 
 
 def is_conditional(request: Request) -> bool:
@@ -503,16 +496,15 @@ def requested_range(request: Request, info: memchunk.FileInfo) -> Span | None:
     first, last = match.groups()
     if first and last and int(last) < int(first):
         return None
-    if not first and int(last) and not info.size:
-        return None  # satisfiable, but Content-Range can't name the bytes
     if first:
         start, stop = int(first), min(int(last or info.size) + 1, info.size)
     else:
         start, stop = max(0, info.size - int(last)), info.size
-    if start >= info.size:
+    if start >= info.size and (first or not int(last)):
         headers = {"Content-Range": f"bytes */{info.size}"}
         raise Problem(416, f"The file has {info.size} bytes.", headers, size=info.size)
-    return start, stop
+    # The end of an empty file is satisfiable, but Content-Range can't name no bytes.
+    return (start, stop) if stop else None
 
 
 # --- Metadata: a file's content type and name (RFC 6266, 8187) ------------------------
@@ -522,9 +514,7 @@ TYPES = mimetypes.MimeTypes()  # Python's own table, not that of the machine
 # curl says this of any body; a file is hardly ever a urlencoded form.
 URLENCODED = "application/x-www-form-urlencoded"
 # No commas: browsers take the last of several types, and `inline` looks at the first.
-CONTENT_TYPE_PATTERN = re.compile(
-    r"[\w!#$&^.+-]+/[\w!#$&^.+-]+(;[ -+\--~]*)?", re.ASCII
-)
+SOUND_TYPE = re.compile(r"[\w!#$&^.+-]+/[\w!#$&^.+-]+(;[ -+\--~]*)?", re.ASCII)
 # Control characters, surrogates, and what makes a file name look like another:
 # https://www.unicode.org/reports/tr36
 DECEPTIVE = re.compile(
@@ -548,9 +538,9 @@ def type_and_filename(info: memchunk.FileInfo) -> tuple[str, str]:
         content_type = filename = ""
     filename = _clean_filename(filename or info.name)
     content_type = content_type.strip()
-    is_sound = CONTENT_TYPE_PATTERN.fullmatch(content_type) and len(content_type) <= 255
+    is_sound = SOUND_TYPE.fullmatch(content_type) and len(content_type) <= 255
     if not is_sound or content_type.lower() == URLENCODED:
-        guessed, coding = TYPES.guess_type(filename)
+        guessed, coding = TYPES.guess_type("./" + filename)  # "./": no URL
         content_type = guessed if guessed and not coding else CONTENT_TYPE
     return content_type, filename
 
@@ -651,8 +641,7 @@ def file_headers(info: memchunk.FileInfo, inline: bool) -> dict[str, str]:
         "ETag": f'"{info.version}"',
         "Last-Modified": http.http_date(info.created),
         "Accept-Ranges": "bytes",
-        # keep it, but ask before using it: names can be replaced
-        "Cache-Control": "no-cache",
+        "Cache-Control": "no-cache",  # keep it, but ask first: it may be replaced
     }
 
 

@@ -129,7 +129,7 @@ class Uploads:
         return {"/uploads": {"POST": self.answer}, "/uploads/": one}
 
     def answer(self, request: FileRequest, *ids: str) -> Response:
-        """What all handlers have in common. Each is called like its method."""
+        """What all handlers have in common. Each has the name of its method."""
         version = request.headers.get("Tus-Resumable")
         detail = "Send 'Tus-Resumable: 1.0.0': that is spoken here."
         require(version == "1.0.0", 412, detail)
@@ -200,13 +200,15 @@ class Uploads:
         """What comes of the body until it ends or breaks off, up to `room` bytes.
         Raises Problem; at once, if the headers say enough."""
         require((request.body.size or 0) <= room, 413, BEYOND)
+        pieces, beyond = request.body.until_cut_off(), Problem(413, BEYOND)
+        content = httpfiles.limited(pieces, room, beyond)
         header = request.headers.get("Upload-Checksum")
         if header is None:
-            return _limited(request.body.until_cut_off(), room)
+            return content
         is_known = re.fullmatch("(sha1|sha256|sha512) [A-Za-z0-9+/]+=*", header)
         detail = "Send an Upload-Checksum of sha1, sha256 or sha512: 'sha1 BASE64'."
         require(is_known, 400, detail)
-        return _checked(_limited(request.body.until_cut_off(), room), *header.split())
+        return _checked(content, *header.split())
 
     def start(self, request: FileRequest, length: int) -> Upload:
         """A new upload, of no bytes yet. Raises Problem."""
@@ -360,13 +362,6 @@ class Uploads:
 
 def _is_number(text: str) -> bool:
     return re.fullmatch("[0-9]{1,18}", text) is not None
-
-
-def _limited(pieces: Iterable[bytes], room: int) -> Iterator[bytes]:
-    for piece in pieces:
-        room -= len(piece)
-        require(room >= 0, 413, BEYOND)
-        yield piece
 
 
 def _checked(pieces: Iterable[bytes], algorithm: str, expected: str) -> Iterator[bytes]:

@@ -241,14 +241,14 @@ class Tokens:
 
     def _read(self) -> list[bytes]:
         self._due = time.monotonic() + TOKEN_FILE_SECONDS
-        wanted = "[!-~]+", "tokens of printable ASCII without spaces"
-        tokens = _items("MEMCHUNK_TOKEN", self._text, *wanted)
+        form = "[!-~]+", "tokens of printable ASCII without spaces"
+        tokens = _items("MEMCHUNK_TOKEN", self._text, *form)
         if self._path:
             try:
                 text = pathlib.Path(self._path).read_text("utf-8-sig")
             except (OSError, ValueError) as error:
                 raise SettingError(f"MEMCHUNK_TOKEN_FILE: {error}") from None
-            tokens += _items("MEMCHUNK_TOKEN_FILE", text or ",", *wanted)
+            tokens += _items("MEMCHUNK_TOKEN_FILE", text or ",", *form)  # not empty
         return [token.encode() for token in tokens]
 
 
@@ -398,8 +398,8 @@ class Application:
         self.entry = ProxyFix(self.answer, *[self.settings.proxies] * 5)
 
     def routes(self) -> Routes:
-        """What answers at each address, by method. All behind the slash of /files/ is
-        the name, slashes and line breaks included."""
+        """What answers at each address, by method. One with a slash at its end stands
+        for all below it. What follows is the name, slashes and line breaks included."""
         return {
             "/": {"GET": self.pages.get, "HEAD": self.pages.get},
             "/healthz": {"GET": self.get_health, "HEAD": self.get_health},
@@ -421,7 +421,7 @@ class Application:
 
     def answer(self, environ: Environ, start_response: Start) -> Iterable[bytes]:
         call, body = Call(environ), httpfiles.Body(environ)
-        request = FileRequest({}, body)
+        request = FileRequest({}, body)  # what we know if the environ is broken
         try:
             request = FileRequest(environ, body)
             response = self.dispatch(request)
@@ -439,8 +439,7 @@ class Application:
         # After the answer, since a client may wait for it before it sends more.
         response.call_on_close(body.drain)
         answer = response(environ, start_response)
-        is_a2wsgi = "asgi.scope" in environ
-        return _drained(answer, body) if is_a2wsgi else answer
+        return _drained(answer, body) if "asgi.scope" in environ else answer  # a2wsgi
 
     def dispatch(self, request: FileRequest) -> Response:
         """Check the request, in this order, and have a handler answer it."""
@@ -544,16 +543,16 @@ class Application:
         Problem."""
         httpfiles.refuse_content_coding(request)
         is_form = request.mimetype == FORM
-        most = self.cache.max_size + (httpfiles.MAX_FORM_OVERHEAD if is_form else 0)
+        room = self.cache.max_size + (httpfiles.MAX_FORM_OVERHEAD if is_form else 0)
         too_large = httpfiles.too_large(self.cache.max_size)
         # Before the body is read, since a client may wait for what we say.
-        if (request.body.size or 0) > most:
+        if (request.body.size or 0) > room:
             raise too_large
         expire = request.query_value("expire")
         content_type = request.headers.get("Content-Type", "")
         expected = httpfiles.expected_digests(request, "Content-Digest")
-        body = httpfiles.limited(request.body, most, too_large)
-        content = httpfiles.verified(body, expected, "Content-Digest")
+        content = httpfiles.limited(request.body, room, too_large)
+        content = httpfiles.verified(content, expected, "Content-Digest")
         httpfiles.refuse_unproved_body(request)
         if is_form:
             yield from httpfiles.Form(content, content_type).files(expire, several)
@@ -661,8 +660,7 @@ class Application:
         return part and (part[0], min(part[1], part[0] + limit))
 
     def check_complete(self, info: FileInfo) -> None:
-        """Raise if a chunk of the file is gone. The others are neither read nor
-        verified."""
+        """Raise if a chunk of the file is gone. None is read or verified."""
         if info.name not in self.cache:
             raise Problem(*httpfiles.ERRORS[memchunk.FileEvicted])
 
@@ -695,8 +693,8 @@ def _drained(answer: Iterable[bytes], body: httpfiles.Body) -> Iterable[bytes]:
 
 
 def _check_whole(request: Request) -> None:
-    """Raise Problem for an address that names several files, and for part of a file."""
-    # Werkzeug shows broken UTF-8 as U+FFFD.
+    """Raise Problem for an address that is not UTF-8, and for part of a file."""
+    # Werkzeug shows all broken UTF-8 as U+FFFD, so several names would be one.
     is_utf8 = "\ufffd" not in request.path
     require(is_utf8, 400, "The address is not percent-encoded UTF-8.")
     is_part = request.method not in READS and "Content-Range" in request.headers

@@ -85,6 +85,7 @@ BINARY, CURL = "application/octet-stream", "application/x-www-form-urlencoded"
         ("a.png", BINARY, BINARY),
         *[(name, "", BINARY) for name in ("a.tar.gz", "a.tgz", "png", ".png")],
         ("data:text/html,x", "", BINARY),
+        *[(name, "", "application/pdf") for name in ("data:,x.pdf", "Re: #5.pdf")],
         *[("a", sent, BINARY) for sent in ("text", "text/a\u00e9", "a/b, c/d", CURL)],
         ("a", "x/" + "y" * 300, BINARY),
     ],
