@@ -310,14 +310,15 @@ class ServerPool(_Commands):
             return now
 
     def _take(self, deadline: float) -> _Connection:
-        """An open connection, for this call alone. A second try has all the time."""
-        share = _SHARE
+        """An open connection, for this call alone. The first error tells the cause."""
+        share, first = _SHARE, None
         while True:
             connection, began = self._find(deadline), time.monotonic()
             try:
                 connection.begin(deadline, share if len(self._all) > 1 else 1)
                 return connection
             except BaseException as error:
+                first = first or error
                 # If the server answers no other call either, it is slow, or down.
                 is_full = isinstance(error, NoAnswer) and self._answered > began
                 is_full = is_full or isinstance(error, _TooMany)
@@ -327,9 +328,11 @@ class ServerPool(_Commands):
                 is_over = time.monotonic() + _PAUSE >= deadline
                 if is_over or not isinstance(error, (NoAnswer, _TooMany)):
                     self._give(connection)  # the next in line tries
+                    if isinstance(error, NoAnswer):  # time ran out
+                        raise first from None
                     raise
             share = 1
-            time.sleep(_PAUSE)  # with a place taken, so that few threads try at a time
+            time.sleep(_PAUSE)  # keep the place: few should try at a time
             (self._drop if is_full else self._give)(connection)
 
     def _find(self, deadline: float) -> _Connection:
