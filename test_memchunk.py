@@ -1012,6 +1012,27 @@ def test_touch_and_delete_take_the_file_that_overtook_them(
         assert other.get(NAME) == b"2" * 2500
 
 
+def test_touch_that_another_overtakes_lets_no_chunk_end_before_the_file(
+    counting: Counting, memcached: Memcached
+) -> None:
+    slow = cache_on(counting, chunk_size=CHUNK)
+    other = cache_on(memcached.server, chunk_size=CHUNK)
+    slow.set(NAME, data_of(1500))
+    counting.commands.clear()
+
+    def overtake(command: str) -> None:
+        # The file has its new end, and its two chunks have none yet.
+        if counting.commands.count("touch") == 3:
+            other.touch(NAME, 5000)
+
+    counting.before = overtake
+    slow.touch(NAME, 600)
+    ends = memcached.expiries()
+    end = ends.pop(KEY)
+    assert abs(end - time.time() - 5000) <= 2 * CLOCK
+    assert all(each == -1 or each > end for each in ends.values())
+
+
 def test_set_replaces_and_leaves_no_rest(
     files: FileCache, memcached: Memcached
 ) -> None:

@@ -634,6 +634,17 @@ def test_a_call_ends_if_the_server_takes_no_bytes(connect: Any) -> None:
         asleep.set()
 
 
+def test_a_call_may_spend_most_of_its_time_on_the_first_connection(
+    connect: Any,
+) -> None:
+    def slow(connection: socket.socket) -> None:
+        time.sleep(0.5)
+        replies(b"END\r\n")(connection)
+
+    with fake(slow, silent) as server:
+        assert connect(server, timeout=1).get("a") is None
+
+
 def test_a_call_does_not_count_the_time_of_a_generator_or_hook(
     connect: Any, memcached: Memcached
 ) -> None:
@@ -709,6 +720,19 @@ def test_calls_fail_at_once_while_one_tries_again(connect: Any) -> None:
         assert isinstance(second(), mcpool.NoAnswer)
 
 
+def test_calls_do_not_fail_at_once_after_the_one_that_tried_got_an_answer(
+    connect: Any,
+) -> None:
+    with fake(silent, is_no_memcached, replies(b"END\r\n")) as server:
+        pool = connect(server, timeout=0.5)
+        with pytest.raises(mcpool.NoAnswer):
+            pool.get("a")
+        wait_for(lambda: time.monotonic() > pool._down_until, "two seconds to pass")
+        with pytest.raises(MemcacheUnknownError):
+            pool.get("a")
+        assert pool.get("a") is None
+
+
 def test_calls_do_not_fail_at_once_after_a_refused_connection(
     connect: Any, memcached: Memcached
 ) -> None:
@@ -742,6 +766,20 @@ def in_use(pool: Any) -> Iterator[None]:
     finally:
         end.set()
         assert result() == [b"NOT_FOUND"]
+
+
+def test_a_call_has_the_rest_of_its_time_after_opening_one_more_connection(
+    connect: Any,
+) -> None:
+    def slow(connection: socket.socket) -> None:
+        replies_once(b"")(connection)
+        time.sleep(0.5)
+        connection.sendall(b"END\r\n")
+
+    with fake(replies(b"NOT_FOUND\r\n"), slow) as server:
+        pool = connect(server, timeout=1)
+        with in_use(pool):
+            assert pool.get("a") is None
 
 
 def test_max_connections_is_named_if_none_comes_free(
@@ -996,16 +1034,22 @@ def test_all_addresses_of_a_host_are_tried(
         assert pool.get("a") == b"1"
 
 
+@pytest.mark.parametrize("is_last", [True, False])
 @pytest.mark.parametrize(
-    ("last", "expected"),
+    ("telling", "expected"),
     [(is_no_memcached, MemcacheUnknownError), (silent, mcpool.NoAnswer)],
 )
 def test_of_a_hosts_addresses_the_one_that_tells_most_is_the_error(
-    connect: Any, monkeypatch: pytest.MonkeyPatch, last: Handler, expected: Any
+    connect: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    telling: Handler,
+    expected: Any,
+    is_last: bool,
 ) -> None:
-    with fake(last) as server, socket.socket() as closed:
+    with fake(telling) as server, socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # and does not listen
         places = [closed.getsockname(), ("127.0.0.1", int(server.split(":")[1]))]
+        places = places if is_last else places[::-1]
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", each) for each in places]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
         with pytest.raises(expected):
