@@ -350,3 +350,14 @@ def test_a_refusal_is_told_in_the_words_of_the_server(
     with FileCache(client) as cache, pytest.raises(memchunk.CacheFull) as caught:
         cache.add("file", b"x")
     assert f": SERVER_ERROR {said}: " in str(caught.value)
+
+
+def test_a_refused_manifest_leaves_no_chunk(memcached: Memcached) -> None:
+    def refuse(command: str) -> None:
+        if command == "add":
+            raise MemcacheServerError(b"out of memory storing object")
+
+    client = Wrapped(Client(memcached.address, timeout=5), before=refuse)
+    with FileCache(client, chunk_size=1000) as cache, pytest.raises(memchunk.CacheFull):
+        cache.add("file", bytes(2500))
+    assert memcached.keys() == []

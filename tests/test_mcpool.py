@@ -15,6 +15,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
+from concurrent import futures
 from typing import Any, Callable
 
 import pytest
@@ -314,6 +315,8 @@ def test_pipeline_returns_one_line_for_each_command(pool: Any) -> None:
     assert server.pipeline([nothing, nothing]) == []
     assert server.pipeline([]) == []
     assert server.get("a") == value * 2
+    parts = [b"set a 0 0 20000\r\n", *[b"0123456789"] * 2000, b"\r\n"]
+    assert server.pipeline([parts]) == [b"STORED"]
     many = ((b"touch a 0\r\n",) for _ in range(2000))
     assert server.pipeline(many) == [b"TOUCHED"] * 2000
 
@@ -804,6 +807,28 @@ def test_max_connections_lets_calls_wait_for_a_free_one(
         wait_for(lambda: has_connections(memcached, 1), "1 connections")
     assert [result() for result in waiting] == [5] * 5
     wait_for(lambda: has_connections(memcached, 1), "1 connections")
+
+
+def test_max_connections_hands_on_a_connection_that_comes_too_late(
+    connect: Any, memcached: Memcached, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, late = connect(memcached.server, timeout=2, max_connections=1), [True]
+    wait = futures.Future.result
+
+    def result(waiter: Any, timeout: float | None = None) -> Any:
+        value = wait(waiter, timeout)
+        if timeout is not None and late and late.pop():
+            raise futures.TimeoutError
+        return value
+
+    monkeypatch.setattr(futures.Future, "result", result)
+    with in_use(pool):
+        first = in_thread(lambda: pool.get("a"))
+        wait_for(lambda: len(pool._waiters) == 1, "the first call to wait")
+        second = in_thread(lambda: pool.get("a", 5))
+        wait_for(lambda: len(pool._waiters) == 2, "the second call to wait")
+    assert isinstance(first(), TimeoutError)
+    assert second() == 5
 
 
 def test_max_connections_serves_the_calls_that_wait_in_their_order(
