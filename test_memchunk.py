@@ -536,6 +536,7 @@ def test_get_or_set_makes_a_file_that_is_replaced_all_the_time(
 
     def overtake(command: str) -> None:
         if command == "get_many":
+            other.delete(NAME)  # waits until the chunks are gone, unlike `set`
             other.set(NAME, data_of(1500))
 
     counting.before = overtake
