@@ -472,6 +472,17 @@ def test_ping_needs_every_server(memcached: Memcached, files: FileCache) -> None
     assert caught.value.server == memcached.server
 
 
+@pytest.mark.parametrize("dead", [0, 1])
+def test_ping_needs_each_of_several_servers(start_memcached: Start, dead: int) -> None:
+    servers = [start_memcached(), start_memcached()]
+    cache = cache_on(mcpool.connect([each.server for each in servers]))
+    cache.ping()
+    servers[dead].kill()
+    with pytest.raises(memchunk.CacheUnavailable) as caught:
+        cache.ping()
+    assert caught.value.server == servers[dead].server
+
+
 def test_a_closed_cache_opens_new_connections(files: FileCache) -> None:
     with files as entered:
         entered.set(NAME, b"x")
@@ -514,6 +525,22 @@ def test_get_or_set_hands_out_the_bytes_of_a_cache_that_is_down(
 ) -> None:
     memcached.kill()
     assert files.get_or_set(NAME, lambda: b"made") == b"made"
+
+
+def test_get_or_set_makes_a_file_that_is_replaced_all_the_time(
+    counting: Counting, memcached: Memcached
+) -> None:
+    cache = cache_on(counting, chunk_size=CHUNK)
+    other = cache_on(memcached.server, chunk_size=CHUNK)
+    other.set(NAME, data_of(1500))
+
+    def overtake(command: str) -> None:
+        if command == "get_many":
+            other.delete(NAME)  # waits until the chunks are gone, unlike `set`
+            other.set(NAME, data_of(1500))
+
+    counting.before = overtake
+    assert cache.get_or_set(NAME, lambda: b"made") == b"made" == other.get(NAME)
 
 
 def test_get_or_set_gives_the_lock_back_if_make_raises(
@@ -826,6 +853,14 @@ def test_a_manifest_with_bad_bounds_is_corrupt(
     assert NAME not in cache
 
 
+def test_a_manifest_of_too_many_chunks_is_corrupt(memcached: Memcached) -> None:
+    cache, count = cache_on(memcached.server, chunk_size=CHUNK), 2**20 + 1
+    cache.set(NAME, data_of(2500))
+    lie = {"size": count, "chunk_size": 1, "segments": [[V, count]]}
+    seal(memcached, {**manifest_of(memcached), **lie})
+    assert_corrupt(cache, None)
+
+
 def test_a_manifest_with_chunks_and_bytes_of_its_own_is_corrupt(
     memcached: Memcached,
 ) -> None:
@@ -992,6 +1027,22 @@ def test_a_writer_that_was_overtaken_wins_or_says_so(
     assert_no_rest(other, memcached)
 
 
+def test_set_that_another_overtakes_proves_its_chunks_again(
+    counting: Counting, memcached: Memcached
+) -> None:
+    cache = cache_on(counting, chunk_size=CHUNK)
+    other = cache_on(memcached.server, chunk_size=CHUNK)
+
+    def overtake() -> None:
+        memcached.delete(chunk_keys(memcached)[0])
+        other.set(NAME, b"theirs")
+
+    counting.before = once("add", overtake)
+    with pytest.raises(memchunk.CacheFull):
+        cache.set(NAME, data_of(2500))
+    assert other.get(NAME) == b"theirs"
+
+
 @pytest.mark.parametrize("verb", ["touch", "delete", "delete a version"])
 def test_touch_and_delete_take_the_file_that_overtook_them(
     counting: Counting, memcached: Memcached, verb: str
@@ -1010,6 +1061,27 @@ def test_touch_and_delete_take_the_file_that_overtook_them(
         with pytest.raises(memchunk.FileChanged):
             cache.delete(NAME, version)
         assert other.get(NAME) == b"2" * 2500
+
+
+def test_touch_that_another_overtakes_lets_no_chunk_end_before_the_file(
+    counting: Counting, memcached: Memcached
+) -> None:
+    slow = cache_on(counting, chunk_size=CHUNK)
+    other = cache_on(memcached.server, chunk_size=CHUNK)
+    slow.set(NAME, data_of(1500))
+    counting.commands.clear()
+
+    def overtake(command: str) -> None:
+        # The file has its new end, and its two chunks have none yet.
+        if counting.commands.count("touch") == 3:
+            other.touch(NAME, 5000)
+
+    counting.before = overtake
+    slow.touch(NAME, 600)
+    ends = memcached.expiries()
+    end = ends.pop(KEY)
+    assert abs(end - time.time() - 5000) <= 2 * CLOCK
+    assert all(each == -1 or each > end for each in ends.values())
 
 
 def test_set_replaces_and_leaves_no_rest(

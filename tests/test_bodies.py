@@ -122,8 +122,11 @@ def test_body_that_cannot_be_read(
     client: Any, memcached: Memcached, environ: dict[str, Any]
 ) -> None:
     stream, length = Stream(b"xxxx", broken), None if environ else 4
-    is_problem(send(client, "PUT", "/files/a", stream, length, environ=environ), 400)
+    refused = send(client, "PUT", "/files/a", stream, length, environ=environ)
+    is_problem(refused, 400)
     assert memcached.keys() == []
+    refused.close()
+    assert len(stream.sizes) == 1  # nobody asks the host for more of it
 
 
 # Refused bodies

@@ -160,6 +160,18 @@ def test_form_without_a_boundary(client: Any, options: str) -> None:
     is_problem(client.post("/files", data=multipart(FILE), headers=headers), 400)
 
 
+@pytest.mark.parametrize(("more", "status"), [(0, 201), (1, 413)])
+def test_form_of_the_largest_file_has_64_kib_beside_it(
+    memcached: Memcached, more: int, status: int
+) -> None:
+    def body(padding: int) -> bytes:
+        return multipart(("a", None, b"x" * padding), ("file", "a", content(9999)))
+
+    room = 9999 + 65_536 + more - len(body(0))
+    client = make(memcached, max_size=9999)
+    assert post_form(client, body(room)).status_code == status
+
+
 # The length gives the last one away, and not the second.
 @pytest.mark.parametrize(
     ("size", "status"), [(9999, 201), (10_000, 413), (99_999, 413)]

@@ -215,6 +215,16 @@ def test_metadata_larger_than_an_item_are_refused_before_payload_is_sent(
         assert cache.stat("file").metadata == bytes(20_000)
 
 
+def test_metadata_that_leave_no_room_for_a_small_file_are_refused_before_it_is_read(
+    start_memcached: Start,
+) -> None:
+    memcached = start_memcached(*options_of("-I 32k -o slab_chunk_max=32"))
+    source = iter([BIG[:2000]])
+    with FileCache(memcached.server) as cache:
+        assert full(cache, source, metadata=bytes(31_500)).cause == "item size"
+    assert list(source) == [BIG[:2000]]
+
+
 def test_a_smaller_limit_after_a_restart_is_noticed(start_memcached: Start) -> None:
     memcached = start_memcached()
     with FileCache(memcached.server) as cache:
@@ -350,3 +360,14 @@ def test_a_refusal_is_told_in_the_words_of_the_server(
     with FileCache(client) as cache, pytest.raises(memchunk.CacheFull) as caught:
         cache.add("file", b"x")
     assert f": SERVER_ERROR {said}: " in str(caught.value)
+
+
+def test_a_refused_manifest_leaves_no_chunk(memcached: Memcached) -> None:
+    def refuse(command: str) -> None:
+        if command == "add":
+            raise MemcacheServerError(b"out of memory storing object")
+
+    client = Wrapped(Client(memcached.address, timeout=5), before=refuse)
+    with FileCache(client, chunk_size=1000) as cache, pytest.raises(memchunk.CacheFull):
+        cache.add("file", bytes(2500))
+    assert memcached.keys() == []

@@ -16,6 +16,7 @@ import time
 import tracemalloc
 import weakref
 from collections.abc import Iterator
+from concurrent import futures
 from typing import Any, Callable
 
 import pytest
@@ -315,6 +316,8 @@ def test_pipeline_returns_one_line_for_each_command(pool: Any) -> None:
     assert server.pipeline([nothing, nothing]) == []
     assert server.pipeline([]) == []
     assert server.get("a") == value * 2
+    parts = [b"set a 0 0 20000\r\n", *[b"0123456789"] * 2000, b"\r\n"]
+    assert server.pipeline([parts]) == [b"STORED"]
     many = ((b"touch a 0\r\n",) for _ in range(2000))
     assert server.pipeline(many) == [b"TOUCHED"] * 2000
 
@@ -661,6 +664,17 @@ def test_a_call_ends_if_the_server_takes_no_bytes(connect: Any) -> None:
         asleep.set()
 
 
+def test_a_call_may_spend_its_time_on_opening_the_first_connection(
+    connect: Any,
+) -> None:
+    def slow(connection: socket.socket) -> None:
+        time.sleep(0.8)
+        replies(b"END\r\n")(connection)
+
+    with fake(slow, silent) as server:
+        assert connect(server, timeout=2).get("a") is None
+
+
 def test_a_call_does_not_count_the_time_of_a_generator_or_hook(
     connect: Any, memcached: Memcached
 ) -> None:
@@ -736,6 +750,19 @@ def test_calls_fail_at_once_while_one_tries_again(connect: Any) -> None:
         assert isinstance(second(), mcpool.NoAnswer)
 
 
+def test_calls_do_not_fail_at_once_after_the_one_that_tried_got_an_answer(
+    connect: Any,
+) -> None:
+    with fake(silent, is_no_memcached, replies(b"END\r\n")) as server:
+        pool = connect(server, timeout=0.5)
+        with pytest.raises(mcpool.NoAnswer):
+            pool.get("a")
+        wait_for(lambda: time.monotonic() > pool._down_until, "two seconds to pass")
+        with pytest.raises(MemcacheUnknownError):
+            pool.get("a")
+        assert pool.get("a") is None
+
+
 def test_calls_do_not_fail_at_once_after_a_refused_connection(
     connect: Any, memcached: Memcached
 ) -> None:
@@ -771,6 +798,20 @@ def in_use(pool: Any) -> Iterator[None]:
         assert result() == [b"NOT_FOUND"]
 
 
+def test_a_call_has_the_rest_of_its_time_after_opening_one_more_connection(
+    connect: Any,
+) -> None:
+    def slow(connection: socket.socket) -> None:
+        replies_once(b"")(connection)
+        time.sleep(0.8)
+        connection.sendall(b"END\r\n")
+
+    with fake(replies(b"NOT_FOUND\r\n"), slow) as server:
+        pool = connect(server, timeout=2)
+        with in_use(pool):
+            assert pool.get("a") is None
+
+
 def test_max_connections_is_named_if_none_comes_free(
     connect: Any, memcached: Memcached
 ) -> None:
@@ -793,6 +834,28 @@ def test_max_connections_lets_calls_wait_for_a_free_one(
         wait_for(lambda: has_connections(memcached, 1), "1 connections")
     assert [result() for result in waiting] == [5] * 5
     wait_for(lambda: has_connections(memcached, 1), "1 connections")
+
+
+def test_max_connections_hands_on_a_connection_that_comes_too_late(
+    connect: Any, memcached: Memcached, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, late = connect(memcached.server, timeout=2, max_connections=1), [True]
+    wait = futures.Future.result
+
+    def result(waiter: Any, timeout: float | None = None) -> Any:
+        value = wait(waiter, timeout)
+        if timeout is not None and late and late.pop():
+            raise futures.TimeoutError
+        return value
+
+    monkeypatch.setattr(futures.Future, "result", result)
+    with in_use(pool):
+        first = in_thread(lambda: pool.get("a"))
+        wait_for(lambda: len(pool._waiters) == 1, "the first call to wait")
+        second = in_thread(lambda: pool.get("a", 5))
+        wait_for(lambda: len(pool._waiters) == 2, "the second call to wait")
+    assert isinstance(first(), TimeoutError)
+    assert second() == 5
 
 
 def test_max_connections_serves_the_calls_that_wait_in_their_order(
@@ -1069,16 +1132,22 @@ def test_all_addresses_of_a_host_are_tried(
         assert pool.get("a") == b"1"
 
 
+@pytest.mark.parametrize("is_last", [True, False])
 @pytest.mark.parametrize(
-    ("last", "expected"),
+    ("telling", "expected"),
     [(is_no_memcached, MemcacheUnknownError), (silent, mcpool.NoAnswer)],
 )
 def test_of_a_hosts_addresses_the_one_that_tells_most_is_the_error(
-    connect: Any, monkeypatch: pytest.MonkeyPatch, last: Handler, expected: Any
+    connect: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    telling: Handler,
+    expected: Any,
+    is_last: bool,
 ) -> None:
-    with fake(last) as server, socket.socket() as closed:
+    with fake(telling) as server, socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # and does not listen
         places = [closed.getsockname(), ("127.0.0.1", int(server.split(":")[1]))]
+        places = places if is_last else places[::-1]
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", each) for each in places]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
         with pytest.raises(expected):

@@ -305,6 +305,18 @@ def test_a_publication_that_is_done_raises_no_error(
     assert cache.get("file") == DATA[:taken]
 
 
+def test_stage_behind_published_parts_leaves_their_end_alone(
+    start_memcached: Start,
+) -> None:
+    memcached = start_memcached("-m", "64")  # so little that `stage` touches parts
+    with FileCache(memcached.server, chunk_size=CHUNK) as cache:
+        part, taken = cache.stage("file", DATA)
+        cache.add("file", DATA[taken:], parts=[part], expire=900)
+        before = memcached.expiries()
+        cache.stage("file", DATA, parts=[part])
+    assert before.items() <= memcached.expiries().items()
+
+
 def test_a_file_grows_by_parts(cache: FileCache, memcached: Memcached) -> None:
     parts = [cache.stage("file", DATA)[0]]
     for count in range(1, 4):

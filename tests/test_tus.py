@@ -491,6 +491,17 @@ def test_a_refused_creation_with_bytes_stores_nothing(
     assert memcached.keys() == []
 
 
+def test_a_creation_with_bytes_that_find_no_room_stores_nothing(
+    start_memcached: Any,
+) -> None:
+    memcached = start_memcached("-m", "2")
+    headers = {**TUS, "Upload-Length": str(3 * MIB)}
+    options: Any = {"headers": headers, "content_type": TYPE}
+    refused = make(memcached).post("/uploads", data=bytes(3 * MIB), **options)
+    is_problem(refused, 507)
+    assert memcached.keys() == []
+
+
 def test_more_than_was_announced_is_refused_before_its_checksum(client: Any) -> None:
     path, body = start(client, 6), io.BytesIO(b"abcdefg")
     wrong: Any = {"Upload-Checksum": checksum(b"")}
@@ -1015,7 +1026,10 @@ def test_damage_of_a_part_is_an_error_of_the_file(
 
 def test_a_finished_file_that_is_gone(client: Any) -> None:
     path = start(client, 3)
-    client.delete(patch(client, path, 0, b"abc").headers["Content-Location"])
+    url = patch(client, path, 0, b"abc").headers["Content-Location"]
+    client.put(url, data=b"another")
+    assert head(client, path).status_code == 410
+    client.delete(url)
     assert head(client, path).status_code == 410
 
 
