@@ -46,7 +46,8 @@ _DOWN = 2  # seconds in which a server that did not answer in time is left alone
 _REFUSED = 10  # seconds after a refused connection until we try to open more
 _PAUSE = 0.02  # seconds after a refused connection until the same call tries again
 # A server that is out of descriptors takes a connection, but never answers. So a call
-# spends this part of its time on opening one more. Then it waits for an open one.
+# spends this part of its time on opening one. Then it waits for an open one, or opens
+# another, with all the time that is left.
 _SHARE = 0.25
 _LINE = 8192  # bytes; no line of memcached is longer
 _TOGETHER = 8192  # bytes of small commands that are sent together
@@ -315,7 +316,7 @@ class ServerPool(_Commands):
         while True:
             connection, began = self._find(deadline), time.monotonic()
             try:
-                connection.begin(deadline, share if len(self._all) > 1 else 1)
+                connection.begin(deadline, share)
                 return connection
             except BaseException as error:
                 first = first or error
