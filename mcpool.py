@@ -51,7 +51,7 @@ _PAUSE = 0.02  # seconds after a refused connection until the same call tries ag
 _SHARE = 0.25
 _LINE = 8192  # bytes; no line of memcached is longer
 _TOGETHER = 8192  # bytes of small commands that are sent together
-_OUTSTANDING = 256  # replies that we leave unread; so many fit in any socket's buffer
+_OUTSTANDING = 256  # replies left unread after a send; they fit in a socket's buffer
 _PARTS = 64  # in one sendmsg; Linux allows 1024, and POSIX promises 16
 
 _ADDRESS = re.compile(
@@ -471,7 +471,7 @@ class _Connection(Client):
         except (TimeoutError, socket.timeout) as error:
             raise NoAnswer(f"{self._server.name} did not answer in time") from error
         except (BrokenPipeError, ConnectionResetError):
-            result = 0
+            result = 0  # as if nothing came
         finally:
             self.left -= time.monotonic() - started
         if result is not None and not result:
