@@ -353,7 +353,7 @@ class ServerPool(_Commands):
         return self._wait_for(waiter, max(deadline - now, 0))
 
     def _wait_for(self, waiter: Any, seconds: float) -> _Connection:
-        """What another call puts into the queue `waiter` when it ends."""
+        """The connection that another call puts into `waiter`, a queue, at its end."""
         try:
             given: _Connection = waiter.get(timeout=seconds)
             return given

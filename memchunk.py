@@ -82,9 +82,7 @@ _SLACK = 60
 _LARGEST_ITEM, _ITEM_OVERHEAD = 512 * 1024, 64
 _PAGE = 1024 * 1024  # bytes: memcached gives memory to a slab class in pages
 _MAX_KEY = 250  # bytes, memcached's limit
-_LEAST_ITEM = (
-    1024  # bytes: the smallest -I of memcached; a smaller value is not its own
-)
+_LEAST_ITEM = 1024  # bytes: memcached's smallest -I; it never tells a smaller one
 _SMALL_DIVISOR = 16  # a file of up to 1/16 of a chunk lies in its manifest
 
 # Bytes of one round trip. They limit the memory of a transfer. If memory only just fits

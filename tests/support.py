@@ -362,8 +362,8 @@ class Server:
         self.kill()
 
     def kill(self) -> None:
-        """At once, for tests that don't look at what it logs in the end: gunicorn needs
-        a second to stop."""
+        """At once, for tests that don't look at its log. gunicorn needs a second to
+        stop."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

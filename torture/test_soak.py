@@ -43,7 +43,7 @@ from torture.tools import LONG, counts
 
 CLIENTS = 16
 PHASES, SECONDS = (6, 100) if LONG else (2, 2)  # between them the host is looked at
-# The phases in whose middle memcached is killed.
+# In the middle of these phases memcached is killed.
 KILLS = (3, 5) if LONG else (0, 1)
 DOWN = 0.5  # seconds that it then stays away
 TIMEOUT = 2  # seconds that the host waits for memcached
