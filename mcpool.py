@@ -69,7 +69,7 @@ _REPLIES = {
 }
 
 Key = Union[str, bytes]
-Receive = Callable[[Key, int, Callable[[Any], Any]], Any]
+Receive = Callable[[Key, bytearray], Any]
 
 
 class _TooMany(ConnectionError):
@@ -549,7 +549,7 @@ class _Connection(Client):
             raise MemcacheUnknownError(line[:64])
         key, self._missing = remapped_keys[match[1]], int(match[2])
         if self._receive:
-            value = self._receive(key, self._missing, self._fill)
+            value = self._receive(key, self._fill(bytearray(self._missing)))
         else:
             value = bytes(self._fill(bytearray(self._missing)))
         if self._missing:
