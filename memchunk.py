@@ -110,6 +110,7 @@ _MAX_EXPIRE = 2**62  # seconds
 _NO_TOKEN = b"%d" % (2**64 - 1)  # no item has it, so a `cas` with it changes nothing
 
 _HEADER = struct.Struct(">III")  # of a chunk: index, total, CRC
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 _FORMAT = 2
 
 _STORED, _NOT_STORED, _EXISTS = b"STORED", b"NOT_STORED", b"EXISTS"
@@ -233,11 +234,10 @@ class FileCorrupt(MemchunkError):
 class CacheFull(MemchunkError):
     """The server would not keep the file.
 
-    missing: indices of chunks that it evicted at once; empty if it refused an item.
-    cause: by the server's `stats`, "memory" (-m is smaller than the file), "item size"
-    (-I is too small), "lease" (it ended before the upload), "contention" (others
-    changed the manifest 100 times), "pressure" (other files, or pages for items of
-    other sizes, fill the memory), or "unknown"."""
+    missing: indices of chunks that are gone; empty if it refused an item. cause: by the
+    server's `stats`, "memory" (-m is smaller than the file), "item size" (-I is too
+    small), "pressure" (other files, or pages for items of other sizes, fill the
+    memory), "contention" (others changed the manifest 100 times), or "unknown"."""
 
     def __init__(self, name: str, cause: str, reason: str, missing: list[int]) -> None:
         self.cause, self.missing = cause, missing
@@ -325,9 +325,6 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._connect()
-
-    def __repr__(self) -> str:
-        return f"<FileCache {self.namespace!r} on {_address(self.client)}>"
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -511,7 +508,7 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
                 if keys and entry.lookup().manifest not in (None, new):
                     entry.touch(keys, 0)
                 return new.info
-        raise entry.cache_full(0, cause="contention")
+        raise entry.contention()
 
     def delete(self, name: str, version: str | None = None) -> None:
         """Delete the file, also a damaged one or one that lost chunks; with `version`,
@@ -527,7 +524,7 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
             if entry.replace(found, b"", _LONG_PAST):
                 entry.delete(entry.keys(found.segments))
                 return
-        raise entry.cache_full(0, cause="contention")
+        raise entry.contention()
 
     def ping(self) -> None:
         """Return if every server answers, else raise CacheUnavailable."""
@@ -606,7 +603,7 @@ class _Manifest:
         """The manifest's value: the CRC of the rest, a line of JSON, metadata, data."""
         fields = {"format": _FORMAT, **vars(self), "metadata": len(self.metadata)}
         del fields["data"]
-        line = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+        line = _JSON.encode(fields).encode()
         body = b"".join((line, b"\n", self.metadata, self.data))
         return zlib.crc32(body).to_bytes(4, "big") + body
 
@@ -618,7 +615,7 @@ class _Manifest:
             if seal != zlib.crc32(body).to_bytes(4, "big"):
                 raise ValueError("the CRC is another")
             line, _, rest = body.partition(b"\n")
-            fields = json.loads(line)
+            fields = json.loads(line.decode())
             number = fields.pop("format")
             if number != _FORMAT:
                 text = f"its format {number} is unknown to this memchunk"
@@ -679,7 +676,7 @@ class _Segment:
         self.key = secrets.token_hex(8)
         self.count = 0  # chunks, also those not sent yet, so that all can be deleted
         self.total = 0  # chunks that there will be, 0 if that is not known
-        self.pid, self.started = os.getpid(), time.monotonic()
+        self.pid = os.getpid()
         self.may_appear = False  # whether the file's manifest was sent
         self.size: int | None = None  # of the whole file, as announced
 
@@ -786,12 +783,11 @@ class _Segment:
             self.count += 1
             yield _Command("set", key, self.lease, make)
 
-    def cache_full(self, missing: list[int], said: str = "") -> CacheFull:
-        """missing: indices in the file."""
+    def cache_full(self, missing: list[int], said: str) -> CacheFull:
+        """The error if the server refused chunks, or evicted those at `missing`."""
         size = (self.first + max(self.count, self.total)) * self.chunk_size
-        # memcached's clock ticks once a second: an item may end up to a second early.
-        is_over = time.monotonic() - self.started > self.lease - 1
-        return self.entry.cache_full(size, missing, said, "lease" if is_over else "")
+        said = said or f"{len(missing)} chunks are gone: evicted, or past their lease"
+        return self.entry.cache_full(size, said, missing)
 
     @contextlib.contextmanager
     def deleted_on_error(self) -> Iterator[None]:
@@ -855,7 +851,7 @@ class _Write(_Segment):
                     break
                 self.may_appear = False
             else:
-                raise self.entry.cache_full(self.length, cause="contention")
+                raise self.entry.contention()
         # 5. Delete the chunks of the replaced file, except those of the new one.
         self.entry.delete_segments(found.segments, self.parts)
         return manifest.info
@@ -874,7 +870,7 @@ class _Write(_Segment):
         self.total = -(-(least - self.length) // self.chunk_size)
         manifest = len(self._manifest().pack()) if self.metadata else 0
         if manifest + self.inline_limit + _AROUND > self.largest:
-            raise self.entry.cache_full(0, said="its manifest is too large")
+            raise self.entry.cache_full(0, "its manifest is too large")
         return found
 
     def _look_up(self) -> _Found:
@@ -929,7 +925,7 @@ class _Write(_Segment):
         end, chunks_end = self.entry.exptimes(self.expire)
         missing = [] if is_done else self.entry.touch(self.keys(), chunks_end)
         if missing:
-            raise self.cache_full(missing)
+            raise self.cache_full(missing, "")
         return end
 
 
@@ -1005,9 +1001,7 @@ class CachedFile(io.RawIOBase):
             # The CRC covers the index, the total and the key.
             if header == _chunk(key, index, total, body)[0] and total in (count, 0):
                 return body[:size].toreadonly()
-        error = FileCorrupt(self.info.name, number)
-        _log.info("%s", error)
-        raise error
+        raise FileCorrupt(self.info.name, number)
 
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer`; fewer bytes than it holds only at the end of the file."""
@@ -1169,9 +1163,7 @@ class _Entry:
         current = found.manifest.version if found.manifest else None
         if current != manifest.version:
             raise FileChanged(self.name, manifest.version, current)
-        error = FileEvicted(self.name, manifest.info, missing)
-        _log.info("%s", error)
-        raise error
+        raise FileEvicted(self.name, manifest.info, missing)
 
     def exptimes(self, expire: int) -> tuple[int, int]:
         """The times to tell memcached so that a manifest ends in `expire` seconds and
@@ -1215,32 +1207,29 @@ class _Entry:
         return numbers
 
     def cache_full(
-        self, size: int, missing: Sequence[int] = (), said: str = "", cause: str = ""
+        self, size: int, said: str = "", missing: Sequence[int] = ()
     ) -> CacheFull:
-        """The error for a file of `size` bytes. said: the server's words, or another
-        symptom. cause: "" to ask the server for it."""
-        if missing:
-            said = f"it evicted {len(missing)} chunks at once"
-        reason = _REASONS.get(cause, "")
-        if not reason:
-            cause, reason = self._diagnose(size, said)
-        text = f"{said}: {reason}" if said else reason
-        return CacheFull(self.name, cause, text, list(missing))
-
-    def _diagnose(self, size: int, said: str) -> tuple[str, str]:
-        """Why the server did not keep a file of `size` bytes: cause, and sentence."""
+        """The error for a file of `size` bytes, which the server would not keep. said:
+        its words, or another symptom."""
         largest, memory = _DEFAULT_ITEM, math.inf
         with contextlib.suppress(CacheUnavailable):
             self.server.settings = self._ask_settings()  # a restart may change them
             _, largest, memory = self.limits()
-        if "too large" in said:
-            return "item size", f"its items end at {largest} bytes (-I)"
-        if memory == math.inf:
-            return "unknown", "the server does not tell why"
         has = f"the server has {memory} bytes of memory (-m)"
-        if size > memory:
-            return "memory", f"{has}, and the file takes {size}"
-        return "pressure", f"{has}, and other items fill it"
+        if "too large" in said:
+            cause, reason = "item size", f"its items end at {largest} bytes (-I)"
+        elif memory == math.inf:
+            cause, reason = "unknown", "the server does not tell why"
+        elif size > memory:
+            cause, reason = "memory", f"{has}, and the file takes {size}"
+        else:
+            cause, reason = "pressure", f"{has}, and other items fill it"
+        text = f"{said}: {reason}" if said else reason
+        return CacheFull(self.name, cause, text, list(missing))
+
+    def contention(self) -> CacheFull:
+        text = f"other writers changed the manifest {_ATTEMPTS} times"
+        return CacheFull(self.name, "contention", text, [])
 
     def unavailable(self, reason: str) -> CacheUnavailable:
         return CacheUnavailable(self.name, _address(self.client), reason)
@@ -1298,7 +1287,7 @@ class _Entry:
         """Raise for an unexpected reply: it must not count as a no."""
         for reply in set(replies).difference(allowed):
             if _REFUSAL.search(reply):
-                raise self.cache_full(0, said=reply.decode())
+                raise self.cache_full(0, reply.decode())
             said = f"it said {reply[:64]!r}"
             raise self.unavailable(_OLD if reply == b"ERROR" else said)
 
@@ -1378,10 +1367,6 @@ def _is_outage(error: BaseException | None) -> bool:
 
 _NO_CAS = "it runs without cas (-C), which memchunk needs"
 _OLD = "it refused a command: it has too many connections, or is older than 1.4.8"
-_REASONS = {
-    "lease": "the upload took longer than its lease",
-    "contention": f"other writers changed the manifest {_ATTEMPTS} times",
-}
 
 
 def _own_client(address: str) -> PooledClient:
@@ -1419,9 +1404,7 @@ def _reason(error: Exception) -> str:
     """An error of a client, with its likely cause if there is one."""
     if isinstance(error, MemcacheUnknown):
         return _OLD
-    advice = "does it speak TLS, and is its certificate trusted?"
-    tls = f" ({advice})" if isinstance(error, ssl.SSLError) else ""
-    return f"{type(error).__name__}: {error}{tls}".strip(": ")
+    return f"{type(error).__name__}: {error}".strip(": ")
 
 
 # --- Sources --------------------------------------------------------------------------

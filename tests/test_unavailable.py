@@ -397,21 +397,3 @@ def test_log_tells_once_that_pings_fail(
         memcached.start()
         cache.ping()
     assert [each.levelname for each in caplog.records] == ["WARNING"] * 2
-
-
-def test_log_tells_which_chunks_were_evicted_or_damaged(
-    cache: FileCache, memcached: Memcached, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", "memchunk")
-    cache.set("file", OLD)
-    _, first, second, _ = sorted(memcached.keys())
-    memcached.write(first, b"damage")
-    with pytest.raises(memchunk.FileCorrupt):
-        cache.get("file")
-    memcached.delete(first)
-    memcached.delete(second)
-    with pytest.raises(memchunk.FileEvicted):
-        cache.get("file")
-    damaged, evicted = (each.getMessage() for each in caplog.records)
-    assert damaged == "'file' is damaged: chunk 0 is wrong"
-    assert "2 of its 3 chunks are gone (0, 1)" in evicted
