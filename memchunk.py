@@ -1449,22 +1449,20 @@ def _slices(view: memoryview, size: int) -> Iterator[memoryview]:
 
 
 def _gathered(pieces: Iterator[Any], size: int) -> Iterator[memoryview]:
-    """Gather pieces into batches. Bytes that need not be joined are not copied."""
-    rest = bytearray()
+    """Gather pieces into batches, all in one buffer."""
+    buffer, filled = memoryview(bytearray(size)), 0
     for piece in pieces:
         view = _view(piece)
         while view:
-            room = size - len(rest)
+            room = size - filled
             taken, view = view[:room], view[room:]
-            if len(taken) == size:
-                yield taken
-                continue
-            rest += taken
-            if len(rest) == size:
-                yield memoryview(rest)
-                rest = bytearray()
-    if rest:
-        yield memoryview(rest)
+            end = filled + len(taken)
+            buffer[filled:end] = taken
+            filled = end % size
+            if not filled:
+                yield buffer
+    if filled:
+        yield buffer[:filled]
 
 
 def _view(data: Any) -> memoryview:
