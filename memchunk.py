@@ -1,5 +1,5 @@
 # memchunk 1.0.0, MIT licence. Copy this one file; its manual is README.md and docs/.
-"""Keep files of 0 to 50 MiB in memcached, whose items end at 1 MB.
+"""Keep files of 0 to 50 MiB in memcached, whose items have at most 1 MB.
 
     cache = memchunk.FileCache("127.0.0.1:11211")
     cache.add("report.pdf", pathlib.Path("report.pdf"), expire=86400)
@@ -75,19 +75,19 @@ LEASE = 3600  # seconds that chunks live before their file is published
 # once, never in part, and a read that began just before can finish.
 _SLACK = 60
 
-# memcached keeps an item of up to 512 KiB in one piece. This is its largest slab class
-# by default; two such items fill a page. It stitches larger items together from many
-# pieces, which wastes memory and fails under pressure.
+# memcached keeps an item of up to 512 KiB in one piece, because its largest slab class
+# has this size by default. Two such items fill a page. It stitches larger items
+# together from many pieces, which wastes memory and fails under pressure.
 _LARGEST_ITEM = 512 * 1024
-# Bytes of an item beside its value: a key of up to 194, and 59, or 63 with flags.
+# Bytes of an item beside its value: a key of up to 194, and a head of up to 63.
 _AROUND = 194 + 64
-_DEFAULT_ITEM = 1024 * 1024  # bytes: memcached's -I, if it doesn't tell
-_LEAST_LIMIT = 1024  # bytes: memcached's smallest -I; a smaller number is an error
-_SMALL_DIVISOR = 16  # a file of up to 1/16 of a chunk lies in its manifest
+_DEFAULT_ITEM = 1024 * 1024  # bytes: memcached's -I by default
+_LEAST_LIMIT = 1024  # bytes: memcached's smallest -I; no limit can be smaller
+_SMALL_DIVISOR = 16  # a file of up to 1/16 of a chunk's item lies in its manifest
 
-# Bytes of one round trip. They limit the memory of a transfer. If memory only just fits
-# the file, batches of 8 chunks lose the fewest. A batch of a read fits in the caches of
-# a CPU.
+# Bytes of one round trip. They limit the memory of a transfer. If a file only just fits
+# in memcached, batches of 8 chunks lose the fewest. A CPU's caches hold a batch of a
+# read.
 _WRITE_BATCH, _READ_BATCH = 4 * 1024 * 1024, 2 * 1024 * 1024
 _PIECE = 64 * 1024  # bytes to read at a time from a source of unknown size
 _MAX_CHUNK = 2**30  # bytes: memcached's -I ends there
@@ -101,10 +101,10 @@ _PATIENCE, _PAUSE = 4.0, 0.02  # seconds to wait for it, and between two tries
 _ATTEMPTS = 100  # to change a manifest; another writer won each attempt that failed
 _ASK_AGAIN = 60.0  # seconds until a server that refused `stats` is asked again
 _IDLE = 60  # seconds; firewalls forget connections that idle longer
-_POLL = 0.05  # seconds between two looks of `get_or_set` at the work of another
+_POLL = 0.05  # seconds until `get_or_set` looks again for the work of another
 
 _RELATIVE_LIMIT = 30 * 24 * 3600  # memcached reads more seconds as an absolute time
-_LONG_PAST = _RELATIVE_LIMIT + 1  # as an absolute time; twemproxy refuses -1
+_LONG_PAST = _RELATIVE_LIMIT + 1  # a time in 1970; twemproxy refuses -1
 _ABSOLUTE_LIMIT = 2**31 - 1  # memcached has 32 bits for a time; later means never
 _MAX_EXPIRE = 2**62  # seconds
 _NO_TOKEN = b"%d" % (2**64 - 1)  # no item has it, so a `cas` with it changes nothing
@@ -115,12 +115,12 @@ _FORMAT = 2
 
 _STORED, _NOT_STORED, _EXISTS = b"STORED", b"NOT_STORED", b"EXISTS"
 _NOT_FOUND, _TOUCHED, _DELETED = b"NOT_FOUND", b"TOUCHED", b"DELETED"
-_REFUSAL = re.compile(rb"(?i)out of memory|object too large")
+_REFUSAL = re.compile(rb"(?i)NOT_STORED|out of memory|object too large")
 
 _CLOSED = ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, MemcacheClosed
 
-# Errors that a damaged manifest may cause. A signal handler may raise any other error,
-# which passes through.
+# Errors that a damaged manifest may cause. Any other, as of a signal's handler, passes
+# through.
 _BAD_MANIFEST = ValueError, TypeError, LookupError, AttributeError, RecursionError
 
 _log = logging.getLogger("memchunk")
@@ -171,8 +171,8 @@ class FileNotFound(CacheMiss, KeyError, FileNotFoundError):
 
 
 class FileEvicted(CacheMiss):
-    """memcached evicted chunks of the file. info: FileInfo. missing: indices of missing
-    chunks, as far as they were asked for."""
+    """memcached evicted chunks of the file. info: FileInfo. missing: indices of chunks
+    that were asked for and are gone."""
 
     def __init__(self, name: str, info: FileInfo, missing: list[int]) -> None:
         self.info, self.missing = info, missing
@@ -221,7 +221,7 @@ class SizeMismatch(MemchunkError, ValueError):
 
 class FileCorrupt(MemchunkError):
     """A chunk is damaged, or the manifest if `index` is None. reason: "" for damage,
-    else it tells the format of a sound manifest that a later memchunk wrote."""
+    else the unknown format of a sound manifest, which a later memchunk wrote."""
 
     def __init__(self, name: str, index: int | None, reason: str = "") -> None:
         self.index, self.reason = index, reason
@@ -234,7 +234,7 @@ class FileCorrupt(MemchunkError):
 class CacheFull(MemchunkError):
     """The server would not keep the file.
 
-    missing: indices of chunks that are gone; empty if it refused an item. cause: by the
+    missing: indices of chunks that are gone, if that is the symptom. cause: by the
     server's `stats`, "memory" (-m is smaller than the file), "item size" (-I is too
     small), "pressure" (other files, or pages for items of other sizes, fill the
     memory), "contention" (others changed the manifest 100 times), or "unknown"."""
@@ -301,7 +301,7 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
         if chunk_size is not None and not 1 <= operator.index(chunk_size) <= _MAX_CHUNK:
             raise ValueError(f"chunk_size is 1 to {_MAX_CHUNK} bytes")
         if operator.index(max_size) < 0:
-            raise ValueError("max_size is a number of bytes")
+            raise ValueError("max_size is 0 or more bytes")
         self.namespace, self.max_size, self.lease = namespace, max_size, _lease(lease)
         self._chunk_size = chunk_size and int(chunk_size)
         self._given = client
@@ -312,10 +312,8 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
 
     def _connect(self) -> None:
         """Take the client, or make one for an address."""
-        is_address = isinstance(self._given, str)
-        self.client = (
-            _own_client(self._given) if is_address else _checked_client(self._given)
-        )
+        make = _own_client if isinstance(self._given, str) else _checked_client
+        self.client = make(self._given)
         self._servers: dict[int, _Server] = {}
         self._pid = os.getpid()
 
@@ -352,7 +350,7 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
         the end if another writer was quicker. A file that lost chunks is replaced. Also
         raises FileTooLarge; SizeMismatch; CacheFull; FileCorrupt for a file of a later
         format; TypeError for text; ValueError for parts of different chunk sizes. After
-        an error, nothing new is stored."""
+        an error, nothing new is stored, unless it is CacheUnavailable."""
         return _Write(self, "add", name, size, expire, metadata, parts).run(source)
 
     def set(
@@ -365,9 +363,9 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
         metadata: bytes = b"",
         parts: Sequence[str] = (),
     ) -> FileInfo:
-        """Store a file, or replace it. Readers get the old file until this returns, or
-        if it raises. If memory can't hold both, the old file's chunks are deleted
-        first, and readers get FileEvicted.
+        """Store a file, or replace it. Readers get the old file or the new one, whole.
+        If memory can't hold both, the old one's chunks are deleted first, and readers
+        get FileEvicted.
         Arguments and errors are those of `add`, except FileExists and FileCorrupt."""
         return _Write(self, "set", name, size, expire, metadata, parts).run(source)
 
@@ -438,8 +436,9 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
         """The file, or else the bytes that `make()` returns, which become the file. One
         caller at a time runs `make`. The others wait for the file, for up to `lock`
         seconds, and then run it, too. If the cache is down or full, or the file is
-        damaged, callers still get bytes, and the file is stored if it can be."""
-        # Made now, as it refuses bad options before `make` does its work.
+        damaged, callers still get bytes, and the file is stored if it can be. Raises
+        FileTooLarge, and the errors of `make`."""
+        # It refuses bad options, so it is made before `make` does its work.
         write = _Write(self, "set", name, None, expire, metadata, ())
         return self._get_or_make(write, make, _lease(lock))
 
@@ -452,11 +451,11 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
                 while (now := time.monotonic()) < deadline:
                     with contextlib.suppress(CacheMiss, FileCorrupt, FileChanged):
                         return self.get(write.entry.name)
-                    if now < lock_end:
+                    if now < lock_end:  # it is ours, and we have looked again
                         break
                     end = time.monotonic() + lock
                     if write.entry.take_lock(lock):
-                        # Look again: its last owner may have stored the file.
+                        # Its last owner may have stored the file, so look again.
                         lock_end = end
             data = make()
             with contextlib.suppress(CacheUnavailable, CacheFull):
@@ -504,7 +503,7 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
                     entry.explain(old, missing)
             elif entry.replace(found, new.pack(), end):
                 entry.touch(keys, chunks_end)
-                # If another touch came in between, its end may be later: no end again.
+                # Another touch may have come in between, with a later end.
                 if keys and entry.lookup().manifest not in (None, new):
                     entry.touch(keys, 0)
                 return new.info
@@ -538,11 +537,6 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
         """Close the client's connections. The next call opens new ones."""
         self.client.close()
 
-    def _key(self, encoded: bytes) -> str:
-        # Proxies that hash only the text in braces, or before "|#|", keep a file on one
-        # server. No part of a name enters a key.
-        return f"{self.namespace}:{{{hashlib.sha256(encoded).hexdigest()}}}"
-
     def _entry(self, name: str) -> _Entry:
         """The items of a file. Raises InvalidName."""
         encoded = name.encode(errors="ignore") if isinstance(name, str) else b""
@@ -551,7 +545,9 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
         # A child must not talk on its parent's connections: replies would get mixed.
         if self._pid != os.getpid() and isinstance(self._given, str):
             self._connect()
-        key = self._key(encoded)
+        # Proxies that hash only the text in braces, or before "|#|", keep a file on one
+        # server. No part of a name enters a key.
+        key = f"{self.namespace}:{{{hashlib.sha256(encoded).hexdigest()}}}"
         for_key = getattr(self.client, "for_key", None)
         client = for_key(key) if for_key else self.client
         return _Entry(self._server(client), name, key)
@@ -613,7 +609,7 @@ class _Manifest:
         try:
             seal, body = bytes(value[:4]), bytes(value[4:])
             if seal != zlib.crc32(body).to_bytes(4, "big"):
-                raise ValueError("the CRC is another")
+                raise ValueError("the CRC is wrong")
             line, _, rest = body.partition(b"\n")
             fields = json.loads(line.decode())
             number = fields.pop("format")
@@ -641,7 +637,7 @@ class _Manifest:
             and len(set(keys)) == len(keys)
             and 0 < self.chunk_size <= _MAX_CHUNK
             and sum(counts) == chunks <= _MAX_CHUNKS
-            and not (chunks and self.data)
+            and len(self.data) in (0, self.size)
         )
         if not is_sound:
             raise ValueError("the manifest contradicts itself")
@@ -655,7 +651,7 @@ def _parsed(parts: Sequence[str]) -> tuple[_Segments, int]:
     sizes, keys = {size for _, _, size in found}, {key for key, _, _ in found}
     is_size = all(1 <= size <= _MAX_CHUNK for size in sizes)
     if len(keys) != len(parts) or len(sizes) > 1 or not is_size:
-        raise ValueError("these are no parts of one upload, from `stage`")
+        raise ValueError("parts must come from `stage`, for one upload")
     return [(key, count) for key, count, _ in found if count], max(sizes, default=0)
 
 
@@ -687,11 +683,11 @@ class _Segment:
         if not self.chunk_size:
             self.chunk_size = self.cache._chunk_size or item - _HEADER.size - _AROUND
         self.batch_size = self.chunk_size * max(1, _WRITE_BATCH // self.chunk_size)
-        # The file takes more than half of the memory.
+        # Whether the file takes more than half of the memory.
         self.is_tight = 2 * size > self.memory
 
     def check(self, length: int) -> None:
-        """Raise if the file may not be as long as it is already."""
+        """Raise if `length` bytes of the file are too many."""
         name, limit = self.entry.name, self.chunk_size * _MAX_CHUNKS
         limit = min(limit, self.cache.max_size)
         if length > limit:
@@ -725,7 +721,7 @@ class _Segment:
         is_published = set(self.parts).intersection(self.entry.lookup().segments)
         if is_published or not self.is_tight:
             return self.entry.missing(keys)
-        self.entry.touch(keys, self.lease)  # keep them active, as `send` does
+        self.entry.touch(keys, self.lease)  # twice, which keeps them active in the LRU
         return self.entry.touch(keys, self.lease)
 
     def keys(self) -> list[str]:
@@ -736,38 +732,36 @@ class _Segment:
         """Store a batch of chunks on the lease. Raises CacheFull.
 
         end: the final expiry if this is the last batch. If memory is not tight, all
-        chunks of the file get it in the same round trip. Returns whether they did.
-
-        A full cache evicts new chunks first, unless two touches make them active in its
-        LRU. If every write did so, a large cache would lose an eighth of its files."""
-        chunks, deadline = list(self._commands(batch)), time.monotonic() + _PATIENCE
-        while True:
-            touched, expiry = [chunk.key for chunk in chunks] * 2, self.lease
-            if not self.is_tight:
-                touched, expiry = ([], 0) if end is None else (self.keys(), end)
-            touches = [_Command("touch", key, expiry) for key in touched]
+        chunks of the file get it in the same round trip. Returns whether they did."""
+        chunks = list(self._commands(batch))
+        if not self.is_tight:
+            keys = [] if end is None else self.keys()
+            touches = [_Command("touch", key, end or 0) for key in keys]
             replies = self.entry.run([*chunks, *touches])
-            lost, said = self._lost(chunks, replies)
-            if not lost:
-                is_settled = bool(touched) and not self.is_tight
-                return is_settled and _NOT_FOUND not in replies
-            if time.monotonic() > deadline or "too large" in said:
-                indices = [] if said else [self.keys().index(c.key) for c in lost]
-                raise self.cache_full(indices, said)
-            chunks, self.is_tight = lost, True
-            time.sleep(_PAUSE)
+            if not self.entry.refusal(replies):
+                return bool(touches) and _NOT_FOUND not in replies
+            chunks = [chunk for chunk, said in zip(chunks, replies) if said != _STORED]
+            self.is_tight = True
+        self._store_until_kept(chunks)
+        return False
 
-    def _lost(
-        self, chunks: list[_Command], replies: list[bytes]
-    ) -> tuple[list[_Command], str]:
-        """The chunks that the server refused, or has evicted already, and its words."""
-        refusals = list(filter(_REFUSAL.search, replies))
-        others = set(replies).difference(refusals)
-        self.entry.expect(others, _STORED, _NOT_STORED, _TOUCHED, _NOT_FOUND)
-        last = replies[-len(chunks) :] if self.is_tight else replies
-        good = _STORED, _TOUCHED
-        lost = [chunk for chunk, reply in zip(chunks, last) if reply not in good]
-        return lost, refusals[0].decode() if refusals else ""
+    def _store_until_kept(self, chunks: list[_Command]) -> None:
+        """A full cache evicts new chunks first, unless two touches make them active in
+        its LRU. If every write did so, a large cache would lose an eighth of its
+        files."""
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            touches = [_Command("touch", chunk.key, self.lease) for chunk in chunks] * 2
+            replies = self.entry.run([*chunks, *touches])
+            refusal = self.entry.refusal(replies)
+            last = replies[-len(chunks) :]
+            chunks = [chunk for chunk, said in zip(chunks, last) if said != _TOUCHED]
+            if not chunks:
+                return
+            if time.monotonic() > deadline or "too large" in refusal:
+                missing = [] if refusal else [self.keys().index(c.key) for c in chunks]
+                raise self.cache_full(missing, refusal)
+            time.sleep(_PAUSE)
 
     def _commands(self, batch: memoryview) -> Iterator[_Command]:
         """The commands that store a batch."""
@@ -868,9 +862,10 @@ class _Write(_Segment):
         least = max(self.size or 0, self.length)
         self.check(least)
         self.total = -(-(least - self.length) // self.chunk_size)
-        manifest = len(self._manifest().pack()) if self.metadata else 0
-        if manifest + self.inline_limit + _AROUND > self.largest:
-            raise self.entry.cache_full(0, "its manifest is too large")
+        if self.largest < _DEFAULT_ITEM:  # in others it fits
+            manifest = len(self._manifest().pack()) + self.inline_limit
+            if manifest + _AROUND > self.largest:
+                raise self.entry.cache_full(0, "its manifest is too large")
         return found
 
     def _look_up(self) -> _Found:
@@ -896,16 +891,15 @@ class _Write(_Segment):
                 old = self._look_up()  # another may have reused chunks meanwhile
                 self.entry.delete_segments(old.segments, self.parts)
                 old = old._replace(manifest=None)
-            if len(batch) == self.length <= self.inline_limit:
+            end, has_ended = None, len(batch) < self.batch_size
+            if has_ended and len(batch) == self.length <= self.inline_limit:
                 self.data = bytes(batch)
                 continue
-            end = None
-            if len(batch) < self.batch_size:  # the source has ended
+            if has_ended:
                 end = self.entry.exptimes(self.expire)[1]
                 if not self.count:
                     self.total = -(-len(batch) // self.chunk_size)
             is_settled = self.send(batch, end)
-            del batch  # before the next one is gathered
         if self.size not in (None, self.length):
             raise SizeMismatch(self.entry.name, self.size or 0, self.length)
         return is_settled
@@ -976,7 +970,7 @@ class CachedFile(io.RawIOBase):
         """Verified payloads of chunks, by their numbers."""
         if not self._chunks:
             return {0: memoryview(self._manifest.data)}
-        held, payload = self._held  # at once: other threads may read, too
+        held, payload = self._held  # in one step, because other threads may read, too
         keys = {self._chunks[each][0]: each for each in numbers if each != held}
         entry = self._cache._entry(self.info.name)  # made now, after any fork
         payloads = {held: payload}
@@ -1007,7 +1001,7 @@ class CachedFile(io.RawIOBase):
         """Fill `buffer`; fewer bytes than it holds only at the end of the file."""
         self._checkClosed()
         filled = 0
-        # `with` releases the view after an error, too. Its traceback would keep it.
+        # The traceback of an error would keep the view. `with` releases it.
         with memoryview(buffer).cast("B") as target:
             start = self._position
             for piece in self.chunks(start, start + len(target)):
@@ -1119,15 +1113,13 @@ class _Entry:
 
     def touch(self, keys: Sequence[str], exptime: int) -> list[int]:
         """Set the expiry of chunks; return the positions of the keys that are gone."""
-        commands = [_Command("touch", key, exptime) for key in keys]
-        return self._absent(self.run(commands), _TOUCHED)
+        return self._absent([_Command("touch", key, exptime) for key in keys])
 
     def missing(self, keys: Sequence[str]) -> list[int]:
         """The positions of the keys that are gone. A `cas` that can't succeed asks for
         them. Every proxy knows it, and it neither reads a chunk nor changes its
         expiry."""
-        commands = [_Command("cas", key, token=_NO_TOKEN) for key in keys]
-        return self._absent(self.run(commands), _EXISTS)
+        return self._absent([_Command("cas", key, token=_NO_TOKEN) for key in keys])
 
     def is_whole(self, found: _Found) -> bool:
         """Whether all chunks of the file are there."""
@@ -1158,11 +1150,9 @@ class _Entry:
     def explain(self, manifest: _Manifest, missing: list[int]) -> NoReturn:
         """Raise the reason for missing chunks: FileChanged or FileEvicted."""
         found = self.lookup()
-        if found.damage:
-            raise found.damage
-        current = found.manifest.version if found.manifest else None
-        if current != manifest.version:
-            raise FileChanged(self.name, manifest.version, current)
+        if found.value is None:
+            raise FileChanged(self.name, manifest.version, None)
+        found.require(manifest.version)
         raise FileEvicted(self.name, manifest.info, missing)
 
     def exptimes(self, expire: int) -> tuple[int, int]:
@@ -1180,7 +1170,7 @@ class _Entry:
         server = self.server
         if not server.settings and time.monotonic() >= server.silent_until:
             server.settings = self._ask_settings()
-            # If it told nothing: some close the connection, so don't ask each time.
+            # Some servers close the connection then, so don't ask at each write.
             server.silent_until = time.monotonic() + _ASK_AGAIN
         told = server.settings
         value = told.get(b"item_size_max", _DEFAULT_ITEM)
@@ -1250,15 +1240,14 @@ class _Entry:
         at the first refusal, while the server goes on to store what is behind it."""
         if not commands or not hasattr(self.client, "pipeline"):
             return [self.ask(command.call, again) for command in commands]
-        wires = functools.partial(map, _Command.wire, commands)
-        return list(self.ask(lambda client: client.pipeline(wires()), again))
+        wire = _Command.wire
+        return list(self.ask(lambda c: c.pipeline(map(wire, commands)), again))
 
     def ask(self, command: Callable[[Any], Any], again: bool = True) -> Any:
-        """Have the client do a command. Its errors become CacheUnavailable.
-        again: repeat the command if the server has closed the connection. After a
-        restart, it has closed all that idle in a pool."""
+        """Have the client do a command. Its errors become CacheUnavailable. again: if
+        the server has closed the connection, repeat. A restart closes all of a pool."""
         pool = getattr(self.client, "client_pool", None)
-        retries = 1 + len(getattr(pool, "free", ())) if again else 0
+        retries = (1 + len(getattr(pool, "free", ()))) if again else 0
         while True:
             try:
                 result = command(self.client)
@@ -1270,7 +1259,9 @@ class _Entry:
                 retries -= 1
                 if retries < 0 or not isinstance(error, _CLOSED):
                     self.server.note(error)
-                    raise self.unavailable(_reason(error)) from error
+                    said = f"{type(error).__name__}: {error}".strip(": ")
+                    said = _OLD if isinstance(error, MemcacheUnknown) else said
+                    raise self.unavailable(said) from error
             except BaseException as error:
                 # Close the connection, or the next command reads the rest of this
                 # reply. After an Exception pymemcache's Client does so itself.
@@ -1278,13 +1269,20 @@ class _Entry:
                     self.client.close()
                 raise
 
-    def _absent(self, replies: list[bytes], there: bytes) -> list[int]:
-        """The positions of NOT_FOUND in replies of which the others say `there`."""
-        self.expect(replies, there, _NOT_FOUND)
+    def _absent(self, commands: list[_Command]) -> list[int]:
+        """The positions of the commands that did not find their item."""
+        replies = self.run(commands)
+        self.expect(replies, _TOUCHED, _EXISTS, _NOT_FOUND)
         return [at for at, reply in enumerate(replies) if reply == _NOT_FOUND]
 
+    def refusal(self, replies: list[bytes]) -> str:
+        """The server's words if it refused a chunk, else ""."""
+        refusals = list(filter(_REFUSAL.search, replies))
+        self.expect({*replies} - {*refusals}, _STORED, _TOUCHED, _NOT_FOUND)
+        return refusals[0].decode() if refusals else ""
+
     def expect(self, replies: Iterable[bytes], *allowed: bytes) -> None:
-        """Raise for an unexpected reply: it must not count as a no."""
+        """Raise for an unexpected reply, which must not count as a no."""
         for reply in set(replies).difference(allowed):
             if _REFUSAL.search(reply):
                 raise self.cache_full(0, reply.decode())
@@ -1373,9 +1371,9 @@ def _own_client(address: str) -> PooledClient:
     """A client for an address. Raises ValueError."""
     form = r"unix:.+|/.+|([^][/\s:,@]+|\[[\w:.%]+\])(:\d{1,5})?"
     if not re.fullmatch(form, address):
-        forms = "host, host:port, [ipv6]:port or unix:/path"
+        forms = "write host, host:port, [ipv6]:port or unix:/path"
         advice = "mcpool.connect(...) takes several servers, TLS and passwords"
-        raise ValueError(f"{address!r} is not one server, {forms}; {advice}")
+        raise ValueError(f"{address!r} is no server's address; {forms}; {advice}")
     waits = {"connect_timeout": TIMEOUT, "timeout": TIMEOUT, "pool_idle_timeout": _IDLE}
     return PooledClient(address, no_delay=True, default_noreply=False, **waits)
 
@@ -1398,13 +1396,6 @@ def _address(client: Any) -> str:
     """The address of a client's server, for messages."""
     server = getattr(client, "server", None) or "an unknown address"
     return ":".join(map(str, server)) if isinstance(server, tuple) else str(server)
-
-
-def _reason(error: Exception) -> str:
-    """An error of a client, with its likely cause if there is one."""
-    if isinstance(error, MemcacheUnknown):
-        return _OLD
-    return f"{type(error).__name__}: {error}".strip(": ")
 
 
 # --- Sources --------------------------------------------------------------------------
@@ -1477,7 +1468,7 @@ def _seconds(expire: _Expire) -> int:
         seconds = expire.total_seconds()
         expire = math.ceil(seconds) if seconds >= 0 else -1
     if not 0 <= operator.index(expire) <= _MAX_EXPIRE:
-        raise ValueError("expire is a number of seconds from now, 0 for never")
+        raise ValueError("expire is 0 for never, or seconds from now")
     return int(expire)
 
 

@@ -321,7 +321,7 @@ def test_a_server_without_cas_is_a_clear_error(start_memcached: Start) -> None:
                 cache.set("file", data)
     client = Client(cache.client.server)
     with FileCache(client) as cache:
-        client.set(cache._key(b"file"), b"1", noreply=False)
+        client.set(cache._entry("file").key, b"1", noreply=False)
         for call in (cache.get, cache.stat, cache.delete, cache.__contains__):
             with refusal:
                 call("file")
