@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Callable
 
@@ -17,6 +17,7 @@ import pytest
 from pymemcache.client.base import Client, PooledClient
 from pymemcache.exceptions import MemcacheUnexpectedCloseError, MemcacheUnknownError
 
+import mcpool
 import memchunk
 from memchunk import FileCache
 from tests.faults import Once, Wrapped, raising
@@ -346,6 +347,34 @@ def test_a_write_that_is_interrupted_sends_nothing_more(
             struck.set("file", NEW)
         assert seen[-1] == command
         assert cache.get("file") == (NEW if command == "cas" else OLD)
+
+
+class Told(Wrapped):
+    """A pool whose server is or is not memcached's proxy. Lists lines of commands."""
+
+    def __init__(self, memcached: Memcached, proxy: bytes) -> None:
+        super().__init__(mcpool.connect(memcached.server))
+        self.lines: list[bytes] = []
+        self.stats = lambda *_: {b"proxy_enabled": proxy, b"maxbytes": b"67108864"}
+        self.for_key = lambda _: self
+
+    def pipeline(self, commands: Iterable[tuple[bytes, ...]]) -> list[bytes]:
+        made = list(commands)
+        self.lines += [line for line, *_ in made]
+        replies: list[bytes] = self.client.pipeline(made)
+        return replies
+
+
+@pytest.mark.parametrize(("proxy", "is_quick"), [(b"no", True), (b"yes", False)])
+def test_deletes_wait_for_replies_behind_a_proxy_that_garbles_noreply(
+    memcached: Memcached, proxy: bytes, is_quick: bool
+) -> None:
+    pool = Told(memcached, proxy)
+    with FileCache(pool, chunk_size=CHUNK) as cache:
+        cache.set("file", OLD)
+        cache.set("file", NEW)
+    deletes = [line for line in pool.lines if line.startswith(b"delete")]
+    assert [line.endswith(b" noreply\r\n") for line in deletes] == [is_quick] * 3
 
 
 class Replicated(Wrapped):
