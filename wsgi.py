@@ -66,7 +66,6 @@ __version__ = "1.0.0"
 
 MAX_NUMBER = 2**31 - 1  # that a setting may be
 MAX_EXPIRE = 2**31 - 1  # seconds that an upload may ask for, 68 years
-TOKEN_FILE_SECONDS = 1  # until MEMCHUNK_TOKEN_FILE is read again, if a token is wanted
 READY_SECONDS = 1.5  # that /readyz waits for servers
 READ_ATTEMPTS = 5  # of a download that a writer overtakes
 PREFLIGHT_AGE = "3600"  # seconds that a browser may rely on our answer
@@ -119,7 +118,7 @@ class Settings:
     public_read: bool = _row(False, most=1)  # reads need no token
     proxies: int = _row(0)  # how many in front set X-Forwarded-*; more is a risk
     hosts: str = _row("")  # a list of host names; ".a.example": those below, too
-    token_file: str = _row("")  # a file with tokens; it may change while we run
+    token_file: str = _row("")  # a file with tokens, one a line; read at the start
     chunk_size: int = _row(0, most=2**30)  # bytes; 0: the best for the server
     max_connections: int = _row(64, 1)  # to each server
     tls_ca: str = _row("")  # a file: whom to trust, instead of the system's authorities
@@ -213,43 +212,17 @@ def _items(variable: str, text: str, pattern: str, wanted: str) -> list[str]:
 # --- Who may do what: hosts, tokens, and pages of other sites -------------------------
 
 
-class Tokens:
-    """The tokens that clients may send: those of MEMCHUNK_TOKEN, and those in a file.
-
-    The file is read again while requests come, so that tokens change without an outage.
-    If it can't be read then, the last ones stay. At the start that is a SettingError.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        self._text, self._path = settings.token, settings.token_file
-        self._tokens, self._is_broken = self._read(), False
-
-    def __bool__(self) -> bool:
-        return bool(self._tokens)
-
-    def accept(self, sent: str) -> bool:
-        """Whether it is one of them. All are compared, so that time tells nothing."""
-        if self._path and time.monotonic() >= self._due:
-            try:
-                self._tokens, self._is_broken = self._read(), False
-            except SettingError as error:
-                if not self._is_broken:
-                    log.error("%s; the last tokens stay", error)
-                self._is_broken = True
-        given = sent.encode()
-        return sum(hmac.compare_digest(given, token) for token in self._tokens) > 0
-
-    def _read(self) -> list[bytes]:
-        self._due = time.monotonic() + TOKEN_FILE_SECONDS
-        form = "[!-~]+", "tokens of printable ASCII without spaces"
-        tokens = _items("MEMCHUNK_TOKEN", self._text, *form)
-        if self._path:
-            try:
-                text = pathlib.Path(self._path).read_text("utf-8-sig")
-            except (OSError, ValueError) as error:
-                raise SettingError(f"MEMCHUNK_TOKEN_FILE: {error}") from None
-            tokens += _items("MEMCHUNK_TOKEN_FILE", text or ",", *form)  # not empty
-        return [token.encode() for token in tokens]
+def _tokens(settings: Settings) -> list[bytes]:
+    """Those of MEMCHUNK_TOKEN, and those in a file. Raises SettingError."""
+    form = "[!-~]+", "tokens of printable ASCII without spaces"
+    tokens = _items("MEMCHUNK_TOKEN", settings.token, *form)
+    if settings.token_file:
+        try:
+            text = pathlib.Path(settings.token_file).read_text("utf-8-sig")
+        except (OSError, ValueError) as error:
+            raise SettingError(f"MEMCHUNK_TOKEN_FILE: {error}") from None
+        tokens += _items("MEMCHUNK_TOKEN_FILE", text or ",", *form)  # not empty
+    return [token.encode() for token in tokens]
 
 
 def _sent_token(request: Request) -> str:
@@ -314,7 +287,7 @@ class Access:
     """Each method raises Problem unless a request may go on."""
 
     def __init__(self, settings: Settings, cors: Cors) -> None:
-        self.tokens, self._cors = Tokens(settings), cors
+        self.tokens, self._cors = _tokens(settings), cors
         given, wanted = settings.hosts.lower(), "host names without a port"
         hosts = _items("MEMCHUNK_HOSTS", given, HOST, wanted)
         self._hosts = [host.strip("[]") for host in hosts]
@@ -337,7 +310,9 @@ class Access:
         """Reads may be public. An upload's address is no link to a file."""
         is_read = request.method in READS and _area(request) == "files"
         is_open = not self.tokens or (is_read and self._public_read)
-        if is_open or self.tokens.accept(_sent_token(request)):
+        sent = _sent_token(request).encode()
+        # All are compared, so that time tells nothing.
+        if is_open or sum(hmac.compare_digest(sent, each) for each in self.tokens):
             return
         # A browser that follows a link asks its user, but not in a script's request.
         scheme = "Basic" if request.wants_html else "Bearer"
