@@ -27,7 +27,6 @@ import functools
 import hashlib
 import hmac
 import html
-import importlib.util
 import itertools
 import logging
 import os
@@ -43,7 +42,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent import futures
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 from werkzeug.http import http_date
@@ -58,7 +57,9 @@ import memchunk
 from httpfiles import Environ, FileRequest, Headers, Problem, SentFile, require
 from memchunk import FileCache, FileInfo
 
-if TYPE_CHECKING:
+# Optional. If Python finds another module of this name first, the start fails.
+HAS_TUS = pathlib.Path(__file__).with_name("tus.py").exists()
+if HAS_TUS:
     import tus
 
 __all__ = ["Application", "SettingError", "Settings"]
@@ -366,7 +367,7 @@ class Application:
         self.cache, self.settings = cache, settings or Settings()
         self.cors = Cors(self.settings)
         self.access = Access(self.settings, self.cors)
-        self.uploads = _uploads(self)
+        self.uploads = tus.Uploads(self) if HAS_TUS else None
         self.pages = Pages(self)
         self.handlers = self.routes()
         # How many proxies set X-Forwarded-For, -Proto, -Host, -Port and -Prefix.
@@ -701,20 +702,6 @@ def _problem_of(error: Exception) -> Problem:
     if isinstance(error, UnicodeEncodeError):  # in a path that is not Latin-1
         return Problem(400, "The request is not valid.")
     return Problem(*httpfiles.ERRORS[memchunk.MemchunkError])
-
-
-def _uploads(application: Application) -> tus.Uploads | None:
-    """Resumable uploads, if tus.py lies beside this file. PyPI has another tus."""
-    beside = pathlib.Path(__file__).with_name("tus.py")
-    if not beside.exists():
-        return None
-    found = importlib.util.find_spec("tus")
-    if not (found and found.origin and beside.samefile(found.origin)):
-        log.warning("no resumable uploads: 'import tus' finds another than %s", beside)
-        return None
-    import tus  # noqa: PLC0415
-
-    return tus.Uploads(application)
 
 
 # --- Pages for browsers ---------------------------------------------------------------
