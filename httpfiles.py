@@ -67,9 +67,9 @@ def require(condition: object, status: int, detail: str) -> None:
         raise Problem(status, detail)
 
 
-# The answers to errors of the library; `problem_of` has two more. The library's own
-# texts, which name servers, are logged.
-ERRORS: dict[type[memchunk.MemchunkError], tuple[int, str]] = {
+# The answers to errors; `problem_of` has two more. The errors' own texts, which name
+# servers, are logged.
+ERRORS: dict[type[Exception], tuple[int, str]] = {
     memchunk.InvalidName: (400, "A name is 1 to 1024 bytes of UTF-8."),
     memchunk.SizeMismatch: (400, "The body isn't as long as announced. Send it again."),
     memchunk.FileNotFound: (404, "No such file. It may have expired or been evicted."),
@@ -78,11 +78,15 @@ ERRORS: dict[type[memchunk.MemchunkError], tuple[int, str]] = {
     memchunk.FileChanged: (412, "It has changed. Get its new ETag, and decide again."),
     memchunk.CacheUnavailable: (503, "The cache did not answer. Try again soon."),
     memchunk.CacheFull: (507, "The cache has no room. Try later, or a smaller file."),
-    memchunk.MemchunkError: (500, "Something is wrong with this server. See its log."),
+    UnicodeEncodeError: (400, "The request is not valid."),  # in a path beyond Latin-1
+    Exception: (500, "Something is wrong with this server. See its log."),
 }
 
 
-def problem_of(error: memchunk.MemchunkError) -> Problem:
+def problem_of(error: Exception) -> Problem:
+    """The answer to any error."""
+    if isinstance(error, Problem):
+        return error
     if isinstance(error, memchunk.FileTooLarge):
         return too_large(error.limit)
     if isinstance(error, memchunk.FileCorrupt):  # it tells damage or an unknown format

@@ -54,7 +54,7 @@ from werkzeug.wsgi import ClosingIterator
 import httpfiles
 import mcpool
 import memchunk
-from httpfiles import Environ, FileRequest, Headers, Problem, SentFile, require
+from httpfiles import ERRORS, Environ, FileRequest, Headers, Problem, SentFile, require
 from memchunk import FileCache, FileInfo
 
 # Optional. If Python finds another module of this name first, the start fails.
@@ -309,7 +309,7 @@ class Access:
 
     def check_token(self, request: FileRequest) -> None:
         """Reads may be public. An upload's address is no link to a file."""
-        is_read = request.method in READS and _area(request) == "files"
+        is_read = request.method in READS and request.path.startswith("/files")
         is_open = not self.tokens or (is_read and self._public_read)
         sent = _sent_token(request).encode()
         # All are compared, so that time tells nothing.
@@ -380,7 +380,7 @@ class Application:
             "/": {"GET": self.pages.get, "HEAD": self.pages.get},
             "/healthz": {"GET": self.get_health, "HEAD": self.get_health},
             "/readyz": {"GET": self.get_readiness, "HEAD": self.get_readiness},
-            "/files": {"POST": self.post_files},
+            "/files": {"POST": self.post_file},
             "/files/": {
                 "POST": self.post_file,
                 "PUT": self.put_file,
@@ -402,14 +402,14 @@ class Application:
             request = FileRequest(environ, body)
             response = self.dispatch(request)
         except Exception as error:
-            problem = _problem_of(error)
+            problem = httpfiles.problem_of(error)
             call.log_failure(request, problem, error)
             response = self.failed(request, problem)
         response.headers.setdefault("X-Content-Type-Options", "nosniff")
         response.headers["X-Request-Id"] = call.id
         if "uwsgi.version" in environ:  # all other hosts send a Date by themselves
             response.headers["Date"] = http_date()
-        if self.uploads and _area(request) == "uploads":
+        if self.uploads and f"{request.path}/".startswith("/uploads/"):
             response.headers.update(self.uploads.headers)
         self.cors.share(request, response)
         # After the answer, since a client may wait for it before it sends more.
@@ -462,7 +462,7 @@ class Application:
         title = httpfiles.TITLES.get(problem.status, "Error")
         stored = [self.stored_line(request, info) for info in request.stored]
         lines = [html.escape(problem.detail), *(f"Stored: {each}" for each in stored)]
-        headers = {**problem.headers, **httpfiles.NO_STORE}
+        headers = problem.headers
         return self.pages.message(request, title, lines, problem.status, headers)
 
     def get_health(self, request: Request) -> Response:
@@ -478,15 +478,12 @@ class Application:
 
     # Handlers of uploads
 
-    def post_files(self, request: FileRequest) -> Response:
-        """Store the body, or each file of a form, under a name of 128 random bits: who
-        doesn't know it can't find the file."""
-        httpfiles.check_preconditions(request, None)
-        return self.store(request, "", self.cache.add, 201)
-
-    def post_file(self, request: FileRequest, name: str) -> Response:
+    def post_file(self, request: FileRequest, name: str = "") -> Response:
+        """Create the file. Without a name, each file of the body gets one of 128 random
+        bits: who doesn't know it can't find the file."""
         if httpfiles.is_conditional(request):
-            httpfiles.check_preconditions(request, self.replaceable(request, name))
+            current = self.replaceable(request, name) if name else None
+            httpfiles.check_preconditions(request, current)
         return self.store(request, name, self.cache.add, 201)
 
     def put_file(self, request: FileRequest, name: str) -> Response:
@@ -568,7 +565,7 @@ class Application:
     def stored_response(self, request: FileRequest, status: int) -> Response:
         """For one file its JSON, for several a list; for a form that a browser sent
         without the page's script, a page."""
-        infos, headers = request.stored, dict(httpfiles.NO_STORE)
+        infos, headers = request.stored, {}
         if len(infos) == 1:
             headers["ETag"] = f'"{infos[0].version}"'
             if status == 201:
@@ -601,7 +598,7 @@ class Application:
     def get_file(self, request: FileRequest, name: str) -> Response:
         if request.query_value("info") is not None:
             info = self.cache.stat(name)
-            self.check_complete(info)
+            require(name in self.cache, *ERRORS[memchunk.FileEvicted])
             return httpfiles.json_response(self.describe(request, info))
         for _ in range(READ_ATTEMPTS):
             with contextlib.suppress(memchunk.FileChanged):
@@ -617,7 +614,7 @@ class Application:
             del headers["Content-Disposition"]  # RFC 9110, 15.4.5
             return httpfiles.empty_response(headers, 304)
         if request.method == "HEAD":
-            self.check_complete(info)
+            require(info.name in self.cache, *ERRORS[memchunk.FileEvicted])
             return httpfiles.file_response(request, headers, info.size, [])
         part = self.part_to_send(request, info)
         # All, and verified, before the first byte is sent; in pieces, since some hosts
@@ -634,11 +631,6 @@ class Application:
             headers = {"Accept-Ranges": "bytes"}
             raise Problem(403, detail, headers, size=info.size, limit=limit)
         return part and (part[0], min(part[1], part[0] + limit))
-
-    def check_complete(self, info: FileInfo) -> None:
-        """Raise if a chunk of the file is gone. None is read or verified."""
-        if info.name not in self.cache:
-            raise Problem(*httpfiles.ERRORS[memchunk.FileEvicted])
 
     def patch_file(self, request: FileRequest, name: str) -> Response:
         expire = request.query_value("expire")
@@ -677,11 +669,6 @@ def _check_whole(request: Request) -> None:
     require(not is_part, 400, "A part can't be stored as a file. Send the file whole.")
 
 
-def _area(request: Request) -> str:
-    """The first part of the address: a token guards "files" and "uploads"."""
-    return request.path.split("/")[1]
-
-
 def _redirect_to_slash(request: Request) -> Response:
     """Lead from /store, where the application is mounted, to /store/.
 
@@ -691,17 +678,6 @@ def _redirect_to_slash(request: Request) -> Response:
     query = request.environ.get("QUERY_STRING")
     location = f"{folder}/?{query}" if query else f"{folder}/"
     return httpfiles.empty_response({"Location": location}, 308)
-
-
-def _problem_of(error: Exception) -> Problem:
-    """The answer to any error."""
-    if isinstance(error, Problem):
-        return error
-    if isinstance(error, memchunk.MemchunkError):
-        return httpfiles.problem_of(error)
-    if isinstance(error, UnicodeEncodeError):  # in a path that is not Latin-1
-        return Problem(400, "The request is not valid.")
-    return Problem(*httpfiles.ERRORS[memchunk.MemchunkError])
 
 
 # --- Pages for browsers ---------------------------------------------------------------
@@ -748,8 +724,8 @@ class Pages:
         items = "\n".join(f"<li><div>{line}</div></li>" for line in [*lines, home])
         body = f"<main>\n<h1>{title}</h1>\n<ul>\n{items}\n</ul>\n</main>"
         page = f"{head}<body>\n{body}\n</body>\n</html>\n"
-        headers = {"Vary": "Accept", "Content-Type": "text/html; charset=utf-8"}
-        return Response(page, status, {**self._headers, **more, **headers})
+        headers = {**self._headers, **httpfiles.NO_STORE, "Vary": "Accept", **more}
+        return Response(page, status, headers, mimetype="text/html")
 
 
 def _hashes(tag: str, page: str) -> str:
