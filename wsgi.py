@@ -421,8 +421,6 @@ class Application:
         """Check the request, in this order, and have a handler answer it."""
         # 1. The host, before anything is told to a page that came by DNS rebinding.
         self.access.check_host(request)
-        if not request.environ.get("PATH_INFO") and request.root_path.strip("/"):
-            return _redirect_to_slash(request)
         area, _, name = request.path[1:].partition("/")
         handlers = self.handlers.get(f"/{area}/" if name else f"/{area}", {})
         # 2. A preflight: it never has a token.
@@ -669,17 +667,6 @@ def _check_whole(request: Request) -> None:
     require(not is_part, 400, "A part can't be stored as a file. Send the file whole.")
 
 
-def _redirect_to_slash(request: Request) -> Response:
-    """Lead from /store, where the application is mounted, to /store/.
-
-    The Location is relative, so that it holds behind a proxy that puts more before it.
-    """
-    folder = quote(request.root_path.rstrip("/").rpartition("/")[2])
-    query = request.environ.get("QUERY_STRING")
-    location = f"{folder}/?{query}" if query else f"{folder}/"
-    return httpfiles.empty_response({"Location": location}, 308)
-
-
 # --- Pages for browsers ---------------------------------------------------------------
 
 EXPIRES = (3600, 86400, 7 * 86400, 30 * 86400)  # seconds that the page offers
@@ -709,6 +696,10 @@ class Pages:
 
     def get(self, request: Request) -> Response:
         """The same for every request: its addresses are relative to its own."""
+        folder = request.root_path.rstrip("/").rpartition("/")[2]
+        if folder and not request.environ.get("PATH_INFO"):
+            # From /store, where the application is mounted, to /store/.
+            return httpfiles.empty_response({"Location": f"{quote(folder)}/"}, 308)
         response = Response(self._upload, headers=self._headers, mimetype="text/html")
         response.add_etag()
         response.make_conditional(request)
