@@ -65,8 +65,7 @@ if HAS_TUS:
 __all__ = ["Application", "SettingError", "Settings"]
 __version__ = "1.0.0"
 
-MAX_NUMBER = 2**31 - 1  # that a setting may be
-MAX_EXPIRE = 2**31 - 1  # seconds that an upload may ask for, 68 years
+MAX_NUMBER = 2**31 - 1  # that a setting may be, or an `expire`: 68 years in seconds
 READY_SECONDS = 1.5  # that /readyz waits for servers
 READ_ATTEMPTS = 5  # of a download that a writer overtakes
 PREFLIGHT_AGE = "3600"  # seconds that a browser may rely on our answer
@@ -140,7 +139,7 @@ class Settings:
             if variable in environ
         }
         settings = cls(**values)
-        Access(settings, Cors(settings))  # this checks their lists
+        Access(settings)  # this checks their lists
         return settings
 
     @property
@@ -239,8 +238,9 @@ def _sent_token(request: Request) -> str:
     return ""
 
 
-class Cors:
-    """What pages of MEMCHUNK_ORIGINS may do: https://fetch.spec.whatwg.org/#cors."""
+class Access:
+    """Who may do what. Each `check_` method raises Problem unless a request may go on.
+    For pages of MEMCHUNK_ORIGINS see https://fetch.spec.whatwg.org/#cors."""
 
     # What such a page may read of an answer, besides what every page may.
     EXPOSED = (
@@ -252,48 +252,13 @@ class Cors:
     )
 
     def __init__(self, settings: Settings) -> None:
-        given, wanted = settings.origins.lower(), "origins like https://example.com"
-        self._origins = _items("MEMCHUNK_ORIGINS", given, ORIGIN, wanted)
-
-    def shared_origin(self, request: Request) -> str | None:
-        """What to call the origin of a page that may use the API from elsewhere; else
-        None."""
-        origin = request.headers.get("Origin", "")
-        if origin and "*" in self._origins:
-            return "*"
-        return origin if origin.lower() in self._origins else None
-
-    def is_preflight(self, request: Request) -> bool:
-        """Whether a browser asks, without the token, if such a page may go on."""
-        asks = "Access-Control-Request-Method" in request.headers
-        is_options = request.method == "OPTIONS"
-        return is_options and asks and self.shared_origin(request) is not None
-
-    def share(self, request: Request, response: Response) -> None:
-        """Let such a page see the answer."""
-        origin, headers = self.shared_origin(request), response.headers
-        if origin:
-            headers["Access-Control-Allow-Origin"] = origin
-            headers["Access-Control-Expose-Headers"] = self.EXPOSED
-        if self.is_preflight(request):
-            wanted = request.headers.get("Access-Control-Request-Headers", "")
-            headers["Access-Control-Allow-Methods"] = headers.get("Allow", "")
-            headers["Access-Control-Allow-Headers"] = wanted if wanted.isascii() else ""
-            headers["Access-Control-Max-Age"] = PREFLIGHT_AGE
-        if self._origins and "*" not in self._origins:
-            response.vary.add("Origin")
-
-
-class Access:
-    """Each method raises Problem unless a request may go on."""
-
-    def __init__(self, settings: Settings, cors: Cors) -> None:
-        self.tokens, self._cors = _tokens(settings), cors
+        self.tokens, self._public_read = _tokens(settings), settings.public_read
         given, wanted = settings.hosts.lower(), "host names without a port"
         hosts = _items("MEMCHUNK_HOSTS", given, HOST, wanted)
         self._hosts = [host.strip("[]") for host in hosts]
         self._domains = tuple(host for host in hosts if host.startswith("."))
-        self._public_read = settings.public_read
+        given, wanted = settings.origins.lower(), "origins like https://example.com"
+        self._origins = _items("MEMCHUNK_ORIGINS", given, ORIGIN, wanted)
 
     def check_host(self, request: Request) -> None:
         """MEMCHUNK_HOSTS must have the request's host. A probe has an IP address there,
@@ -327,8 +292,36 @@ class Access:
         if request.method in READS:
             return
         site = request.headers.get("Sec-Fetch-Site") or _site(request)
-        is_ours = site in ("same-origin", "none") or self._cors.shared_origin(request)
+        is_ours = site in ("same-origin", "none") or self.shared_origin(request)
         require(is_ours, 403, "A page of another site may not change files here.")
+
+    def shared_origin(self, request: Request) -> str | None:
+        """What to call the origin of a page that may use the API from elsewhere; else
+        None."""
+        origin = request.headers.get("Origin", "")
+        if origin and "*" in self._origins:
+            return "*"
+        return origin if origin.lower() in self._origins else None
+
+    def is_preflight(self, request: Request) -> bool:
+        """Whether a browser asks, without the token, if such a page may go on."""
+        asks = "Access-Control-Request-Method" in request.headers
+        is_options = request.method == "OPTIONS"
+        return is_options and asks and self.shared_origin(request) is not None
+
+    def share(self, request: Request, response: Response) -> None:
+        """Let such a page see the answer."""
+        origin, headers = self.shared_origin(request), response.headers
+        if origin:
+            headers["Access-Control-Allow-Origin"] = origin
+            headers["Access-Control-Expose-Headers"] = self.EXPOSED
+        if self.is_preflight(request):
+            wanted = request.headers.get("Access-Control-Request-Headers", "")
+            headers["Access-Control-Allow-Methods"] = headers.get("Allow", "")
+            headers["Access-Control-Allow-Headers"] = wanted if wanted.isascii() else ""
+            headers["Access-Control-Max-Age"] = PREFLIGHT_AGE
+        if self._origins and "*" not in self._origins:
+            response.vary.add("Origin")
 
 
 def _site(request: Request) -> str:
@@ -365,8 +358,7 @@ class Application:
 
     def __init__(self, cache: FileCache, settings: Settings | None = None) -> None:
         self.cache, self.settings = cache, settings or Settings()
-        self.cors = Cors(self.settings)
-        self.access = Access(self.settings, self.cors)
+        self.access = Access(self.settings)
         self.uploads = tus.Uploads(self) if HAS_TUS else None
         self.pages = Pages(self)
         self.handlers = self.routes()
@@ -411,7 +403,7 @@ class Application:
             response.headers["Date"] = http_date()
         if self.uploads and f"{request.path}/".startswith("/uploads/"):
             response.headers.update(self.uploads.headers)
-        self.cors.share(request, response)
+        self.access.share(request, response)
         # After the answer, since a client may wait for it before it sends more.
         response.call_on_close(body.drain)
         answer = response(environ, start_response)
@@ -424,7 +416,7 @@ class Application:
         area, _, name = request.path[1:].partition("/")
         handlers = self.handlers.get(f"/{area}/" if name else f"/{area}", {})
         # 2. A preflight: it never has a token.
-        if self.cors.is_preflight(request):
+        if self.access.is_preflight(request):
             return self.options(request, handlers)
         # 3. The token, before anything is told about a file.
         if area in ("files", "uploads"):
@@ -467,7 +459,17 @@ class Application:
         return httpfiles.json_response({"status": "ok"})
 
     def get_readiness(self, request: FileRequest) -> Response:
-        servers = server_states(self.cache.client)
+        """Whether some server answers within READY_SECONDS; with ?all, whether each."""
+        client: Any = self.cache.client
+        clients = getattr(client, "servers", {"memcached": client})
+        threads = futures.ThreadPoolExecutor(len(clients))  # all are asked at once
+        asked = {name: threads.submit(clients[name].gets, "ready") for name in clients}
+        futures.wait(asked.values(), READY_SECONDS)
+        threads.shutdown(wait=False)  # a frozen one may hold its thread for longer
+        servers = {
+            name: "ok" if each.done() and not each.exception() else "no answer"
+            for name, each in asked.items()
+        }
         wanted = any if request.query_value("all") is None else all
         if wanted(state == "ok" for state in servers.values()):
             return httpfiles.json_response({"status": "ok", "servers": servers})
@@ -553,7 +555,7 @@ class Application:
         most = self.settings.max_expire
         if not text:
             return self.settings.default_expire
-        least, limit = (1, most) if most else (0, MAX_EXPIRE)
+        least, limit = (1, most) if most else (0, MAX_NUMBER)
         seconds = int(text) if re.fullmatch(r"[0-9]{1,10}", text) else -1
         if not least <= seconds <= limit:
             detail = f"'expire' must be a number of seconds, {least} to {limit}."
@@ -733,7 +735,7 @@ def _link(address: str, text: str) -> str:
 def _expiry_options(settings: Settings) -> str:
     """What the page offers as time to keep a file: no longer than the settings
     allow."""
-    most, default = settings.max_expire or MAX_EXPIRE, settings.default_expire
+    most, default = settings.max_expire or MAX_NUMBER, settings.default_expire
     options = []
     for seconds in sorted({default, *(each for each in EXPIRES if each <= most)}):
         text = f"for {_duration(seconds)}" if seconds else "as long as there is room"
@@ -750,7 +752,7 @@ def _duration(seconds: int) -> str:
     return f"{count} {unit}{'' if count == 1 else 's'}"
 
 
-# --- The log, and the state of the servers --------------------------------------------
+# --- The log --------------------------------------------------------------------------
 
 LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -781,19 +783,6 @@ class Call:
         told = request.method, request.path, problem.status, seconds, text, self.id
         line = "%s %r: %d after %.3f s, %s [%s]"
         log.log(level, line, *told, exc_info=error if is_bug else None)
-
-
-def server_states(client: Any) -> dict[str, str]:
-    """The state of each memcached, "ok" or "no answer" within READY_SECONDS."""
-    clients = getattr(client, "servers", {"memcached": client})
-    threads = futures.ThreadPoolExecutor(len(clients))  # all are asked at once
-    asked = {name: threads.submit(clients[name].gets, "ready") for name in clients}
-    futures.wait(asked.values(), READY_SECONDS)
-    threads.shutdown(wait=False)  # a frozen one may hold its thread for longer
-    return {
-        name: "ok" if each.done() and not each.exception() else "no answer"
-        for name, each in asked.items()
-    }
 
 
 # --- The development server: python wsgi.py -------------------------------------------
