@@ -68,7 +68,6 @@ __version__ = "1.0.0"
 MAX_NUMBER = 2**31 - 1  # that a setting may be, or an `expire`: 68 years in seconds
 READY_SECONDS = 1.5  # that /readyz waits for servers
 READ_ATTEMPTS = 5  # of a download that a writer overtakes
-PREFLIGHT_AGE = "3600"  # seconds that a browser may rely on our answer
 
 READS = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
 PROBED = ("/healthz", "/readyz")  # what balancers ask for, by IP address
@@ -79,7 +78,6 @@ SIMPLE_TYPES = (httpfiles.URLENCODED, FORM, "text/plain", "")
 Start = Callable[..., Any]  # the second argument of a WSGI application
 Write = Callable[..., FileInfo]  # a method of the cache: `add`, `set` or `cas`
 Handler = Callable[..., Response]  # of a request, and of the name in its address
-Routes = dict[str, dict[str, Handler]]  # by address, then by method
 log = logging.getLogger("memchunk.wsgi")
 
 
@@ -319,7 +317,7 @@ class Access:
             wanted = request.headers.get("Access-Control-Request-Headers", "")
             headers["Access-Control-Allow-Methods"] = headers.get("Allow", "")
             headers["Access-Control-Allow-Headers"] = wanted if wanted.isascii() else ""
-            headers["Access-Control-Max-Age"] = PREFLIGHT_AGE
+            headers["Access-Control-Max-Age"] = "3600"  # seconds
         if self._origins and "*" not in self._origins:
             response.vary.add("Origin")
 
@@ -365,7 +363,7 @@ class Application:
         # How many proxies set X-Forwarded-For, -Proto, -Host, -Port and -Prefix.
         self.entry = ProxyFix(self.answer, *[self.settings.proxies] * 5)
 
-    def routes(self) -> Routes:
+    def routes(self) -> dict[str, dict[str, Handler]]:
         """What answers at each address, by method. One with a slash at its end stands
         for all below it. What follows is the name, slashes and line breaks included."""
         return {
@@ -444,16 +442,16 @@ class Application:
         return httpfiles.empty_response({"Allow": allowed})
 
     def failed(self, request: FileRequest, problem: Problem) -> Response:
+        stored, status = request.stored, problem.status
         if not request.wants_html:
-            if request.stored:
-                described = [self.describe(request, info) for info in request.stored]
+            if stored:
+                described = [self.describe(request, info) for info in stored]
                 problem.members["stored"] = described
             return httpfiles.problem_response(problem)
-        title = httpfiles.TITLES.get(problem.status, "Error")
-        stored = [self.stored_line(request, info) for info in request.stored]
-        lines = [html.escape(problem.detail), *(f"Stored: {each}" for each in stored)]
-        headers = problem.headers
-        return self.pages.message(request, title, lines, problem.status, headers)
+        lines = [html.escape(problem.detail)]
+        lines += [f"Stored: {self.stored_line(request, info)}" for info in stored]
+        title = httpfiles.TITLES.get(status, "Error")
+        return self.pages.message(request, title, lines, status, problem.headers)
 
     def get_health(self, request: Request) -> Response:
         return httpfiles.json_response({"status": "ok"})
@@ -799,8 +797,7 @@ def own_memcached() -> Iterator[str]:
         path = pathlib.Path(folder, "memcached")
         # The MiB are the most that it takes, not what it starts with. Only root, who
         # has to name a user, changes to that one.
-        command = [program, "-s", str(path), "-m", "1024", "-u", "root"]
-        process = subprocess.Popen(command)
+        process = subprocess.Popen([program, "-s", path, "-m", "1024", "-u", "root"])
         try:
             while not path.exists():
                 if (status := process.poll()) is not None:
