@@ -523,7 +523,7 @@ class Application:
         content_type = request.headers.get("Content-Type", "")
         expected = httpfiles.expected_digests(request, "Content-Digest")
         content = httpfiles.limited(request.body, room, too_large)
-        content = httpfiles.verified(content, expected, "Content-Digest")
+        content = httpfiles.verified(content, expected)
         httpfiles.refuse_unproved_body(request)
         if is_form:
             yield from httpfiles.Form(content, content_type).files(expire, several)
@@ -540,7 +540,7 @@ class Application:
             about = file.content_type, file.filename
             info = write(
                 name or secrets.token_hex(16) + httpfiles.extension(*about),
-                httpfiles.verified(file.content, expected, "Repr-Digest"),
+                httpfiles.verified(file.content, expected),
                 size=file.size,
                 expire=self.seconds_to_keep(file.expire),
                 metadata=httpfiles.pack_metadata(*about),
@@ -753,7 +753,6 @@ def _duration(seconds: int) -> str:
 # --- The log --------------------------------------------------------------------------
 
 LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-
 
 # Print log lines with time and level as long as the host has configured none.
 _logger, _handler = logging.getLogger("memchunk"), logging.StreamHandler()
