@@ -478,7 +478,7 @@ class Application:
 
     def post_file(self, request: FileRequest, name: str = "") -> Response:
         """Create the file. Without a name, each file of the body gets one of 128 random
-        bits: who doesn't know it can't find the file."""
+        bits, which nobody can guess."""
         if httpfiles.is_conditional(request):
             current = self.replaceable(request, name) if name else None
             httpfiles.check_preconditions(request, current)
