@@ -89,8 +89,7 @@ HOST = r"\.?[a-z0-9_-]+(\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\]"
 
 
 class SettingError(RuntimeError):
-    """A setting in the environment is bad; the message says which and why, in one
-    sentence."""
+    """A setting is bad; the message says which and why, in one sentence."""
 
 
 def _row(default: Any, least: float = 0, most: float = MAX_NUMBER) -> Any:
@@ -137,7 +136,7 @@ class Settings:
             if variable in environ
         }
         settings = cls(**values)
-        Access(settings)  # this checks their lists
+        Access(settings), Cors(settings)  # these check their lists
         return settings
 
     @property
@@ -237,17 +236,7 @@ def _sent_token(request: Request) -> str:
 
 
 class Access:
-    """Who may do what. Each `check_` method raises Problem unless a request may go on.
-    For pages of MEMCHUNK_ORIGINS see https://fetch.spec.whatwg.org/#cors."""
-
-    # What such a page may read of an answer, besides what every page may.
-    EXPOSED = (
-        "Accept-Ranges, Allow, Content-Disposition, Content-Length, Content-Location, "
-        "Content-Range, ETag, Location, Repr-Digest, Retry-After, "
-        "Tus-Checksum-Algorithm, Tus-Extension, Tus-Max-Size, Tus-Resumable, "
-        "Tus-Version, Upload-Expires, Upload-Length, Upload-Metadata, Upload-Offset, "
-        "X-Request-Id"
-    )
+    """Hosts and tokens. Each method raises Problem for a wrong one."""
 
     def __init__(self, settings: Settings) -> None:
         self.tokens, self._public_read = _tokens(settings), settings.public_read
@@ -255,8 +244,6 @@ class Access:
         hosts = _items("MEMCHUNK_HOSTS", given, HOST, wanted)
         self._hosts = [host.strip("[]") for host in hosts]
         self._domains = tuple(host for host in hosts if host.startswith("."))
-        given, wanted = settings.origins.lower(), "origins like https://example.com"
-        self._origins = _items("MEMCHUNK_ORIGINS", given, ORIGIN, wanted)
 
     def check_host(self, request: Request) -> None:
         """MEMCHUNK_HOSTS must have the request's host. A probe has an IP address there,
@@ -283,6 +270,24 @@ class Access:
         headers = {"WWW-Authenticate": f'{scheme} realm="memchunk"'}
         detail = "Send 'Authorization: Bearer TOKEN', or the token as a password."
         raise Problem(401, detail, headers)
+
+
+class Cors:
+    """What pages of other sites may do: those of MEMCHUNK_ORIGINS as much as ours
+    (https://fetch.spec.whatwg.org/#cors), the others nothing that changes files."""
+
+    # What such a page may read of an answer, besides what every page may.
+    EXPOSED = (
+        "Accept-Ranges, Allow, Content-Disposition, Content-Length, Content-Location, "
+        "Content-Range, ETag, Location, Repr-Digest, Retry-After, "
+        "Tus-Checksum-Algorithm, Tus-Extension, Tus-Max-Size, Tus-Resumable, "
+        "Tus-Version, Upload-Expires, Upload-Length, Upload-Metadata, Upload-Offset, "
+        "X-Request-Id"
+    )
+
+    def __init__(self, settings: Settings) -> None:
+        given, wanted = settings.origins.lower(), "origins like https://example.com"
+        self._origins = _items("MEMCHUNK_ORIGINS", given, ORIGIN, wanted)
 
     def check_site(self, request: Request) -> None:
         """A page of another site must not change anything. A form there may post to any
@@ -349,14 +354,11 @@ def _hostname(url: str) -> str:
 
 
 class Application:
-    """The WSGI application.
-
-    cache: where the files are. settings: all of them; the cache has its part
-    already."""
+    """The WSGI application. settings: all of them; the cache has its part already."""
 
     def __init__(self, cache: FileCache, settings: Settings | None = None) -> None:
         self.cache, self.settings = cache, settings or Settings()
-        self.access = Access(self.settings)
+        self.access, self.cors = Access(self.settings), Cors(self.settings)
         self.uploads = tus.Uploads(self) if HAS_TUS else None
         self.pages = Pages(self)
         self.handlers = self.routes()
@@ -401,7 +403,7 @@ class Application:
             response.headers["Date"] = http_date()
         if self.uploads and f"{request.path}/".startswith("/uploads/"):
             response.headers.update(self.uploads.headers)
-        self.access.share(request, response)
+        self.cors.share(request, response)
         # After the answer, since a client may wait for it before it sends more.
         response.call_on_close(body.drain)
         answer = response(environ, start_response)
@@ -414,7 +416,7 @@ class Application:
         area, _, name = request.path[1:].partition("/")
         handlers = self.handlers.get(f"/{area}/" if name else f"/{area}", {})
         # 2. A preflight: it never has a token.
-        if self.access.is_preflight(request):
+        if self.cors.is_preflight(request):
             return self.options(request, handlers)
         # 3. The token, before anything is told about a file.
         if area in ("files", "uploads"):
@@ -428,7 +430,7 @@ class Application:
         if not handler:
             return self.options(request, handlers)
         # 5. The site, if something may change.
-        self.access.check_site(request)
+        self.cors.check_site(request)
         return handler(request, name) if name else handler(request)
 
     def options(self, request: Request, handlers: dict[str, Handler]) -> Response:
@@ -471,8 +473,7 @@ class Application:
         wanted = any if request.query_value("all") is None else all
         if wanted(state == "ok" for state in servers.values()):
             return httpfiles.json_response({"status": "ok", "servers": servers})
-        detail = "Not enough memcached servers answer."
-        raise httpfiles.unavailable(detail, servers=servers)
+        raise httpfiles.unavailable("Too few servers answer.", servers=servers)
 
     # Handlers of uploads
 
@@ -510,8 +511,7 @@ class Application:
         return None if only_new and name not in self.cache else info
 
     def sent_files(self, request: FileRequest, several: bool) -> Iterator[SentFile]:
-        """The files in the body, raw or in a form, one after another. Raises
-        Problem."""
+        """The files in the body, raw or in a form, in order. Raises Problem."""
         httpfiles.refuse_content_coding(request)
         is_form = request.mimetype == FORM
         room = self.cache.max_size + (httpfiles.MAX_FORM_OVERHEAD if is_form else 0)
