@@ -10,12 +10,12 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import mimetypes
 import re
-import sys
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -67,9 +67,9 @@ def require(condition: object, status: int, detail: str) -> None:
         raise Problem(status, detail)
 
 
-# The answers to errors of the library; `problem_of` has two more. The library's own
-# texts, which name servers, are logged.
-ERRORS: dict[type[memchunk.MemchunkError], tuple[int, str]] = {
+# The answers to errors; `problem_of` has two more. The errors' own texts, which name
+# servers, are logged.
+ERRORS: dict[type[Exception], tuple[int, str]] = {
     memchunk.InvalidName: (400, "A name is 1 to 1024 bytes of UTF-8."),
     memchunk.SizeMismatch: (400, "The body isn't as long as announced. Send it again."),
     memchunk.FileNotFound: (404, "No such file. It may have expired or been evicted."),
@@ -78,11 +78,15 @@ ERRORS: dict[type[memchunk.MemchunkError], tuple[int, str]] = {
     memchunk.FileChanged: (412, "It has changed. Get its new ETag, and decide again."),
     memchunk.CacheUnavailable: (503, "The cache did not answer. Try again soon."),
     memchunk.CacheFull: (507, "The cache has no room. Try later, or a smaller file."),
-    memchunk.MemchunkError: (500, "Something is wrong with this server. See its log."),
+    UnicodeEncodeError: (400, "The request is not valid."),  # in a path beyond Latin-1
+    Exception: (500, "Something is wrong with this server. See its log."),
 }
 
 
-def problem_of(error: memchunk.MemchunkError) -> Problem:
+def problem_of(error: Exception) -> Problem:
+    """The answer to any error."""
+    if isinstance(error, Problem):
+        return error
     if isinstance(error, memchunk.FileTooLarge):
         return too_large(error.limit)
     if isinstance(error, memchunk.FileCorrupt):  # it tells damage or an unknown format
@@ -139,8 +143,7 @@ def relative_reference(request: Request, path: str) -> str:
     # Many clients make one slash of two, unless they follow the host.
     if "//" in path:
         return absolute_path(request, path)
-    relative = "../" * (request.path.count("/") - 1) + path[1:]
-    return relative or "./"
+    return "../" * (request.path.count("/") - 1) + path[1:] or "./"
 
 
 # --- Bodies: to their announced end (RFC 9112, 6) -------------------------------------
@@ -152,21 +155,34 @@ RAISING_HOSTS = re.compile("(gunicorn|Werkzeug|waitress|Cheroot|gevent)(?![a-z])
 
 class Body:
     """The request's body in pieces, up to the end that its framing announces and no
-    further.
-
-    size: bytes, None if only the end of the host's stream will tell. problem: of the
-    framing. Iterating raises Problem if the body is cut off. Hosts differ in how they
+    further. Iterating raises Problem if the body is cut off. Hosts differ in how they
     end such a body, and some end it like a complete one."""
 
     def __init__(self, environ: Environ) -> None:
         self._environ, self._stream = environ, environ["wsgi.input"]
-        self.size: int | None = None
-        self.problem: Problem | None = None
-        try:
-            self.size = _announced_size(environ)
-        except Problem as problem:
-            self.problem = problem
-        self._left = sys.maxsize if self.size is None else self.size
+        self._taken, self._is_over = 0, False
+
+    @functools.cached_property
+    def size(self) -> int | None:
+        """Bytes, None if only the end of the host's stream will tell. Raises Problem
+        (RFC 9112, 6.3)."""
+        environ, length = self._environ, self._environ.get("CONTENT_LENGTH") or ""
+        coding = environ.get("HTTP_TRANSFER_ENCODING")
+        # a2wsgi's stream ends with the body too, but does not say so.
+        ends = environ.get("wsgi.input_terminated") or "asgi.scope" in environ
+        if coding is not None:
+            require(ends, 411, "Send a Content-Length: this host needs one.")
+            is_chunked = coding.strip().lower() == "chunked"
+            # Some hosts show the body of any other as empty.
+            is_known = is_chunked and environ["SERVER_PROTOCOL"] != "HTTP/1.0"
+            detail = "The only Transfer-Encoding is chunked, of HTTP/1.1."
+            require(is_known, 400, detail)
+            return None
+        if re.fullmatch("[0-9]{1,18}", length):
+            return int(length)
+        require(not length, 400, "The Content-Length is not a number.")
+        # HTTP/2 and an event of AWS Lambda may have a body without these two.
+        return None if ends else 0
 
     def __iter__(self) -> Iterator[bytes]:
         return iter(lambda: self._next(PIECE), b"")
@@ -178,18 +194,17 @@ class Body:
 
     def _next(self, size: int) -> bytes:
         """Up to `size` bytes, b"" at the end. Raises Problem."""
-        if self.problem:
-            raise self.problem
-        if not self._left:
+        size = size if self.size is None else min(size, self.size - self._taken)
+        if self._is_over or not size:
             return b""
         try:
-            piece: bytes = self._stream.read(min(size, self._left))
+            piece: bytes = self._stream.read(size)
             if not piece:
                 self._check_end()
         except Exception as error:  # each host has its own for a broken body
-            self._left = 0
+            self._is_over = True
             raise CutOff(400, "The body broke off. Send it again.") from error
-        self._left = self._left - len(piece) if piece else 0
+        self._taken, self._is_over = self._taken + len(piece), not piece
         return piece
 
     def _check_end(self) -> None:
@@ -221,42 +236,14 @@ class Body:
                 size = min(size * 2, PIECE) if now - start < FAST else 1
 
 
-def _announced_size(environ: Environ) -> int | None:
-    """Bytes of the body, None if only its end will tell. Raises Problem (RFC 9112,
-    6.3)."""
-    length = environ.get("CONTENT_LENGTH") or ""
-    coding = environ.get("HTTP_TRANSFER_ENCODING")
-    scope = environ.get("asgi.scope")  # of a2wsgi
-    # a2wsgi's stream ends with the body too, but does not say so.
-    ends = environ.get("wsgi.input_terminated") or scope
-    if coding is not None:
-        require(ends, 411, "Send a Content-Length: this host needs one.")
-        is_chunked = coding.strip().lower() == "chunked"
-        # Some hosts show the body of any other as empty.
-        is_known = is_chunked and environ["SERVER_PROTOCOL"] != "HTTP/1.0"
-        require(is_known, 400, "The only Transfer-Encoding is chunked, of HTTP/1.1.")
-        return None
-    if re.fullmatch("[0-9]{1,18}", length):
-        return int(length)
-    require(not length, 400, "The Content-Length is not a number.")
-    # Without these two, HTTP/1 has no body, if the host is known to pass both on. But
-    # HTTP/2 and an event of AWS Lambda may have a body without them.
-    is_a2wsgi = scope and "aws.event" not in scope
-    passes_on = is_a2wsgi or environ.get("SERVER_SOFTWARE") == "Granian"
-    is_empty = passes_on and environ["SERVER_PROTOCOL"].startswith("HTTP/1")
-    return 0 if is_empty or not ends else None
-
-
 def refuse_unproved_body(request: FileRequest) -> None:
     """Raise Problem for a body that may be cut off without a sign of it."""
-    environ, body = request.environ, request.body
-    if body.problem:
-        raise body.problem
+    environ = request.environ
     is_known_host = RAISING_HOSTS.match(environ.get("SERVER_SOFTWARE", ""))
     # mangum makes the request of an event of AWS Lambda, which has the body whole.
     is_event = "aws.event" in environ.get("asgi.scope", {})
     fields = ("Repr-Digest", "Content-Digest")
-    if body.size is None and not (is_known_host or is_event):
+    if request.body.size is None and not (is_known_host or is_event):
         is_proved = any(expected_digests(request, field) for field in fields)
         wanted = "Send a Content-Length, or a Repr-Digest of sha-256 or sha-512"
         require(is_proved, 411, f"{wanted}: this host hides where a body breaks off.")
@@ -410,9 +397,7 @@ def expected_digests(request: Request, field: str) -> dict[str, str]:
     return {key: match[1] for key, match in found.items() if match}
 
 
-def verified(
-    pieces: Iterable[bytes], expected: Mapping[str, str], field: str
-) -> Iterator[bytes]:
+def verified(pieces: Iterable[bytes], expected: Mapping[str, str]) -> Iterator[bytes]:
     """The pieces. Raises Problem after the last if they have other digests."""
     digests = {algorithm: DIGESTS[algorithm]() for algorithm in expected}
     for piece in pieces:
@@ -421,7 +406,7 @@ def verified(
         yield piece
     for algorithm, digest in digests.items():
         found = base64.b64encode(digest.digest()).decode().rstrip("=")
-        detail = f"The {algorithm} is not that of the {field}. Send it again."
+        detail = f"It has another {algorithm} than announced. Send it again."
         require(found == expected[algorithm], 400, detail)
 
 

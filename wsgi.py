@@ -27,7 +27,6 @@ import functools
 import hashlib
 import hmac
 import html
-import importlib.util
 import itertools
 import logging
 import os
@@ -43,7 +42,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent import futures
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 from werkzeug.http import http_date
@@ -55,21 +54,20 @@ from werkzeug.wsgi import ClosingIterator
 import httpfiles
 import mcpool
 import memchunk
-from httpfiles import Environ, FileRequest, Headers, Problem, SentFile, require
+from httpfiles import ERRORS, Environ, FileRequest, Headers, Problem, SentFile, require
 from memchunk import FileCache, FileInfo
 
-if TYPE_CHECKING:
+# Optional. If Python finds another module of this name first, the start fails.
+HAS_TUS = pathlib.Path(__file__).with_name("tus.py").exists()
+if HAS_TUS:
     import tus
 
 __all__ = ["Application", "SettingError", "Settings"]
 __version__ = "1.0.0"
 
-MAX_NUMBER = 2**31 - 1  # that a setting may be
-MAX_EXPIRE = 2**31 - 1  # seconds that an upload may ask for, 68 years
-TOKEN_FILE_SECONDS = 1  # until MEMCHUNK_TOKEN_FILE is read again, if a token is wanted
+MAX_NUMBER = 2**31 - 1  # that a setting may be, or an `expire`: 68 years in seconds
 READY_SECONDS = 1.5  # that /readyz waits for servers
 READ_ATTEMPTS = 5  # of a download that a writer overtakes
-PREFLIGHT_AGE = "3600"  # seconds that a browser may rely on our answer
 
 READS = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
 PROBED = ("/healthz", "/readyz")  # what balancers ask for, by IP address
@@ -80,7 +78,6 @@ SIMPLE_TYPES = (httpfiles.URLENCODED, FORM, "text/plain", "")
 Start = Callable[..., Any]  # the second argument of a WSGI application
 Write = Callable[..., FileInfo]  # a method of the cache: `add`, `set` or `cas`
 Handler = Callable[..., Response]  # of a request, and of the name in its address
-Routes = dict[str, dict[str, Handler]]  # by address, then by method
 log = logging.getLogger("memchunk.wsgi")
 
 
@@ -92,8 +89,7 @@ HOST = r"\.?[a-z0-9_-]+(\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\]"
 
 
 class SettingError(RuntimeError):
-    """A setting in the environment is bad; the message says which and why, in one
-    sentence."""
+    """A setting is bad; the message says which and why, in one sentence."""
 
 
 def _row(default: Any, least: float = 0, most: float = MAX_NUMBER) -> Any:
@@ -119,7 +115,7 @@ class Settings:
     public_read: bool = _row(False, most=1)  # reads need no token
     proxies: int = _row(0)  # how many in front set X-Forwarded-*; more is a risk
     hosts: str = _row("")  # a list of host names; ".a.example": those below, too
-    token_file: str = _row("")  # a file with tokens; it may change while we run
+    token_file: str = _row("")  # a file with tokens, one a line; read at the start
     chunk_size: int = _row(0, most=2**30)  # bytes; 0: the best for the server
     max_connections: int = _row(64, 1)  # to each server
     tls_ca: str = _row("")  # a file: whom to trust, instead of the system's authorities
@@ -140,7 +136,7 @@ class Settings:
             if variable in environ
         }
         settings = cls(**values)
-        Access(settings, Cors(settings))  # this checks their lists
+        Access(settings), Cors(settings)  # these check their lists
         return settings
 
     @property
@@ -213,43 +209,17 @@ def _items(variable: str, text: str, pattern: str, wanted: str) -> list[str]:
 # --- Who may do what: hosts, tokens, and pages of other sites -------------------------
 
 
-class Tokens:
-    """The tokens that clients may send: those of MEMCHUNK_TOKEN, and those in a file.
-
-    The file is read again while requests come, so that tokens change without an outage.
-    If it can't be read then, the last ones stay. At the start that is a SettingError.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        self._text, self._path = settings.token, settings.token_file
-        self._tokens, self._is_broken = self._read(), False
-
-    def __bool__(self) -> bool:
-        return bool(self._tokens)
-
-    def accept(self, sent: str) -> bool:
-        """Whether it is one of them. All are compared, so that time tells nothing."""
-        if self._path and time.monotonic() >= self._due:
-            try:
-                self._tokens, self._is_broken = self._read(), False
-            except SettingError as error:
-                if not self._is_broken:
-                    log.error("%s; the last tokens stay", error)
-                self._is_broken = True
-        given = sent.encode()
-        return sum(hmac.compare_digest(given, token) for token in self._tokens) > 0
-
-    def _read(self) -> list[bytes]:
-        self._due = time.monotonic() + TOKEN_FILE_SECONDS
-        form = "[!-~]+", "tokens of printable ASCII without spaces"
-        tokens = _items("MEMCHUNK_TOKEN", self._text, *form)
-        if self._path:
-            try:
-                text = pathlib.Path(self._path).read_text("utf-8-sig")
-            except (OSError, ValueError) as error:
-                raise SettingError(f"MEMCHUNK_TOKEN_FILE: {error}") from None
-            tokens += _items("MEMCHUNK_TOKEN_FILE", text or ",", *form)  # not empty
-        return [token.encode() for token in tokens]
+def _tokens(settings: Settings) -> list[bytes]:
+    """Those of MEMCHUNK_TOKEN, and those in a file. Raises SettingError."""
+    form = "[!-~]+", "tokens of printable ASCII without spaces"
+    tokens = _items("MEMCHUNK_TOKEN", settings.token, *form)
+    if settings.token_file:
+        try:
+            text = pathlib.Path(settings.token_file).read_text("utf-8-sig")
+        except (OSError, ValueError) as error:
+            raise SettingError(f"MEMCHUNK_TOKEN_FILE: {error}") from None
+        tokens += _items("MEMCHUNK_TOKEN_FILE", text or ",", *form)  # not empty
+    return [token.encode() for token in tokens]
 
 
 def _sent_token(request: Request) -> str:
@@ -265,8 +235,46 @@ def _sent_token(request: Request) -> str:
     return ""
 
 
+class Access:
+    """Hosts and tokens. Each method raises Problem for a wrong one."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.tokens, self._public_read = _tokens(settings), settings.public_read
+        given, wanted = settings.hosts.lower(), "host names without a port"
+        hosts = _items("MEMCHUNK_HOSTS", given, HOST, wanted)
+        self._hosts = [host.strip("[]") for host in hosts]
+        self._domains = tuple(host for host in hosts if host.startswith("."))
+
+    def check_host(self, request: Request) -> None:
+        """MEMCHUNK_HOSTS must have the request's host. A probe has an IP address there,
+        or nothing. A page that got here by DNS rebinding has a name."""
+        host = _hostname(f"//{request.host}")
+        is_ours = host in self._hosts or f".{host}".endswith(self._domains)
+        # Browsers take a name of digits and dots for an IP address.
+        is_address = ":" in host or host.replace(".", "").isdigit()
+        is_nameless = is_address or "Host" not in request.headers
+        is_probe = request.path in PROBED and is_nameless
+        is_right = not self._hosts or is_ours or is_probe
+        require(is_right, 421, "This server has another name, by MEMCHUNK_HOSTS.")
+
+    def check_token(self, request: FileRequest) -> None:
+        """Reads may be public. An upload's address is no link to a file."""
+        is_read = request.method in READS and request.path.startswith("/files")
+        is_open = not self.tokens or (is_read and self._public_read)
+        sent = _sent_token(request).encode()
+        # All are compared, so that time tells nothing.
+        if is_open or sum(hmac.compare_digest(sent, each) for each in self.tokens):
+            return
+        # A browser that follows a link asks its user, but not in a script's request.
+        scheme = "Basic" if request.wants_html else "Bearer"
+        headers = {"WWW-Authenticate": f'{scheme} realm="memchunk"'}
+        detail = "Send 'Authorization: Bearer TOKEN', or the token as a password."
+        raise Problem(401, detail, headers)
+
+
 class Cors:
-    """What pages of MEMCHUNK_ORIGINS may do: https://fetch.spec.whatwg.org/#cors."""
+    """What pages of other sites may do: those of MEMCHUNK_ORIGINS as much as ours
+    (https://fetch.spec.whatwg.org/#cors), the others nothing that changes files."""
 
     # What such a page may read of an answer, besides what every page may.
     EXPOSED = (
@@ -280,6 +288,15 @@ class Cors:
     def __init__(self, settings: Settings) -> None:
         given, wanted = settings.origins.lower(), "origins like https://example.com"
         self._origins = _items("MEMCHUNK_ORIGINS", given, ORIGIN, wanted)
+
+    def check_site(self, request: Request) -> None:
+        """A page of another site must not change anything. A form there may post to any
+        address, with the user's credentials."""
+        if request.method in READS:
+            return
+        site = request.headers.get("Sec-Fetch-Site") or _site(request)
+        is_ours = site in ("same-origin", "none") or self.shared_origin(request)
+        require(is_ours, 403, "A page of another site may not change files here.")
 
     def shared_origin(self, request: Request) -> str | None:
         """What to call the origin of a page that may use the API from elsewhere; else
@@ -305,54 +322,9 @@ class Cors:
             wanted = request.headers.get("Access-Control-Request-Headers", "")
             headers["Access-Control-Allow-Methods"] = headers.get("Allow", "")
             headers["Access-Control-Allow-Headers"] = wanted if wanted.isascii() else ""
-            headers["Access-Control-Max-Age"] = PREFLIGHT_AGE
+            headers["Access-Control-Max-Age"] = "3600"  # seconds
         if self._origins and "*" not in self._origins:
             response.vary.add("Origin")
-
-
-class Access:
-    """Each method raises Problem unless a request may go on."""
-
-    def __init__(self, settings: Settings, cors: Cors) -> None:
-        self.tokens, self._cors = Tokens(settings), cors
-        given, wanted = settings.hosts.lower(), "host names without a port"
-        hosts = _items("MEMCHUNK_HOSTS", given, HOST, wanted)
-        self._hosts = [host.strip("[]") for host in hosts]
-        self._domains = tuple(host for host in hosts if host.startswith("."))
-        self._public_read = settings.public_read
-
-    def check_host(self, request: Request) -> None:
-        """MEMCHUNK_HOSTS must have the request's host. A probe has an IP address there,
-        or nothing. A page that got here by DNS rebinding has a name."""
-        host = _hostname(f"//{request.host}")
-        is_ours = host in self._hosts or f".{host}".endswith(self._domains)
-        # Browsers take a name of digits and dots for an IP address.
-        is_address = ":" in host or host.replace(".", "").isdigit()
-        is_nameless = is_address or "Host" not in request.headers
-        is_probe = request.path in PROBED and is_nameless
-        is_right = not self._hosts or is_ours or is_probe
-        require(is_right, 421, "This server has another name, by MEMCHUNK_HOSTS.")
-
-    def check_token(self, request: FileRequest) -> None:
-        """Reads may be public. An upload's address is no link to a file."""
-        is_read = request.method in READS and _area(request) == "files"
-        is_open = not self.tokens or (is_read and self._public_read)
-        if is_open or self.tokens.accept(_sent_token(request)):
-            return
-        # A browser that follows a link asks its user, but not in a script's request.
-        scheme = "Basic" if request.wants_html else "Bearer"
-        headers = {"WWW-Authenticate": f'{scheme} realm="memchunk"'}
-        detail = "Send 'Authorization: Bearer TOKEN', or the token as a password."
-        raise Problem(401, detail, headers)
-
-    def check_site(self, request: Request) -> None:
-        """A page of another site must not change anything. A form there may post to any
-        address, with the user's credentials."""
-        if request.method in READS:
-            return
-        site = request.headers.get("Sec-Fetch-Site") or _site(request)
-        is_ours = site in ("same-origin", "none") or self._cors.shared_origin(request)
-        require(is_ours, 403, "A page of another site may not change files here.")
 
 
 def _site(request: Request) -> str:
@@ -382,29 +354,25 @@ def _hostname(url: str) -> str:
 
 
 class Application:
-    """The WSGI application.
-
-    cache: where the files are. settings: all of them; the cache has its part
-    already."""
+    """The WSGI application. settings: all of them; the cache has its part already."""
 
     def __init__(self, cache: FileCache, settings: Settings | None = None) -> None:
         self.cache, self.settings = cache, settings or Settings()
-        self.cors = Cors(self.settings)
-        self.access = Access(self.settings, self.cors)
-        self.uploads = _uploads(self)
+        self.access, self.cors = Access(self.settings), Cors(self.settings)
+        self.uploads = tus.Uploads(self) if HAS_TUS else None
         self.pages = Pages(self)
         self.handlers = self.routes()
         # How many proxies set X-Forwarded-For, -Proto, -Host, -Port and -Prefix.
         self.entry = ProxyFix(self.answer, *[self.settings.proxies] * 5)
 
-    def routes(self) -> Routes:
+    def routes(self) -> dict[str, dict[str, Handler]]:
         """What answers at each address, by method. One with a slash at its end stands
         for all below it. What follows is the name, slashes and line breaks included."""
         return {
             "/": {"GET": self.pages.get, "HEAD": self.pages.get},
             "/healthz": {"GET": self.get_health, "HEAD": self.get_health},
             "/readyz": {"GET": self.get_readiness, "HEAD": self.get_readiness},
-            "/files": {"POST": self.post_files},
+            "/files": {"POST": self.post_file},
             "/files/": {
                 "POST": self.post_file,
                 "PUT": self.put_file,
@@ -426,14 +394,14 @@ class Application:
             request = FileRequest(environ, body)
             response = self.dispatch(request)
         except Exception as error:
-            problem = _problem_of(error)
+            problem = httpfiles.problem_of(error)
             call.log_failure(request, problem, error)
             response = self.failed(request, problem)
         response.headers.setdefault("X-Content-Type-Options", "nosniff")
         response.headers["X-Request-Id"] = call.id
         if "uwsgi.version" in environ:  # all other hosts send a Date by themselves
             response.headers["Date"] = http_date()
-        if self.uploads and _area(request) == "uploads":
+        if self.uploads and f"{request.path}/".startswith("/uploads/"):
             response.headers.update(self.uploads.headers)
         self.cors.share(request, response)
         # After the answer, since a client may wait for it before it sends more.
@@ -445,8 +413,6 @@ class Application:
         """Check the request, in this order, and have a handler answer it."""
         # 1. The host, before anything is told to a page that came by DNS rebinding.
         self.access.check_host(request)
-        if not request.environ.get("PATH_INFO") and request.root_path.strip("/"):
-            return _redirect_to_slash(request)
         area, _, name = request.path[1:].partition("/")
         handlers = self.handlers.get(f"/{area}/" if name else f"/{area}", {})
         # 2. A preflight: it never has a token.
@@ -464,7 +430,7 @@ class Application:
         if not handler:
             return self.options(request, handlers)
         # 5. The site, if something may change.
-        self.access.check_site(request)
+        self.cors.check_site(request)
         return handler(request, name) if name else handler(request)
 
     def options(self, request: Request, handlers: dict[str, Handler]) -> Response:
@@ -478,39 +444,45 @@ class Application:
         return httpfiles.empty_response({"Allow": allowed})
 
     def failed(self, request: FileRequest, problem: Problem) -> Response:
+        stored, status = request.stored, problem.status
         if not request.wants_html:
-            if request.stored:
-                described = [self.describe(request, info) for info in request.stored]
+            if stored:
+                described = [self.describe(request, info) for info in stored]
                 problem.members["stored"] = described
             return httpfiles.problem_response(problem)
-        title = httpfiles.TITLES.get(problem.status, "Error")
-        stored = [self.stored_line(request, info) for info in request.stored]
-        lines = [html.escape(problem.detail), *(f"Stored: {each}" for each in stored)]
-        headers = {**problem.headers, **httpfiles.NO_STORE}
-        return self.pages.message(request, title, lines, problem.status, headers)
+        lines = [html.escape(problem.detail)]
+        lines += [f"Stored: {self.stored_line(request, info)}" for info in stored]
+        title = httpfiles.TITLES.get(status, "Error")
+        return self.pages.message(request, title, lines, status, problem.headers)
 
     def get_health(self, request: Request) -> Response:
         return httpfiles.json_response({"status": "ok"})
 
     def get_readiness(self, request: FileRequest) -> Response:
-        servers = server_states(self.cache.client)
+        """Whether some server answers within READY_SECONDS; with ?all, whether each."""
+        client: Any = self.cache.client
+        clients = getattr(client, "servers", {"memcached": client})
+        threads = futures.ThreadPoolExecutor(len(clients))  # all are asked at once
+        asked = {name: threads.submit(clients[name].gets, "ready") for name in clients}
+        futures.wait(asked.values(), READY_SECONDS)
+        threads.shutdown(wait=False)  # a frozen one may hold its thread for longer
+        servers = {
+            name: "ok" if each.done() and not each.exception() else "no answer"
+            for name, each in asked.items()
+        }
         wanted = any if request.query_value("all") is None else all
         if wanted(state == "ok" for state in servers.values()):
             return httpfiles.json_response({"status": "ok", "servers": servers})
-        detail = "Not enough memcached servers answer."
-        raise httpfiles.unavailable(detail, servers=servers)
+        raise httpfiles.unavailable("Too few servers answer.", servers=servers)
 
     # Handlers of uploads
 
-    def post_files(self, request: FileRequest) -> Response:
-        """Store the body, or each file of a form, under a name of 128 random bits: who
-        doesn't know it can't find the file."""
-        httpfiles.check_preconditions(request, None)
-        return self.store(request, "", self.cache.add, 201)
-
-    def post_file(self, request: FileRequest, name: str) -> Response:
+    def post_file(self, request: FileRequest, name: str = "") -> Response:
+        """Create the file. Without a name, each file of the body gets one of 128 random
+        bits, which nobody can guess."""
         if httpfiles.is_conditional(request):
-            httpfiles.check_preconditions(request, self.replaceable(request, name))
+            current = self.replaceable(request, name) if name else None
+            httpfiles.check_preconditions(request, current)
         return self.store(request, name, self.cache.add, 201)
 
     def put_file(self, request: FileRequest, name: str) -> Response:
@@ -539,8 +511,7 @@ class Application:
         return None if only_new and name not in self.cache else info
 
     def sent_files(self, request: FileRequest, several: bool) -> Iterator[SentFile]:
-        """The files in the body, raw or in a form, one after another. Raises
-        Problem."""
+        """The files in the body, raw or in a form, in order. Raises Problem."""
         httpfiles.refuse_content_coding(request)
         is_form = request.mimetype == FORM
         room = self.cache.max_size + (httpfiles.MAX_FORM_OVERHEAD if is_form else 0)
@@ -552,7 +523,7 @@ class Application:
         content_type = request.headers.get("Content-Type", "")
         expected = httpfiles.expected_digests(request, "Content-Digest")
         content = httpfiles.limited(request.body, room, too_large)
-        content = httpfiles.verified(content, expected, "Content-Digest")
+        content = httpfiles.verified(content, expected)
         httpfiles.refuse_unproved_body(request)
         if is_form:
             yield from httpfiles.Form(content, content_type).files(expire, several)
@@ -569,7 +540,7 @@ class Application:
             about = file.content_type, file.filename
             info = write(
                 name or secrets.token_hex(16) + httpfiles.extension(*about),
-                httpfiles.verified(file.content, expected, "Repr-Digest"),
+                httpfiles.verified(file.content, expected),
                 size=file.size,
                 expire=self.seconds_to_keep(file.expire),
                 metadata=httpfiles.pack_metadata(*about),
@@ -582,7 +553,7 @@ class Application:
         most = self.settings.max_expire
         if not text:
             return self.settings.default_expire
-        least, limit = (1, most) if most else (0, MAX_EXPIRE)
+        least, limit = (1, most) if most else (0, MAX_NUMBER)
         seconds = int(text) if re.fullmatch(r"[0-9]{1,10}", text) else -1
         if not least <= seconds <= limit:
             detail = f"'expire' must be a number of seconds, {least} to {limit}."
@@ -592,7 +563,7 @@ class Application:
     def stored_response(self, request: FileRequest, status: int) -> Response:
         """For one file its JSON, for several a list; for a form that a browser sent
         without the page's script, a page."""
-        infos, headers = request.stored, dict(httpfiles.NO_STORE)
+        infos, headers = request.stored, {}
         if len(infos) == 1:
             headers["ETag"] = f'"{infos[0].version}"'
             if status == 201:
@@ -625,7 +596,7 @@ class Application:
     def get_file(self, request: FileRequest, name: str) -> Response:
         if request.query_value("info") is not None:
             info = self.cache.stat(name)
-            self.check_complete(info)
+            require(name in self.cache, *ERRORS[memchunk.FileEvicted])
             return httpfiles.json_response(self.describe(request, info))
         for _ in range(READ_ATTEMPTS):
             with contextlib.suppress(memchunk.FileChanged):
@@ -641,7 +612,7 @@ class Application:
             del headers["Content-Disposition"]  # RFC 9110, 15.4.5
             return httpfiles.empty_response(headers, 304)
         if request.method == "HEAD":
-            self.check_complete(info)
+            require(info.name in self.cache, *ERRORS[memchunk.FileEvicted])
             return httpfiles.file_response(request, headers, info.size, [])
         part = self.part_to_send(request, info)
         # All, and verified, before the first byte is sent; in pieces, since some hosts
@@ -658,11 +629,6 @@ class Application:
             headers = {"Accept-Ranges": "bytes"}
             raise Problem(403, detail, headers, size=info.size, limit=limit)
         return part and (part[0], min(part[1], part[0] + limit))
-
-    def check_complete(self, info: FileInfo) -> None:
-        """Raise if a chunk of the file is gone. None is read or verified."""
-        if info.name not in self.cache:
-            raise Problem(*httpfiles.ERRORS[memchunk.FileEvicted])
 
     def patch_file(self, request: FileRequest, name: str) -> Response:
         expire = request.query_value("expire")
@@ -701,47 +667,6 @@ def _check_whole(request: Request) -> None:
     require(not is_part, 400, "A part can't be stored as a file. Send the file whole.")
 
 
-def _area(request: Request) -> str:
-    """The first part of the address: a token guards "files" and "uploads"."""
-    return request.path.split("/")[1]
-
-
-def _redirect_to_slash(request: Request) -> Response:
-    """Lead from /store, where the application is mounted, to /store/.
-
-    The Location is relative, so that it holds behind a proxy that puts more before it.
-    """
-    folder = quote(request.root_path.rstrip("/").rpartition("/")[2])
-    query = request.environ.get("QUERY_STRING")
-    location = f"{folder}/?{query}" if query else f"{folder}/"
-    return httpfiles.empty_response({"Location": location}, 308)
-
-
-def _problem_of(error: Exception) -> Problem:
-    """The answer to any error."""
-    if isinstance(error, Problem):
-        return error
-    if isinstance(error, memchunk.MemchunkError):
-        return httpfiles.problem_of(error)
-    if isinstance(error, UnicodeEncodeError):  # in a path that is not Latin-1
-        return Problem(400, "The request is not valid.")
-    return Problem(*httpfiles.ERRORS[memchunk.MemchunkError])
-
-
-def _uploads(application: Application) -> tus.Uploads | None:
-    """Resumable uploads, if tus.py lies beside this file. PyPI has another tus."""
-    beside = pathlib.Path(__file__).with_name("tus.py")
-    if not beside.exists():
-        return None
-    found = importlib.util.find_spec("tus")
-    if not (found and found.origin and beside.samefile(found.origin)):
-        log.warning("no resumable uploads: 'import tus' finds another than %s", beside)
-        return None
-    import tus  # noqa: PLC0415
-
-    return tus.Uploads(application)
-
-
 # --- Pages for browsers ---------------------------------------------------------------
 
 EXPIRES = (3600, 86400, 7 * 86400, 30 * 86400)  # seconds that the page offers
@@ -771,6 +696,10 @@ class Pages:
 
     def get(self, request: Request) -> Response:
         """The same for every request: its addresses are relative to its own."""
+        folder = request.root_path.rstrip("/").rpartition("/")[2]
+        if folder and not request.environ.get("PATH_INFO"):
+            # From /store, where the application is mounted, to /store/.
+            return httpfiles.empty_response({"Location": f"{quote(folder)}/"}, 308)
         response = Response(self._upload, headers=self._headers, mimetype="text/html")
         response.add_etag()
         response.make_conditional(request)
@@ -786,8 +715,8 @@ class Pages:
         items = "\n".join(f"<li><div>{line}</div></li>" for line in [*lines, home])
         body = f"<main>\n<h1>{title}</h1>\n<ul>\n{items}\n</ul>\n</main>"
         page = f"{head}<body>\n{body}\n</body>\n</html>\n"
-        headers = {"Vary": "Accept", "Content-Type": "text/html; charset=utf-8"}
-        return Response(page, status, {**self._headers, **more, **headers})
+        headers = {**self._headers, **httpfiles.NO_STORE, "Vary": "Accept", **more}
+        return Response(page, status, headers, mimetype="text/html")
 
 
 def _hashes(tag: str, page: str) -> str:
@@ -804,7 +733,7 @@ def _link(address: str, text: str) -> str:
 def _expiry_options(settings: Settings) -> str:
     """What the page offers as time to keep a file: no longer than the settings
     allow."""
-    most, default = settings.max_expire or MAX_EXPIRE, settings.default_expire
+    most, default = settings.max_expire or MAX_NUMBER, settings.default_expire
     options = []
     for seconds in sorted({default, *(each for each in EXPIRES if each <= most)}):
         text = f"for {_duration(seconds)}" if seconds else "as long as there is room"
@@ -821,10 +750,9 @@ def _duration(seconds: int) -> str:
     return f"{count} {unit}{'' if count == 1 else 's'}"
 
 
-# --- The log, and the state of the servers --------------------------------------------
+# --- The log --------------------------------------------------------------------------
 
 LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-
 
 # Print log lines with time and level as long as the host has configured none.
 _logger, _handler = logging.getLogger("memchunk"), logging.StreamHandler()
@@ -854,19 +782,6 @@ class Call:
         log.log(level, line, *told, exc_info=error if is_bug else None)
 
 
-def server_states(client: Any) -> dict[str, str]:
-    """The state of each memcached, "ok" or "no answer" within READY_SECONDS."""
-    clients = getattr(client, "servers", {"memcached": client})
-    threads = futures.ThreadPoolExecutor(len(clients))  # all are asked at once
-    asked = {name: threads.submit(clients[name].gets, "ready") for name in clients}
-    futures.wait(asked.values(), READY_SECONDS)
-    threads.shutdown(wait=False)  # a frozen one may hold its thread for longer
-    return {
-        name: "ok" if each.done() and not each.exception() else "no answer"
-        for name, each in asked.items()
-    }
-
-
 # --- The development server: python wsgi.py -------------------------------------------
 
 
@@ -881,8 +796,7 @@ def own_memcached() -> Iterator[str]:
         path = pathlib.Path(folder, "memcached")
         # The MiB are the most that it takes, not what it starts with. Only root, who
         # has to name a user, changes to that one.
-        command = [program, "-s", str(path), "-m", "1024", "-u", "root"]
-        process = subprocess.Popen(command)
+        process = subprocess.Popen([program, "-s", path, "-m", "1024", "-u", "root"])
         try:
             while not path.exists():
                 if (status := process.poll()) is not None:

@@ -34,15 +34,14 @@ def test_error_page_links_to_the_upload_page(client: Any, path: str) -> None:
         ("/x:y", "http://localhost/x%3Ay/"),
     ],
 )
-@pytest.mark.parametrize("query", ["", "?a=b%20c&d"])
 def test_mount_without_its_slash_leads_to_it(
-    client: Any, path: str, location: str, query: str
+    client: Any, path: str, location: str
 ) -> None:
     mounted = {"SCRIPT_NAME": path, "PATH_INFO": ""}
-    answer = client.get(path + query, environ_overrides=mounted)
+    answer = client.get(path, environ_overrides=mounted)
     assert (answer.status_code, answer.data) == (308, b"")
     there = answer.headers["Location"]
-    assert urljoin(f"http://localhost{quote(path)}", there) == location + query
+    assert urljoin(f"http://localhost{quote(path)}", there) == location
     proxied = f"https://files.example/more{quote(path)}"
     assert urljoin(proxied, there).startswith(proxied + "/")
     mounted["PATH_INFO"] = "/"
