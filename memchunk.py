@@ -738,9 +738,9 @@ class _Segment:
         if not self.is_tight:
             keys = [] if end is None else self.keys()
             touches = [_Command("touch", key, end or 0) for key in keys]
-            replies = self.entry.run([*chunks, *touches])
-            if not self.entry.refusal(replies):
-                return bool(touches) and _NOT_FOUND not in replies
+            replies, count = self.entry.run([*chunks, *touches]), len(chunks)
+            if not self.entry.refusal(replies[:count]):
+                return set(replies[count:]) == {_TOUCHED}
             chunks = [chunk for chunk, said in zip(chunks, replies) if said != _STORED]
             self.is_tight = True
         self._store_until_kept(chunks)
@@ -753,9 +753,8 @@ class _Segment:
         deadline = time.monotonic() + _PATIENCE
         while True:
             touches = [_Command("touch", chunk.key, self.lease) for chunk in chunks] * 2
-            replies = self.entry.run([*chunks, *touches])
-            refusal = self.entry.refusal(replies)
-            last = replies[-len(chunks) :]
+            replies, count = self.entry.run([*chunks, *touches]), len(chunks)
+            refusal, last = self.entry.refusal(replies[:count]), replies[-count:]
             chunks = [chunk for chunk, said in zip(chunks, last) if said != _TOUCHED]
             if not chunks:
                 return
@@ -896,7 +895,7 @@ class _Write(_Segment):
             if has_ended and len(batch) == self.length <= self.inline_limit:
                 self.data = bytes(batch)
                 continue
-            if has_ended:
+            if has_ended and self.size in (None, self.length):
                 end = self.entry.exptimes(self.expire)[1]
                 if not self.count:
                     self.total = -(-len(batch) // self.chunk_size)
@@ -991,7 +990,8 @@ class CachedFile(io.RawIOBase):
         size = min(self._chunk_size, self.info.size - number * self._chunk_size)
         length = _HEADER.size + (self._chunk_size if len(self._chunks) > 1 else size)
         if len(view) == length:
-            header, body = view[: _HEADER.size], view[_HEADER.size :]
+            end = _HEADER.size
+            header, body = view[:end], view[end:]
             total = _HEADER.unpack(header)[1]
             # The CRC covers the index, the total and the key.
             if header == _chunk(key, index, total, body)[0] and total in (count, 0):
@@ -1107,20 +1107,23 @@ class _Entry:
             if self.lookup().value == (value or None):
                 return True
             raise
-        self.expect([reply], _STORED, _NOT_STORED, _EXISTS, _NOT_FOUND)
-        # The replicas of a pool of memcached's proxy have tokens of their own. So one
-        # may store the manifest while another refuses it.
-        return reply == _STORED or bool(value and self.lookup().value == value)
+        # Of replicas behind a proxy, one may store the manifest while another refuses
+        # it. So look, whatever the reply says.
+        if reply == _STORED or (value and self.lookup().value == value):
+            return True
+        self.expect([reply], _NOT_STORED, _EXISTS, _NOT_FOUND)
+        return False
 
     def touch(self, keys: Sequence[str], exptime: int) -> list[int]:
         """Set the expiry of chunks; return the positions of the keys that are gone."""
-        return self._absent([_Command("touch", key, exptime) for key in keys])
+        return self._absent([_Command("touch", key, exptime) for key in keys], _TOUCHED)
 
     def missing(self, keys: Sequence[str]) -> list[int]:
         """The positions of the keys that are gone. A `cas` that can't succeed asks for
         them. Every proxy knows it, and it neither reads a chunk nor changes its
         expiry."""
-        return self._absent([_Command("cas", key, token=_NO_TOKEN) for key in keys])
+        commands = [_Command("cas", key, token=_NO_TOKEN) for key in keys]
+        return self._absent(commands, _EXISTS)
 
     def is_whole(self, found: _Found) -> bool:
         """Whether all chunks of the file are there."""
@@ -1149,7 +1152,9 @@ class _Entry:
 
     def take_lock(self, seconds: int) -> bool:
         """Take the lock of `get_or_set`, or wait a moment if another has it."""
-        add = _Command("add", self.lock, seconds, lambda: (b"1",))
+        # memcached's clock ticks once a second, so an item may end a second early.
+        exptime = min(seconds + 1, _RELATIVE_LIMIT)
+        add = _Command("add", self.lock, exptime, lambda: (b"1",))
         replies = self.run([add], again=False)
         self.expect(replies, _STORED, _NOT_STORED)
         time.sleep(0 if _STORED in replies else _POLL)
@@ -1277,16 +1282,16 @@ class _Entry:
                     self.client.close()
                 raise
 
-    def _absent(self, commands: list[_Command]) -> list[int]:
-        """The positions of the commands that did not find their item."""
+    def _absent(self, commands: list[_Command], there: bytes) -> list[int]:
+        """The positions of NOT_FOUND in the replies. The others must say `there`."""
         replies = self.run(commands)
-        self.expect(replies, _TOUCHED, _EXISTS, _NOT_FOUND)
+        self.expect(replies, there, _NOT_FOUND)
         return [at for at, reply in enumerate(replies) if reply == _NOT_FOUND]
 
     def refusal(self, replies: list[bytes]) -> str:
         """The server's words if it refused a chunk, else ""."""
         refusals = list(filter(_REFUSAL.search, replies))
-        self.expect({*replies} - {*refusals}, _STORED, _TOUCHED, _NOT_FOUND)
+        self.expect({*replies} - {*refusals}, _STORED)
         return refusals[0].decode() if refusals else ""
 
     def expect(self, replies: Iterable[bytes], *allowed: bytes) -> None:
@@ -1452,15 +1457,15 @@ def _gathered(pieces: Iterator[Any], size: int) -> Iterator[memoryview]:
     """Gather pieces into batches, all in one buffer."""
     buffer, filled = memoryview(bytearray(size)), 0
     for piece in pieces:
-        view = _view(piece)
-        while view:
-            room = size - filled
-            taken, view = view[:room], view[room:]
-            end = filled + len(taken)
-            buffer[filled:end] = taken
-            filled = end % size
+        view, start = _view(piece), 0
+        while start < len(view):
+            count = min(size - filled, len(view) - start)
+            end, stop = filled + count, start + count
+            buffer[filled:end] = view[start:stop]
+            filled, start = end % size, stop
             if not filled:
                 yield buffer
+        view.release()  # so that the source may resize what it yielded
     if filled:
         yield buffer[:filled]
 

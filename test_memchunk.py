@@ -574,6 +574,21 @@ def test_get_or_set_gives_a_lock_back_that_it_took_late(
     assert counting.commands.count("add") == 3  # two locks, and a manifest
 
 
+def test_the_lock_of_get_or_set_lasts_its_whole_time(
+    files: FileCache, memcached: Memcached
+) -> None:
+    """memcached ends an item up to a second early."""
+    ends: list[int] = []
+
+    def make() -> bytes:
+        ends.extend(memcached.expiries().values())
+        return b"made"
+
+    now = time.time()
+    files.get_or_set(NAME, make, lock=50)
+    assert [end >= int(now) + 51 for end in ends] == [True]
+
+
 @pytest.mark.parametrize("option", ["expire", "metadata"])
 def test_get_or_set_refuses_bad_options_before_it_makes_a_file(
     files: FileCache, option: str

@@ -174,6 +174,26 @@ def test_size_is_that_of_the_whole_file(
     assert cache.get("file") == DATA
 
 
+def test_a_full_batch_does_not_count_as_a_small_file(memcached: Memcached) -> None:
+    """The parts were cut smaller than this cache would cut them."""
+    data = BIG[: 5 * MIB]
+    with FileCache(memcached.server, chunk_size=100_000) as cache:
+        part, _ = cache.stage("file", b"")
+    with FileCache(memcached.server, chunk_size=80 * MIB) as cache:
+        cache.add("file", data, parts=[part])
+        assert cache.get("file") == data
+
+
+def test_parts_stay_on_their_lease_if_the_rest_of_the_file_is_short(
+    cache: FileCache, memcached: Memcached
+) -> None:
+    part, taken = cache.stage("file", DATA, lease=100)
+    before = chunks(memcached, [part])
+    with pytest.raises(memchunk.SizeMismatch):
+        cache.add("file", iter([DATA[taken:]]), parts=[part], size=12_900)
+    assert chunks(memcached, [part]) == before
+
+
 def test_parts_that_make_the_file_too_large_are_refused(memcached: Memcached) -> None:
     with FileCache(memcached.server, chunk_size=CHUNK, max_size=4500) as cache:
         part, _ = cache.stage("file", DATA[:4000])
