@@ -1,5 +1,5 @@
 # memchunk 1.0.0, MIT licence. Copy this one file; its manual is README.md and docs/.
-"""Keep files of 0 to 50 MiB in memcached, whose items end at 1 MB.
+"""Keep files of 0 to 50 MiB in memcached, whose items have at most 1 MB.
 
     cache = memchunk.FileCache("127.0.0.1:11211")
     cache.add("report.pdf", pathlib.Path("report.pdf"), expire=86400)
@@ -48,7 +48,7 @@ import stat
 import struct
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any, Callable, NamedTuple, NoReturn, Union
 
 from pymemcache.client.base import Client, PooledClient
@@ -75,53 +75,53 @@ LEASE = 3600  # seconds that chunks live before their file is published
 # once, never in part, and a read that began just before can finish.
 _SLACK = 60
 
-# memcached keeps an item of up to 512 KiB in one piece. This is its largest slab class
-# by default; two such items fill a page. It stitches larger items together from many
-# pieces, which wastes memory and fails under pressure. An item takes 59 bytes beside
-# its key and value, or 63 if a client sets flags.
-_LARGEST_ITEM, _ITEM_OVERHEAD = 512 * 1024, 64
-_PAGE = 1024 * 1024  # bytes: memcached gives memory to a slab class in pages
-_MAX_KEY = 250  # bytes, memcached's limit
-_LEAST_ITEM = 1024  # bytes: memcached's smallest -I; it never tells a smaller one
-_SMALL_DIVISOR = 16  # a file of up to 1/16 of a chunk lies in its manifest
+# memcached keeps an item of up to 512 KiB in one piece, because its largest slab class
+# has this size by default. Two such items fill a page. It stitches larger items
+# together from many pieces, which wastes memory and fails under pressure.
+_LARGEST_ITEM = 512 * 1024
+# Bytes of an item beside its value: a key of up to 194, and a head of up to 63.
+_AROUND = 194 + 64
+_DEFAULT_ITEM = 1024 * 1024  # bytes: memcached's -I by default
+_LEAST_LIMIT = 1024  # bytes: memcached's smallest -I; no limit can be smaller
+_SMALL_DIVISOR = 16  # a file of up to 1/16 of a chunk's item lies in its manifest
 
-# Bytes of one round trip. They limit the memory of a transfer. If memory only just fits
-# the file, batches of 8 chunks lose the fewest. A batch of a read fits in the caches of
-# a CPU.
+# Bytes of one round trip. They limit the memory of a transfer. If a file only just fits
+# in memcached, batches of 8 chunks lose the fewest. A CPU's caches hold a batch of a
+# read.
 _WRITE_BATCH, _READ_BATCH = 4 * 1024 * 1024, 2 * 1024 * 1024
 _PIECE = 64 * 1024  # bytes to read at a time from a source of unknown size
 _MAX_CHUNK = 2**30  # bytes: memcached's -I ends there
 _MAX_CHUNKS = 2**20  # a manifest that names more is damaged
-_QUICK_DELETES = 8  # chunks; their deletion does not wait for replies
 
 # Chunks that were read or touched twice are active in memcached's LRU. If they fill the
 # cache, memcached refuses others until its LRU thread has made room. That thread sleeps
 # for up to a second.
 _PATIENCE, _PAUSE = 4.0, 0.02  # seconds to wait for it, and between two tries
 
+_QUICK_DELETES = 8  # chunks; their deletion does not wait for replies
 _ATTEMPTS = 100  # to change a manifest; another writer won each attempt that failed
-_FRESH = 1.0  # seconds; if a look at the manifest is older, a write looks again
 _ASK_AGAIN = 60.0  # seconds until a server that refused `stats` is asked again
 _IDLE = 60  # seconds; firewalls forget connections that idle longer
-_POLL = 0.05  # seconds between two looks of `get_or_set` at the work of another
+_POLL = 0.05  # seconds until `get_or_set` looks again for the work of another
 
 _RELATIVE_LIMIT = 30 * 24 * 3600  # memcached reads more seconds as an absolute time
-_LONG_PAST = _RELATIVE_LIMIT + 1  # as an absolute time; twemproxy refuses -1
+_LONG_PAST = _RELATIVE_LIMIT + 1  # a time in 1970; twemproxy refuses -1
 _ABSOLUTE_LIMIT = 2**31 - 1  # memcached has 32 bits for a time; later means never
 _MAX_EXPIRE = 2**62  # seconds
 _NO_TOKEN = b"%d" % (2**64 - 1)  # no item has it, so a `cas` with it changes nothing
 
 _HEADER = struct.Struct(">III")  # of a chunk: index, total, CRC
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 _FORMAT = 2
 
 _STORED, _NOT_STORED, _EXISTS = b"STORED", b"NOT_STORED", b"EXISTS"
 _NOT_FOUND, _TOUCHED, _DELETED = b"NOT_FOUND", b"TOUCHED", b"DELETED"
-_REFUSAL = re.compile(rb"(?i)out of memory|object too large")
+_REFUSAL = re.compile(rb"(?i)NOT_STORED|out of memory|object too large")
 
 _CLOSED = ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, MemcacheClosed
 
-# Errors that a damaged manifest may cause. A signal handler may raise any other error,
-# which passes through.
+# Errors that a damaged manifest may cause. Any other, as of a signal's handler, passes
+# through.
 _BAD_MANIFEST = ValueError, TypeError, LookupError, AttributeError, RecursionError
 
 _log = logging.getLogger("memchunk")
@@ -172,8 +172,8 @@ class FileNotFound(CacheMiss, KeyError, FileNotFoundError):
 
 
 class FileEvicted(CacheMiss):
-    """memcached evicted chunks of the file. info: FileInfo. missing: indices of missing
-    chunks, as far as they were asked for."""
+    """memcached evicted chunks of the file. info: FileInfo. missing: indices of chunks
+    that were asked for and are gone."""
 
     def __init__(self, name: str, info: FileInfo, missing: list[int]) -> None:
         self.info, self.missing = info, missing
@@ -222,7 +222,7 @@ class SizeMismatch(MemchunkError, ValueError):
 
 class FileCorrupt(MemchunkError):
     """A chunk is damaged, or the manifest if `index` is None. reason: "" for damage,
-    else it tells the format of a sound manifest that a later memchunk wrote."""
+    else the unknown format of a sound manifest, which a later memchunk wrote."""
 
     def __init__(self, name: str, index: int | None, reason: str = "") -> None:
         self.index, self.reason = index, reason
@@ -235,11 +235,10 @@ class FileCorrupt(MemchunkError):
 class CacheFull(MemchunkError):
     """The server would not keep the file.
 
-    missing: indices of chunks that it evicted at once; empty if it refused an item.
-    cause: by the server's `stats`, "memory" (-m is smaller than the file), "slabs" (the
-    memory is in pages for items of other sizes), "item size" (-I is too small), "lease"
-    (it ended before the upload), "contention" (others changed the manifest 100 times),
-    "pressure" (other files fill the memory), or "unknown"."""
+    missing: indices of chunks that are gone, if that is the symptom. cause: by the
+    server's `stats`, "memory" (-m is smaller than the file), "item size" (-I is too
+    small), "pressure" (other files, or pages for items of other sizes, fill the
+    memory), "contention" (others changed the manifest 100 times), or "unknown"."""
 
     def __init__(self, name: str, cause: str, reason: str, missing: list[int]) -> None:
         self.cause, self.missing = cause, missing
@@ -279,7 +278,8 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
     client: the address of a server, "host", "host:port", "[ipv6]:port" or "unix:/path",
         or any pymemcache `Client` or `PooledClient`, or a pool of `mcpool.connect`. A
         cache of an address or of mcpool is safe for threads and forks.
-    namespace: prefix of every key, 1 to 100 printable ASCII characters, no spaces.
+    namespace: prefix of every key, 1 to 100 printable ASCII characters, no spaces. A
+        client's own `key_prefix` counts, too.
     max_size: bytes, the largest file; 50 MiB by default.
     chunk_size: bytes of payload in a chunk; by default the most that the server keeps
         well, by its `stats settings`. Give it if a proxy hides servers with a small -I.
@@ -299,28 +299,22 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
         chunk_size: int | None = None,
         lease: int = LEASE,
     ) -> None:
-        if not re.fullmatch(r"[!-~]{1,100}", namespace):
-            raise ValueError("namespace is 1 to 100 printable ASCII characters")
         if chunk_size is not None and not 1 <= operator.index(chunk_size) <= _MAX_CHUNK:
             raise ValueError(f"chunk_size is 1 to {_MAX_CHUNK} bytes")
         if operator.index(max_size) < 0:
-            raise ValueError("max_size is a number of bytes")
+            raise ValueError("max_size is 0 or more bytes")
         self.namespace, self.max_size, self.lease = namespace, max_size, _lease(lease)
         self._chunk_size = chunk_size and int(chunk_size)
         self._given = client
         self._connect()
-        # bytes of the longest key
-        self._key_size = len(getattr(self.client, "key_prefix", b""))
-        self._key_size += len(_chunk_key(self._key(b""), "0" * 16, _MAX_CHUNKS))
-        if self._key_size > _MAX_KEY:
-            raise ValueError("key_prefix and namespace make keys longer than 250 bytes")
+        prefix = getattr(self.client, "key_prefix", b"")
+        if not re.fullmatch(b"[!-~]{1,100}", prefix + namespace.encode()):
+            raise ValueError("namespace is 1 to 100 printable ASCII characters")
 
     def _connect(self) -> None:
         """Take the client, or make one for an address."""
-        is_address = isinstance(self._given, str)
-        self.client = (
-            _own_client(self._given) if is_address else _checked_client(self._given)
-        )
+        make = _own_client if isinstance(self._given, str) else _checked_client
+        self.client = make(self._given)
         self._servers: dict[int, _Server] = {}
         self._pid = os.getpid()
 
@@ -330,9 +324,6 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._connect()
-
-    def __repr__(self) -> str:
-        return f"<FileCache {self.namespace!r} on {_address(self.client)}>"
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -360,7 +351,7 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
         the end if another writer was quicker. A file that lost chunks is replaced. Also
         raises FileTooLarge; SizeMismatch; CacheFull; FileCorrupt for a file of a later
         format; TypeError for text; ValueError for parts of different chunk sizes. After
-        an error, nothing new is stored."""
+        an error, nothing new is stored, unless it is CacheUnavailable."""
         return _Write(self, "add", name, size, expire, metadata, parts).run(source)
 
     def set(
@@ -373,9 +364,9 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
         metadata: bytes = b"",
         parts: Sequence[str] = (),
     ) -> FileInfo:
-        """Store a file, or replace it. Readers get the old file until this returns, or
-        if it raises. If memory can't hold both, the old file's chunks are deleted
-        first, and readers get FileEvicted.
+        """Store a file, or replace it. Readers get the old file or the new one, whole.
+        If memory can't hold both, the old one's chunks are deleted first, and readers
+        get FileEvicted.
         Arguments and errors are those of `add`, except FileExists and FileCorrupt."""
         return _Write(self, "set", name, size, expire, metadata, parts).run(source)
 
@@ -427,17 +418,12 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
 
         Starts over if a writer replaces the file meanwhile, up to 100 times; then it
         raises FileChanged."""
-        tries_left = _ATTEMPTS
-        while True:
-            with self.open(name) as file:
+        for _ in range(_ATTEMPTS):
+            with self.open(name) as file, contextlib.suppress(FileChanged):
                 if file.info.size > self.max_size:
                     raise FileTooLarge(name, file.info.size, self.max_size)
-                try:
-                    return file.readall()
-                except FileChanged:
-                    tries_left -= 1
-                    if not tries_left:
-                        raise
+                return file.readall()
+        raise FileChanged(name, file.info.version, self.stat(name).version)
 
     def get_or_set(
         self,
@@ -451,38 +437,34 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
         """The file, or else the bytes that `make()` returns, which become the file. One
         caller at a time runs `make`. The others wait for the file, for up to `lock`
         seconds, and then run it, too. If the cache is down or full, or the file is
-        damaged, callers still get bytes, and the file is stored if it can be."""
-        # Made now, as it refuses bad options before `make` does its work.
+        damaged, callers still get bytes, and the file is stored if it can be. Raises
+        FileTooLarge, and the errors of `make`."""
+        # It refuses bad options, so it is made before `make` does its work.
         write = _Write(self, "set", name, None, expire, metadata, ())
-        with self._file_or_lock(name, _lease(lock)) as found:
-            if found is not None:
-                return found
-            data = make()
-            with contextlib.suppress(CacheUnavailable, CacheFull):
-                write.run(data)
-            return data
+        return self._get_or_make(write, make, _lease(lock))
 
-    @contextlib.contextmanager
-    def _file_or_lock(self, name: str, seconds: int) -> Iterator[bytes | None]:
-        """Yield the file, or None if this caller has to make it."""
-        entry, found = self._entry(name), None
-        lock_end, deadline = -math.inf, time.monotonic() + seconds
+    def _get_or_make(
+        self, write: _Write, make: Callable[[], _Bytes], lock: int
+    ) -> _Bytes:
+        deadline, lock_end = time.monotonic() + lock, -math.inf
         try:
             with contextlib.suppress(CacheUnavailable, CacheFull):
                 while (now := time.monotonic()) < deadline:
                     with contextlib.suppress(CacheMiss, FileCorrupt, FileChanged):
-                        found = self.get(name)
+                        return self.get(write.entry.name)
+                    if now < lock_end:  # it is ours, and we have looked again
                         break
-                    if now < lock_end:
-                        break
-                    end = time.monotonic() + seconds
-                    if entry.take_lock(seconds):
-                        # Look again: its last owner may have stored the file.
+                    end = time.monotonic() + lock
+                    if write.entry.take_lock(lock):
+                        # Its last owner may have stored the file, so look again.
                         lock_end = end
-            yield found
+            data = make()
+            with contextlib.suppress(CacheUnavailable, CacheFull):
+                write.run(data)
+            return data
         finally:
             if time.monotonic() < lock_end:  # later, it may be another's
-                entry.delete([entry.lock])
+                write.entry.delete([write.entry.lock])
 
     def open(self, name: str) -> CachedFile:
         """The present version of the file, as a binary stream, which fetches chunks as
@@ -497,13 +479,12 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
     def __contains__(self, name: str) -> bool:
         """Whether the whole file is there. Reads no payload, and changes nothing."""
         entry, before = self._entry(name), None
-        for _ in range(_ATTEMPTS):
-            found = entry.lookup()
-            if found.value in (None, before) or entry.is_whole(found):
-                break
+        while (found := entry.lookup()).value not in (None, before):
+            if entry.is_whole(found):
+                return True
             # A writer may have replaced the file, and deleted the chunks asked for.
             before = found.value
-        return found.value not in (None, before)
+        return False
 
     def touch(self, name: str, expire: _Expire) -> FileInfo:
         """Give the file a new time to live: seconds from now, a timedelta, or 0 for no
@@ -515,20 +496,19 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
             old, keys = found.require(), entry.keys(found.segments)
             new = dataclasses.replace(old, expires=now + seconds if seconds else None)
             end, chunks_end = entry.exptimes(seconds)
-            # If chunks are missing, the others keep their expiry. If not, all lose it
-            # for a moment: the manifest ends at the old or the new time, and the chunks
-            # must outlive both. Only clocks that agree would know the later one.
+            # If chunks are missing, nothing changes. Else all lose their expiry for a
+            # moment, because they must outlive the old and the new manifest.
             missing = entry.missing(keys) or entry.touch(keys, 0)
             if missing:
                 with contextlib.suppress(FileChanged):  # then touch the present version
                     entry.explain(old, missing)
             elif entry.replace(found, new.pack(), end):
                 entry.touch(keys, chunks_end)
-                # If another touch came in between, its end may be later: again no end.
+                # Another touch may have come in between, with a later end.
                 if keys and entry.lookup().manifest not in (None, new):
                     entry.touch(keys, 0)
                 return new.info
-        raise entry.cache_full(0, cause="contention")
+        raise entry.contention()
 
     def delete(self, name: str, version: str | None = None) -> None:
         """Delete the file, also a damaged one or one that lost chunks; with `version`,
@@ -544,7 +524,7 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
             if entry.replace(found, b"", _LONG_PAST):
                 entry.delete(entry.keys(found.segments))
                 return
-        raise entry.cache_full(0, cause="contention")
+        raise entry.contention()
 
     def ping(self) -> None:
         """Return if every server answers, else raise CacheUnavailable."""
@@ -558,11 +538,6 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
         """Close the client's connections. The next call opens new ones."""
         self.client.close()
 
-    def _key(self, encoded: bytes) -> str:
-        # Proxies that hash only the text in braces, or before "|#|", keep a file on one
-        # server. No part of a name enters a key.
-        return f"{self.namespace}:{{{hashlib.sha256(encoded).hexdigest()}}}"
-
     def _entry(self, name: str) -> _Entry:
         """The items of a file. Raises InvalidName."""
         encoded = name.encode(errors="ignore") if isinstance(name, str) else b""
@@ -571,7 +546,9 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
         # A child must not talk on its parent's connections: replies would get mixed.
         if self._pid != os.getpid() and isinstance(self._given, str):
             self._connect()
-        key = self._key(encoded)
+        # Proxies that hash only the text in braces, or before "|#|", keep a file on one
+        # server. No part of a name enters a key.
+        key = f"{self.namespace}:{{{hashlib.sha256(encoded).hexdigest()}}}"
         for_key = getattr(self.client, "for_key", None)
         client = for_key(key) if for_key else self.client
         return _Entry(self._server(client), name, key)
@@ -623,7 +600,7 @@ class _Manifest:
         """The manifest's value: the CRC of the rest, a line of JSON, metadata, data."""
         fields = {"format": _FORMAT, **vars(self), "metadata": len(self.metadata)}
         del fields["data"]
-        line = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+        line = _JSON.encode(fields).encode()
         body = b"".join((line, b"\n", self.metadata, self.data))
         return zlib.crc32(body).to_bytes(4, "big") + body
 
@@ -633,9 +610,9 @@ class _Manifest:
         try:
             seal, body = bytes(value[:4]), bytes(value[4:])
             if seal != zlib.crc32(body).to_bytes(4, "big"):
-                raise ValueError("the CRC is another")
+                raise ValueError("the CRC is wrong")
             line, _, rest = body.partition(b"\n")
-            fields = json.loads(line)
+            fields = json.loads(line.decode())
             number = fields.pop("format")
             if number != _FORMAT:
                 text = f"its format {number} is unknown to this memchunk"
@@ -652,18 +629,16 @@ class _Manifest:
         """Raises ValueError or TypeError for fields that no writer would write: they go
         into keys, and bound the work of a read."""
         keys, counts = zip(*self.segments)
-        chunks, size = sum(counts), self.size - len(self.data)
-        times = self.created, self.expires or 0
+        numbers = self.size, self.chunk_size, self.created, self.expires or 0, *counts
+        chunks = -(-(self.size - len(self.data)) // (self.chunk_size or 1))
         is_sound = (
             self.name == name
-            and {int}
-            == {type(n) for n in (self.size, self.chunk_size, *times, *counts)}
-            and len(set(keys)) == len(keys)
+            and all(type(number) is int and number >= 0 for number in numbers)
             and all(map(_SEGMENT.fullmatch, keys))
+            and len(set(keys)) == len(keys)
             and 0 < self.chunk_size <= _MAX_CHUNK
-            and min(size, *counts) >= 0
-            and chunks == -(-size // self.chunk_size) <= _MAX_CHUNKS
-            and not (chunks and self.data)
+            and sum(counts) == chunks <= _MAX_CHUNKS
+            and len(self.data) in (0, self.size)
         )
         if not is_sound:
             raise ValueError("the manifest contradicts itself")
@@ -677,7 +652,7 @@ def _parsed(parts: Sequence[str]) -> tuple[_Segments, int]:
     sizes, keys = {size for _, _, size in found}, {key for key, _, _ in found}
     is_size = all(1 <= size <= _MAX_CHUNK for size in sizes)
     if len(keys) != len(parts) or len(sizes) > 1 or not is_size:
-        raise ValueError("these are no parts of one upload, from `stage`")
+        raise ValueError("parts must come from `stage`, for one upload")
     return [(key, count) for key, count, _ in found if count], max(sizes, default=0)
 
 
@@ -698,7 +673,7 @@ class _Segment:
         self.key = secrets.token_hex(8)
         self.count = 0  # chunks, also those not sent yet, so that all can be deleted
         self.total = 0  # chunks that there will be, 0 if that is not known
-        self.pid, self.started = os.getpid(), time.monotonic()
+        self.pid = os.getpid()
         self.may_appear = False  # whether the file's manifest was sent
         self.size: int | None = None  # of the whole file, as announced
 
@@ -707,14 +682,13 @@ class _Segment:
         item, self.largest, self.memory = self.entry.limits()
         self.inline_limit = (self.cache._chunk_size or item) // _SMALL_DIVISOR
         if not self.chunk_size:
-            around = self.cache._key_size + _HEADER.size + _ITEM_OVERHEAD
-            self.chunk_size = self.cache._chunk_size or item - around
+            self.chunk_size = self.cache._chunk_size or item - _HEADER.size - _AROUND
         self.batch_size = self.chunk_size * max(1, _WRITE_BATCH // self.chunk_size)
-        # The file takes more than half of the memory.
+        # Whether the file takes more than half of the memory.
         self.is_tight = 2 * size > self.memory
 
     def check(self, length: int) -> None:
-        """Raise if the file may not be as long as it is already."""
+        """Raise if `length` bytes of the file are too many."""
         name, limit = self.entry.name, self.chunk_size * _MAX_CHUNKS
         limit = min(limit, self.cache.max_size)
         if length > limit:
@@ -731,9 +705,8 @@ class _Segment:
         self.check(self.length + len(data))
         missing = self._missing_parts()
         if missing:
-            version = self.parts[-1][0]
-            name, chunks = self.entry.name, self.first
-            info = FileInfo(name, self.length, chunks, version, 0, None, b"")
+            name, version = self.entry.name, self.parts[-1][0]
+            info = FileInfo(name, self.length, self.first, version, 0, None, b"")
             raise FileEvicted(name, info, missing)
         taken = len(data) - len(data) % self.chunk_size
         self.total = taken // self.chunk_size
@@ -743,40 +716,52 @@ class _Segment:
         return f"{self.key}:{self.count}:{self.chunk_size}", taken
 
     def _missing_parts(self) -> list[int]:
-        """The indices of the parts' chunks that are gone. Keeps the others active if
-        the server is tight."""
+        """The indices of the parts' chunks that are gone."""
         keys = self.entry.keys(self.parts)
-        if not keys or not self.is_tight or self._are_published():
+        # Published parts have their final expiry already.
+        is_published = set(self.parts).intersection(self.entry.lookup().segments)
+        if is_published or not self.is_tight:
             return self.entry.missing(keys)
-        self.entry.touch(keys, self.lease)
-        missing = self.entry.touch(keys, self.lease)
-        # If another published them meanwhile, the lease replaced their final expiry.
-        # Then they get no expiry, so they can't end too early. See `_tidy`, too.
-        if self._are_published():
-            self.entry.touch(keys, 0)
-        return missing
+        self.entry.touch(keys, self.lease)  # twice, which keeps them active in the LRU
+        return self.entry.touch(keys, self.lease)
 
-    def _are_published(self) -> bool:
-        return bool(dict(self.parts).keys() & dict(self.entry.lookup().segments).keys())
-
-    def all_keys(self) -> list[str]:
+    def keys(self) -> list[str]:
         """The keys of the file's chunks so far, in order."""
         return self.entry.keys([*self.parts, (self.key, self.count)])
 
     def send(self, batch: memoryview, end: int | None = None) -> bool:
-        """Store a batch of chunks on the lease.
+        """Store a batch of chunks on the lease. Raises CacheFull.
 
-        end: the final expiry, None if it comes later. If it is given, all chunks of
-        the file are touched with it in the same round trip. Returns whether that was
-        done, and all were there."""
-        chunks = {command.key: command for command in self._commands(batch)}
-        is_last = end is not None and not self.is_tight
-        touched = self.all_keys() if is_last else []
-        refused, missing = self.entry.store(list(chunks.values()), touched, end or 0)
-        if refused or self.is_tight:
-            self._store_until_kept(chunks, refused)
-            return False
-        return is_last and not missing
+        end: the final expiry if this is the last batch. If memory is not tight, all
+        chunks of the file get it in the same round trip. Returns whether they did."""
+        chunks = list(self._commands(batch))
+        if not self.is_tight:
+            keys = [] if end is None else self.keys()
+            touches = [_Command("touch", key, end or 0) for key in keys]
+            replies, count = self.entry.run([*chunks, *touches]), len(chunks)
+            if not self.entry.refusal(replies[:count]):
+                return set(replies[count:]) == {_TOUCHED}
+            chunks = [chunk for chunk, said in zip(chunks, replies) if said != _STORED]
+            self.is_tight = True
+        self._store_until_kept(chunks)
+        return False
+
+    def _store_until_kept(self, chunks: list[_Command]) -> None:
+        """A full cache evicts new chunks first, unless two touches make them active in
+        its LRU. If every write did so, a large cache would lose an eighth of its
+        files."""
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            touches = [_Command("touch", chunk.key, self.lease) for chunk in chunks] * 2
+            replies, count = self.entry.run([*chunks, *touches]), len(chunks)
+            refusal, last = self.entry.refusal(replies[:count]), replies[-count:]
+            chunks = [chunk for chunk, said in zip(chunks, last) if said != _TOUCHED]
+            if not chunks:
+                return
+            if time.monotonic() > deadline or "too large" in refusal:
+                missing = [] if refusal else [self.keys().index(c.key) for c in chunks]
+                raise self.cache_full(missing, refusal)
+            time.sleep(_PAUSE)
 
     def _commands(self, batch: memoryview) -> Iterator[_Command]:
         """The commands that store a batch."""
@@ -784,9 +769,7 @@ class _Segment:
             raise RuntimeError("the process was forked during a write")
         # All chunks of a file have one length, unless there is only one.
         is_alone = self.total == 1 and not self.parts
-        for start in range(0, len(batch), self.chunk_size):
-            end = start + self.chunk_size
-            payload = batch[start:end]
+        for payload in _slices(batch, self.chunk_size):
             padding = bytes(0 if is_alone else self.chunk_size - len(payload))
             key = _chunk_key(self.entry.key, self.key, self.count)
             body = self.total, payload, padding
@@ -794,35 +777,11 @@ class _Segment:
             self.count += 1
             yield _Command("set", key, self.lease, make)
 
-    def _store_until_kept(
-        self, chunks: dict[str, _Command], refused: dict[str, bytes]
-    ) -> None:
-        """Store chunks again until the server keeps them. A full cache evicts new ones
-        first, unless two touches make them active in its LRU. If every write did so, a
-        large cache would lose an eighth of its files. Raises CacheFull."""
-        deadline, keys = time.monotonic() + _PATIENCE, list(chunks)
-        while True:
-            self.entry.touch(keys, self.lease)
-            # A refused chunk is gone, too.
-            keys = [keys[at] for at in self.entry.touch(keys, self.lease)]
-            if not keys:
-                return
-            reply = next(iter(refused.values()), b"")
-            if time.monotonic() > deadline or b"too large" in reply:
-                indices = map(self.all_keys().index, keys)
-                raise self.cache_full([] if refused else list(indices), reply.decode())
-            time.sleep(_PAUSE)
-            refused, _ = self.entry.store([chunks[key] for key in keys])
-
-    def cache_full(self, missing: list[int], said: str = "") -> CacheFull:
-        """missing: indices in the file."""
+    def cache_full(self, missing: list[int], said: str) -> CacheFull:
+        """The error if the server refused chunks, or evicted those at `missing`."""
         size = (self.first + max(self.count, self.total)) * self.chunk_size
-        # memcached's clock ticks once a second: an item may end up to a second early.
-        is_over = time.monotonic() - self.started > self.lease - 1
-        # Parts are older. If they are gone, and memory is not tight, their lease ended.
-        parts_are_gone = min(missing, default=self.first) < self.first
-        is_over = is_over or (parts_are_gone and not self.is_tight)
-        return self.entry.cache_full(size, missing, said, "lease" if is_over else "")
+        said = said or f"{len(missing)} chunks are gone: evicted, or past their lease"
+        return self.entry.cache_full(size, said, missing)
 
     @contextlib.contextmanager
     def deleted_on_error(self) -> Iterator[None]:
@@ -874,21 +833,21 @@ class _Write(_Segment):
             # 2. Store the chunks on a lease. The last batch may include step 3.
             is_settled = self._send(batches(self.batch_size), found)
             manifest = self._manifest()
-            is_young = time.monotonic() - found.time < _FRESH and self.verb != "cas"
-            for _ in range(_ATTEMPTS):
+            for attempt in range(_ATTEMPTS):
                 # A restarted server counts its tokens anew: an old one might fit.
-                found = found if is_young else self._look_up()
+                if attempt or self.verb == "cas":
+                    found, is_settled = self._look_up(), False
                 # 3. Touch every chunk: this proves that each is still there.
-                end, chunks_end = self._set_expiry(is_settled)
+                end = self._settle(is_settled)
                 # 4. Publish. If the reply gets lost, the file may yet appear.
                 self.may_appear = True
                 if self.entry.replace(found, manifest.pack(), end):
                     break
-                self.may_appear = is_young = is_settled = False
+                self.may_appear = False
             else:
-                raise self.entry.cache_full(self.length, cause="contention")
-        # 5. Delete the chunks of the replaced file.
-        self._tidy(found, manifest, chunks_end)
+                raise self.entry.contention()
+        # 5. Delete the chunks of the replaced file, except those of the new one.
+        self.entry.delete_segments(found.segments, self.parts, quick=True)
         return manifest.info
 
     def _begin(self, known: int | None) -> _Found:
@@ -898,19 +857,15 @@ class _Write(_Segment):
             if self.size not in (None, known):
                 raise SizeMismatch(self.entry.name, self.size or 0, known)
             self.size = known
-        least = max(self.size or 0, self.length)
-        if least > self.cache.max_size:
-            raise FileTooLarge(self.entry.name, least, self.cache.max_size)
         found = self._look_up()
         self.plan(self.cache.max_size if self.size is None else self.size)
-        self.check(self.length if self.size is None else self.size)
-        self.total = -(-((self.size or self.length) - self.length) // self.chunk_size)
-        if self.metadata:
-            manifest = (
-                len(self._manifest().pack()) + self.inline_limit + len(self.entry.key)
-            )
-            if manifest + _ITEM_OVERHEAD > self.largest:
-                raise self.entry.cache_full(0, said="its manifest is too large")
+        least = max(self.size or 0, self.length)
+        self.check(least)
+        self.total = -(-(least - self.length) // self.chunk_size)
+        if self.largest < _DEFAULT_ITEM:  # in others it fits
+            manifest = len(self._manifest().pack()) + self.inline_limit
+            if manifest + _AROUND > self.largest:
+                raise self.entry.cache_full(0, "its manifest is too large")
         return found
 
     def _look_up(self) -> _Found:
@@ -926,7 +881,7 @@ class _Write(_Segment):
 
     def _send(self, batches: Iterable[memoryview], old: _Found) -> bool:
         """Store all chunks. Returns whether they have their final expiry already."""
-        is_settled, sent = False, 0.0
+        is_settled = False
         for batch in batches:
             self.length += len(batch)
             self.check(self.length)
@@ -936,19 +891,18 @@ class _Write(_Segment):
                 old = self._look_up()  # another may have reused chunks meanwhile
                 self.entry.delete_segments(old.segments, self.parts)
                 old = old._replace(manifest=None)
-            is_last = self.length == self.size or len(batch) < self.batch_size
-            if is_last and len(batch) == self.length <= self.inline_limit:
+            end, has_ended = None, len(batch) < self.batch_size
+            if has_ended and len(batch) == self.length <= self.inline_limit:
                 self.data = bytes(batch)
                 continue
-            if is_last and not self.count:
-                self.total = -(-len(batch) // self.chunk_size)
-            end = self.entry.exptimes(self.expire)[1] if is_last else None
-            is_settled, sent = self.send(batch, end), time.monotonic()
-            del batch  # before the next one is gathered
+            if has_ended and self.size in (None, self.length):
+                end = self.entry.exptimes(self.expire)[1]
+                if not self.count:
+                    self.total = -(-len(batch) // self.chunk_size)
+            is_settled = self.send(batch, end)
         if self.size not in (None, self.length):
             raise SizeMismatch(self.entry.name, self.size or 0, self.length)
-        # A source that is slow to end makes the touch too old.
-        return is_settled and time.monotonic() - sent < _FRESH
+        return is_settled
 
     def _manifest(self) -> _Manifest:
         now, expire = int(time.time()), self.expire
@@ -958,26 +912,15 @@ class _Write(_Segment):
         name, cut = self.entry.name, self.chunk_size
         return _Manifest(name, self.length, cut, *about, segments, self.data)
 
-    def _set_expiry(self, is_done: bool) -> tuple[int, int]:
+    def _settle(self, is_done: bool) -> int:
         """Give every chunk its final expiry, unless that is done; return that of the
-        manifest, and theirs. Raises CacheFull if one is gone: a server with little
-        memory says STORED, but evicts the first chunks while the last arrive."""
+        manifest. Raises CacheFull if one is gone: a server with little memory says
+        STORED, but evicts the first chunks while the last arrive."""
         end, chunks_end = self.entry.exptimes(self.expire)
-        missing = [] if is_done else self.entry.touch(self.all_keys(), chunks_end)
+        missing = [] if is_done else self.entry.touch(self.keys(), chunks_end)
         if missing:
-            raise self.cache_full(missing)
-        return end, chunks_end
-
-    def _tidy(self, found: _Found, manifest: _Manifest, end: int) -> None:
-        """Delete the old file's chunks, except those that the new one has, too."""
-        if self.parts:
-            # A `stage` that saw no published file may have put parts on a lease since.
-            with contextlib.suppress(CacheUnavailable, CacheFull):
-                self.entry.touch(self.entry.keys(self.parts), end)
-                # If another gave the file a later end meanwhile: no end.
-                if self.entry.lookup().manifest not in (None, manifest):
-                    self.entry.touch(self.entry.keys(self.parts), 0)
-        self.entry.delete_segments(found.segments, self.parts, quick=True)
+            raise self.cache_full(missing, "")
+        return end
 
 
 # --- Reading --------------------------------------------------------------------------
@@ -996,7 +939,7 @@ class CachedFile(io.RawIOBase):
         self.info, self._cache, self._manifest = manifest.info, cache, manifest
         size = manifest.chunk_size if self.info.chunks else self.info.size
         self._chunk_size = max(size, 1)
-        place = self._entry.key
+        place = cache._entry(self.info.name).key
         self._chunks = [  # key, index in the segment, number of chunks in the segment
             (_chunk_key(place, key, index), index, count)
             for key, count in manifest.segments
@@ -1005,95 +948,69 @@ class CachedFile(io.RawIOBase):
         self._position = 0
         self._held = -1, memoryview(b"")  # the chunk that was read last, and its number
 
-    @property
-    def _entry(self) -> _Entry:
-        """Made anew, as a forked child has connections of its own."""
-        return self._cache._entry(self.info.name)
-
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
         """The bytes from `start` to `stop`, as in a slice, in verified, read-only
         buffers. A buffer stays valid as long as the caller keeps it. Holds 2 MiB of
         them at a time, and leaves the stream's position alone."""
-        self._checkClosed()
         start, stop, _ = slice(start, stop).indices(self.info.size)
-        return (piece for _, piece in self._pieces(start, stop))
-
-    def _pieces(
-        self, start: int, stop: int, target: memoryview | None = None
-    ) -> Iterator[tuple[int, memoryview]]:
-        """The bytes from `start` to `stop`, a slice of each chunk, and its offset from
-        `start`. Chunks that lie whole in `target` are received there, and left out."""
-        batch = max(1, _READ_BATCH // self._chunk_size)
-        end = -(-stop // self._chunk_size) if start < stop else 0
-        numbers = range(start // self._chunk_size, end)
+        size, batch = self._chunk_size, max(1, _READ_BATCH // self._chunk_size)
+        numbers = range(start // size, -(-stop // size) if start < stop else 0)
         while numbers:
-            payloads = self._fetch(numbers[:batch], start, target)
-            for number, payload in payloads.items():
-                self._held, offset = (number, payload), number * self._chunk_size
-                first, last = max(start - offset, 0), stop - offset
-                yield offset + first - start, payload[first:last]
+            payloads = self._fetch(numbers[:batch])
+            for number in numbers[:batch]:
+                payload = payloads[number]
+                self._held = number, payload
+                first, last = max(start - number * size, 0), stop - number * size
+                yield payload[first:last]
             # Let go of the payloads now, so that the next batch is received into the
             # same memory. Fresh pages from the system take as long as the CRC.
             numbers, payloads, payload = numbers[batch:], {}, memoryview(b"")
 
-    def _fetch(
-        self, numbers: range, start: int, target: memoryview | None
-    ) -> dict[int, memoryview]:
-        """Verified payloads of chunks, without those that `target` received."""
+    def _fetch(self, numbers: range) -> dict[int, memoryview]:
+        """Verified payloads of chunks, by their numbers."""
         if not self._chunks:
             return {0: memoryview(self._manifest.data)}
-        held, payload = self._held  # at once: other threads may read, too
+        held, payload = self._held  # in one step, because other threads may read, too
         keys = {self._chunks[each][0]: each for each in numbers if each != held}
-        payloads = {held: payload} if held in numbers else {}
+        entry = self._cache._entry(self.info.name)  # made now, after any fork
+        payloads = {held: payload}
 
-        def receive(key: str, length: int, fill: Callable[[Any], Any]) -> None:
-            number, first = keys[key], keys[key] * self._chunk_size - start
-            last = min(first + self._chunk_size, self.info.size - start)
-            if target is not None and 0 <= first <= last <= len(target):
-                with target[first:last] as place:
-                    self._receive(number, length, fill, place)
-            else:
-                payload = memoryview(bytearray(last - first))
-                self._receive(number, length, fill, payload)
-                payloads[number] = payload.toreadonly()
+        def receive(key: str, value: Any) -> None:
+            payloads[keys[key]] = self._verify(keys[key], value)
 
-        found = self._entry.read(list(keys), receive)
-        if missing := [each for key, each in keys.items() if key not in found]:
-            self._entry.explain(self._manifest, missing)
-        return dict(sorted(payloads.items()))
+        entry.read(list(keys), receive)
+        missing = [number for number in numbers if number not in payloads]
+        if missing:
+            entry.explain(self._manifest, missing)
+        return payloads
 
-    def _receive(
-        self, number: int, length: int, fill: Callable[[Any], Any], payload: memoryview
-    ) -> None:
-        """Receive and verify a chunk, whose value has `length` bytes. `fill` fills a
-        buffer with the next bytes of it. Raises FileCorrupt."""
-        (key, index, count), header = self._chunks[number], bytearray(_HEADER.size)
-        padding = bytearray(len(self._chunks) > 1 and self._chunk_size - len(payload))
-        if length == len(header) + len(payload) + len(padding):
-            for buffer in header, payload, padding:
-                fill(buffer)
-            # The CRC covers the index, the total and the key.
+    def _verify(self, number: int, value: Any) -> memoryview:
+        """The payload in a chunk's value. Raises FileCorrupt."""
+        view, (key, index, count) = memoryview(value), self._chunks[number]
+        size = min(self._chunk_size, self.info.size - number * self._chunk_size)
+        length = _HEADER.size + (self._chunk_size if len(self._chunks) > 1 else size)
+        if len(view) == length:
+            end = _HEADER.size
+            header, body = view[:end], view[end:]
             total = _HEADER.unpack(header)[1]
-            is_sound = header == _chunk(key, index, total, payload, padding)[0]
-            if is_sound and total in (count, 0):
-                return
-        error = FileCorrupt(self.info.name, number)
-        _log.info("%s", error)
-        raise error
+            # The CRC covers the index, the total and the key.
+            if header == _chunk(key, index, total, body)[0] and total in (count, 0):
+                return body[:size].toreadonly()
+        raise FileCorrupt(self.info.name, number)
 
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer`; fewer bytes than it holds only at the end of the file."""
         self._checkClosed()
-        start = min(self._position, self.info.size)
-        # `with` releases the views after an error, too. Its traceback would keep them.
-        with memoryview(buffer).cast("B") as whole:
-            stop = min(start + len(whole), self.info.size)
-            with whole[: stop - start] as target:
-                for offset, piece in self._pieces(start, stop, target):
-                    end = offset + len(piece)
-                    target[offset:end] = piece
-        self._position += stop - start
-        return stop - start
+        filled = 0
+        # The traceback of an error would keep the view. `with` releases it.
+        with memoryview(buffer).cast("B") as target:
+            start = self._position
+            for piece in self.chunks(start, start + len(target)):
+                end = filled + len(piece)
+                target[filled:end] = piece
+                filled = end
+        self._position = start + filled
+        return filled
 
     def read(self, size: int | None = -1) -> bytes:
         """The next `size` bytes, fewer only at the end; all that is left by default."""
@@ -1129,10 +1046,9 @@ class CachedFile(io.RawIOBase):
 
 class _Found(NamedTuple):
     """A look at the key of a manifest. value: None if there is none. damage: the error
-    if it is no manifest. token: for memcached's `cas`. time: of the look, monotonic."""
+    if it is no manifest. token: for memcached's `cas`."""
 
     name: str
-    time: float
     value: Any = None
     token: Any = None
     manifest: _Manifest | None = None
@@ -1167,17 +1083,16 @@ class _Entry:
 
     def lookup(self) -> _Found:
         """Look at the manifest."""
-        now = time.monotonic()
         value, token = self.ask(lambda client: client.gets(self.key))
         if value is None:
-            return _Found(self.name, now)
+            return _Found(self.name)
         if token == b"0":
             raise self.unavailable(_NO_CAS)
         try:
             manifest = _Manifest.unpack(self.name, value)
-            return _Found(self.name, now, value, token, manifest)
+            return _Found(self.name, value, token, manifest)
         except FileCorrupt as error:
-            return _Found(self.name, now, value, token, None, error)
+            return _Found(self.name, value, token, None, error)
 
     def replace(self, found: _Found, value: bytes, exptime: int) -> bool:
         """Put a manifest, or nothing (an empty one), in the place of the one that was
@@ -1192,57 +1107,40 @@ class _Entry:
             if self.lookup().value == (value or None):
                 return True
             raise
-        self._expect([reply], _STORED, _NOT_STORED, _EXISTS, _NOT_FOUND)
-        # The replicas of a pool of memcached's proxy have tokens of their own. So one
-        # may store the manifest while another refuses it.
-        return reply == _STORED or bool(value and self.lookup().value == value)
-
-    def store(
-        self, chunks: list[_Command], touched: Sequence[str] = (), end: int = 0
-    ) -> tuple[dict[str, bytes], list[int]]:
-        """Store chunks, then touch keys with their final expiry. Returns the refusals,
-        by key, and the positions of touched keys that are gone."""
-        touches = [_Command("touch", key, end) for key in touched]
-        replies, count = self.run([*chunks, *touches]), len(chunks)
-        stored, rest = replies[:count], replies[count:]
-        refused = {
-            chunk.key: reply
-            for chunk, reply in zip(chunks, stored)
-            if reply == _NOT_STORED or _REFUSAL.search(reply)
-        }
-        self._expect(set(stored).difference(refused.values()), _STORED)
-        return refused, self._absent(rest, _TOUCHED)
+        # Of replicas behind a proxy, one may store the manifest while another refuses
+        # it. So look, whatever the reply says.
+        if reply == _STORED or (value and self.lookup().value == value):
+            return True
+        self.expect([reply], _NOT_STORED, _EXISTS, _NOT_FOUND)
+        return False
 
     def touch(self, keys: Sequence[str], exptime: int) -> list[int]:
         """Set the expiry of chunks; return the positions of the keys that are gone."""
-        commands = [_Command("touch", key, exptime) for key in keys]
-        return self._absent(self.run(commands), _TOUCHED)
+        return self._absent([_Command("touch", key, exptime) for key in keys], _TOUCHED)
 
     def missing(self, keys: Sequence[str]) -> list[int]:
         """The positions of the keys that are gone. A `cas` that can't succeed asks for
         them. Every proxy knows it, and it neither reads a chunk nor changes its
         expiry."""
         commands = [_Command("cas", key, token=_NO_TOKEN) for key in keys]
-        return self._absent(self.run(commands), _EXISTS)
+        return self._absent(commands, _EXISTS)
 
     def is_whole(self, found: _Found) -> bool:
         """Whether all chunks of the file are there."""
         return bool(found.manifest) and not self.missing(self.keys(found.segments))
 
     def delete(self, keys: Sequence[str], quick: bool = False) -> None:
-        """Delete chunks that no manifest names. A failure is no error, because nothing
-        depends on it. But nobody else will delete them, so it is tried twice. quick:
-        don't wait for the replies, if the chunks are few."""
-        # Nagle's algorithm would hold up the next command of a client that allows it.
-        # memcached's proxy 1.6.45 forwards "noreplY", which older servers refuse.
-        is_safe = getattr(self.client, "no_delay", False)
-        is_safe = is_safe and "is_proxy" not in self.server.settings
-        quick = quick and is_safe and len(keys) <= _QUICK_DELETES
-        verb = "delete quickly" if quick else "delete"
+        """Delete items that nobody needs. A failure is no error, as nothing depends on
+        it. But nobody else will delete them, so it is tried twice. quick: don't wait
+        for the replies, if the items are few."""
+        # memcached's proxy 1.6.45 garbles "noreply". A proxy hides its servers' memory.
+        is_proxy = b"maxbytes" not in self.server.settings
+        is_many = len(keys) > _QUICK_DELETES or not hasattr(self.client, "pipeline")
+        verb = "delete quickly" if quick and not (is_many or is_proxy) else "delete"
         for _ in range(2):
             with contextlib.suppress(CacheUnavailable, CacheFull):
                 replies = self.run([_Command(verb, key) for key in keys])
-                self._expect(replies, _DELETED, _NOT_FOUND)
+                self.expect(replies, _DELETED, _NOT_FOUND)
                 return
 
     def delete_segments(
@@ -1254,121 +1152,100 @@ class _Entry:
 
     def take_lock(self, seconds: int) -> bool:
         """Take the lock of `get_or_set`, or wait a moment if another has it."""
-        add = _Command("add", self.lock, _lease(seconds), lambda: (b"1",))
+        # memcached's clock ticks once a second, so an item may end a second early.
+        exptime = min(seconds + 1, _RELATIVE_LIMIT)
+        add = _Command("add", self.lock, exptime, lambda: (b"1",))
         replies = self.run([add], again=False)
-        self._expect(replies, _STORED, _NOT_STORED)
+        self.expect(replies, _STORED, _NOT_STORED)
         time.sleep(0 if _STORED in replies else _POLL)
         return _STORED in replies
 
     def explain(self, manifest: _Manifest, missing: list[int]) -> NoReturn:
         """Raise the reason for missing chunks: FileChanged or FileEvicted."""
         found = self.lookup()
-        if found.damage:
-            raise found.damage
-        current = found.manifest.version if found.manifest else None
-        if current != manifest.version:
-            raise FileChanged(self.name, manifest.version, current)
-        error = FileEvicted(self.name, manifest.info, missing)
-        _log.info("%s", error)
-        raise error
+        if found.value is None:
+            raise FileChanged(self.name, manifest.version, None)
+        found.require(manifest.version)
+        raise FileEvicted(self.name, manifest.info, missing)
 
     def exptimes(self, expire: int) -> tuple[int, int]:
         """The times to tell memcached so that a manifest ends in `expire` seconds and
-        its chunks a little later. Both are relative, or both are absolute by the
-        server's clock."""
+        its chunks a little later. Both are relative, or both are absolute."""
         end = expire
         if expire + _SLACK > _RELATIVE_LIMIT:
-            end += self.stats().get("time", int(time.time()))
+            end += int(time.time())
         is_endless = not expire or end + _SLACK > _ABSOLUTE_LIMIT
         return (0, 0) if is_endless else (end, end + _SLACK)
 
     def limits(self) -> tuple[int, int, float]:
         """Bytes of the largest item that the server keeps in one piece, of the largest
-        that it takes, and of its memory (infinite if unknown), or memcached's
-        defaults."""
-        told = self.server.settings = self.server.settings or self.stats("settings")
-        if not told.get("cas_enabled", True):
-            raise self.unavailable(_NO_CAS)
-        value = told.get("item_size_max", _PAGE)
-        item = min(_LARGEST_ITEM, value, told.get("slab_chunk_max", _LARGEST_ITEM))
-        return item, value, max(told.get("maxbytes", 0), 0) or math.inf
+        that it takes, and of its memory (infinite if unknown)."""
+        server = self.server
+        if not server.settings and time.monotonic() >= server.silent_until:
+            server.settings = self._ask_settings()
+            # Some servers close the connection then, so don't ask at each write.
+            server.silent_until = time.monotonic() + _ASK_AGAIN
+        told = server.settings
+        value = told.get(b"item_size_max", _DEFAULT_ITEM)
+        item = min(_LARGEST_ITEM, value, told.get(b"slab_chunk_max", _LARGEST_ITEM))
+        return item, value, told.get(b"maxbytes", math.inf)
 
-    def stats(self, *kind: str) -> dict[str, int]:
-        """The numbers of a `stats`. A server or proxy that refuses gives none, and is
-        not asked again for a minute, as some close the connection on this command."""
-        if time.monotonic() < self.server.silent_until:
-            return {}
-        told: Mapping[bytes, Any] = {}
+    def _ask_settings(self) -> dict[bytes, int]:
+        """The numbers in the server's `stats settings` that `limits` uses."""
+        told, numbers = {}, {}
         try:
-            told = self.ask(lambda client: client.stats(*kind))
+            told = self.ask(lambda client: client.stats("settings"))
         except CacheUnavailable as error:
             if _is_outage(error.__cause__):
                 raise
-        numbers = {}
-        for key, value in told.items():
-            with contextlib.suppress(ValueError, TypeError):
-                numbers[key.decode()] = int(value)
         if told.get(b"cas_enabled") == b"no":
-            numbers["cas_enabled"] = 0
+            raise self.unavailable(_NO_CAS)
         if told.get(b"proxy_enabled") == b"yes":
-            numbers["is_proxy"] = 1
-            numbers.pop("maxbytes", None)  # it is the proxy's own, not its servers'
-        sizes = ("item_size_max", "slab_chunk_max")
-        least = min(numbers.get(key, _PAGE) for key in sizes)
-        if not numbers or least < _LEAST_ITEM:
-            self.server.silent_until, numbers = time.monotonic() + _ASK_AGAIN, {}
+            told[b"maxbytes"] = 0  # it is the proxy's own, not its servers'
+        for key in (b"item_size_max", b"slab_chunk_max", b"maxbytes"):
+            with contextlib.suppress(ValueError, TypeError):
+                number = int(told.get(key, 0))
+                if number >= _LEAST_LIMIT:
+                    numbers[key] = number
         return numbers
 
     def cache_full(
-        self, size: int, missing: Sequence[int] = (), said: str = "", cause: str = ""
+        self, size: int, said: str = "", missing: Sequence[int] = ()
     ) -> CacheFull:
-        """The error for a file of `size` bytes. said: the server's words, or another
-        symptom. cause: "" to ask the server for it."""
-        if missing and not said:
-            said = f"it evicted {len(missing)} chunks at once"
-        reason = _REASONS.get(cause, "")
-        if not reason:
-            cause, reason = self._diagnose(size, said)
+        """The error for a file of `size` bytes, which the server would not keep. said:
+        its words, or another symptom."""
+        largest, memory = _DEFAULT_ITEM, math.inf
+        with contextlib.suppress(CacheUnavailable):
+            self.server.settings = self._ask_settings()  # a restart may change them
+            _, largest, memory = self.limits()
+        has = f"the server has {memory} bytes of memory (-m)"
+        if "too large" in said:
+            cause, reason = "item size", f"its items end at {largest} bytes (-I)"
+        elif memory == math.inf:
+            cause, reason = "unknown", "the server does not tell why"
+        elif size > memory:
+            cause, reason = "memory", f"{has}, and the file takes {size}"
+        else:
+            cause, reason = "pressure", f"{has}, and other items fill it"
         text = f"{said}: {reason}" if said else reason
         return CacheFull(self.name, cause, text, list(missing))
 
-    def _diagnose(self, size: int, said: str) -> tuple[str, str]:
-        """Why the server did not keep a file of `size` bytes: cause, and sentence."""
-        slabs: dict[str, int] = {}
-        with contextlib.suppress(CacheUnavailable):
-            self.server.settings = self.stats("settings")
-            slabs = self.stats("slabs")
-        item, largest, memory = self.limits() if slabs else (0, 0, math.inf)
-        others = _PAGE * sum(  # bytes in pages for items that are smaller than a chunk
-            slabs.get(key.replace("chunk_size", "total_pages"), 0)
-            for key, length in slabs.items()
-            if key.endswith(":chunk_size") and length < item
-        )
-        if "too large" in said:
-            return "item size", f"its items end at {largest or 'unknown'} bytes (-I)"
-        if memory == math.inf:
-            return "unknown", "the server does not tell why"
-        has = f"the server has {memory} bytes of memory (-m)"
-        if size > memory:
-            return "memory", f"{has}, and the file takes {size}"
-        if size > memory - others:
-            return "slabs", f"{has}, of which items of other sizes hold {others}"
-        return "pressure", f"{has}, and other items fill it"
+    def contention(self) -> CacheFull:
+        text = f"other writers changed the manifest {_ATTEMPTS} times"
+        return CacheFull(self.name, "contention", text, [])
 
     def unavailable(self, reason: str) -> CacheUnavailable:
         return CacheUnavailable(self.name, _address(self.client), reason)
 
-    def read(self, keys: list[str], receive: Callable[..., None]) -> dict[str, Any]:
-        """Have `receive` take the values that are there: from mcpool, each while the
-        next arrives. Returns a dictionary with their keys."""
-        if not keys:
-            return {}
+    def read(self, keys: list[str], receive: Callable[[str, Any], None]) -> None:
+        """Call `receive` with the key and the value of each item that is there. A
+        client with `receive_many`, as of mcpool, does so while the next arrives."""
         if hasattr(self.client, "receive_many"):
-            return dict(self.ask(lambda client: client.receive_many(keys, receive)))
-        values = dict(self.ask(lambda client: client.get_many(keys)))
-        for key, value in values.items():
-            receive(key, len(value), io.BytesIO(value).readinto)
-        return values
+            self.ask(lambda client: client.receive_many(keys, receive))
+        elif keys:
+            found = self.ask(lambda client: client.get_many(keys))
+            for item in found.items():
+                receive(*item)
 
     def run(self, commands: list[_Command], again: bool = True) -> list[bytes]:
         """Do commands; return their replies. A client with `pipeline`, as of mcpool,
@@ -1376,15 +1253,14 @@ class _Entry:
         at the first refusal, while the server goes on to store what is behind it."""
         if not commands or not hasattr(self.client, "pipeline"):
             return [self.ask(command.call, again) for command in commands]
-        wires = functools.partial(map, _Command.wire, commands)
-        return list(self.ask(lambda client: client.pipeline(wires()), again))
+        wire = _Command.wire
+        return list(self.ask(lambda c: c.pipeline(map(wire, commands)), again))
 
     def ask(self, command: Callable[[Any], Any], again: bool = True) -> Any:
-        """Have the client do a command. Its errors become CacheUnavailable.
-        again: repeat the command if the server has closed the connection. After a
-        restart, it has closed all that idle in a pool."""
+        """Have the client do a command. Its errors become CacheUnavailable. again: if
+        the server has closed the connection, repeat. A restart closes all of a pool."""
         pool = getattr(self.client, "client_pool", None)
-        retries = 1 + len(getattr(pool, "free", ())) if again else 0
+        retries = (1 + len(getattr(pool, "free", ()))) if again else 0
         while True:
             try:
                 result = command(self.client)
@@ -1396,7 +1272,9 @@ class _Entry:
                 retries -= 1
                 if retries < 0 or not isinstance(error, _CLOSED):
                     self.server.note(error)
-                    raise self.unavailable(_reason(error)) from error
+                    said = f"{type(error).__name__}: {error}".strip(": ")
+                    said = _OLD if isinstance(error, MemcacheUnknown) else said
+                    raise self.unavailable(said) from error
             except BaseException as error:
                 # Close the connection, or the next command reads the rest of this
                 # reply. After an Exception pymemcache's Client does so itself.
@@ -1404,16 +1282,23 @@ class _Entry:
                     self.client.close()
                 raise
 
-    def _absent(self, replies: list[bytes], there: bytes) -> list[int]:
-        """The positions of NOT_FOUND in replies of which the others say `there`."""
-        self._expect(replies, there, _NOT_FOUND)
+    def _absent(self, commands: list[_Command], there: bytes) -> list[int]:
+        """The positions of NOT_FOUND in the replies. The others must say `there`."""
+        replies = self.run(commands)
+        self.expect(replies, there, _NOT_FOUND)
         return [at for at, reply in enumerate(replies) if reply == _NOT_FOUND]
 
-    def _expect(self, replies: Iterable[bytes], *allowed: bytes) -> None:
-        """Raise for an unexpected reply: it must not count as a no."""
+    def refusal(self, replies: list[bytes]) -> str:
+        """The server's words if it refused a chunk, else ""."""
+        refusals = list(filter(_REFUSAL.search, replies))
+        self.expect({*replies} - {*refusals}, _STORED)
+        return refusals[0].decode() if refusals else ""
+
+    def expect(self, replies: Iterable[bytes], *allowed: bytes) -> None:
+        """Raise for an unexpected reply, which must not count as a no."""
         for reply in set(replies).difference(allowed):
             if _REFUSAL.search(reply):
-                raise self.cache_full(0, said=reply.decode())
+                raise self.cache_full(0, reply.decode())
             said = f"it said {reply[:64]!r}"
             raise self.unavailable(_OLD if reply == b"ERROR" else said)
 
@@ -1446,8 +1331,8 @@ class _Command(NamedTuple):
         try:
             if self.verb == "touch":
                 return _TOUCHED if client.touch(self.key, **options) else _NOT_FOUND
-            if self.verb.startswith("delete"):
-                client.delete_many([self.key], noreply=self.verb != "delete")
+            if self.verb == "delete":
+                client.delete_many([self.key], noreply=False)
                 return _DELETED
             value = b"".join(self.value())
             if self.verb == "set":  # `set` itself is always True
@@ -1473,7 +1358,7 @@ class _Server:
     """One memcached behind a client, and what it told by `stats`."""
 
     client: Any
-    settings: dict[str, int] = dataclasses.field(default_factory=dict)
+    settings: dict[bytes, int] = dataclasses.field(default_factory=dict)
     silent_until: float = -math.inf
     is_down: bool = False
 
@@ -1494,19 +1379,15 @@ def _is_outage(error: BaseException | None) -> bool:
 
 _NO_CAS = "it runs without cas (-C), which memchunk needs"
 _OLD = "it refused a command: it has too many connections, or is older than 1.4.8"
-_REASONS = {
-    "lease": "the upload took longer than its lease",
-    "contention": f"other writers changed the manifest {_ATTEMPTS} times",
-}
 
 
 def _own_client(address: str) -> PooledClient:
     """A client for an address. Raises ValueError."""
     form = r"unix:.+|/.+|([^][/\s:,@]+|\[[\w:.%]+\])(:\d{1,5})?"
     if not re.fullmatch(form, address):
-        forms = "host, host:port, [ipv6]:port or unix:/path"
+        forms = "write host, host:port, [ipv6]:port or unix:/path"
         advice = "mcpool.connect(...) takes several servers, TLS and passwords"
-        raise ValueError(f"{address!r} is not one server, {forms}; {advice}")
+        raise ValueError(f"{address!r} is no server's address; {forms}; {advice}")
     waits = {"connect_timeout": TIMEOUT, "timeout": TIMEOUT, "pool_idle_timeout": _IDLE}
     return PooledClient(address, no_delay=True, default_noreply=False, **waits)
 
@@ -1531,15 +1412,6 @@ def _address(client: Any) -> str:
     return ":".join(map(str, server)) if isinstance(server, tuple) else str(server)
 
 
-def _reason(error: Exception) -> str:
-    """An error of a client, with its likely cause if there is one."""
-    if isinstance(error, MemcacheUnknown):
-        return _OLD
-    advice = "does it speak TLS, and is its certificate trusted?"
-    tls = f" ({advice})" if isinstance(error, ssl.SSLError) else ""
-    return f"{type(error).__name__}: {error}{tls}".strip(": ")
-
-
 # --- Sources --------------------------------------------------------------------------
 
 
@@ -1555,14 +1427,24 @@ def _opened_source(
     with contextlib.suppress(TypeError):
         view = _view(source)
         return len(view), functools.partial(_slices, view)
-    if _is_file(source):
-        return _file_size(source), functools.partial(_read_file, source)
-    # The `read(n)` of an http.client.HTTPResponse ends a broken download like a whole
-    # one. Its `length` is the number of bytes that must come.
-    known = getattr(source, "length", None) if hasattr(source, "getheader") else None
+    known = _size_left(source)
     if hasattr(source, "read"):
         source = iter(functools.partial(source.read, _PIECE), b"")
     return known, functools.partial(_gathered, iter(source))
+
+
+def _size_left(source: Any) -> int | None:
+    if hasattr(source, "getheader"):
+        # The `read(n)` of an http.client.HTTPResponse ends a broken download like a
+        # whole one. Its `length` is the number of bytes that must come.
+        return getattr(source, "length", None)
+    buffered = type(source) in (io.BufferedReader, io.BufferedRandom)
+    if type(source.raw if buffered else source) is not io.FileIO:
+        return None  # a wrapper or a subclass may yield other bytes
+    status = os.fstat(source.fileno())
+    # Files of /proc and /sys announce a length, but have no blocks that hold it.
+    is_known = stat.S_ISREG(status.st_mode) and getattr(status, "st_blocks", True)
+    return max(status.st_size - source.tell(), 0) if is_known else None
 
 
 def _slices(view: memoryview, size: int) -> Iterator[memoryview]:
@@ -1571,49 +1453,21 @@ def _slices(view: memoryview, size: int) -> Iterator[memoryview]:
         yield view[start:end]
 
 
-def _is_file(source: Any) -> bool:
-    """Whether `open` made it. A wrapper or a subclass may yield other bytes."""
-    buffered = type(source) in (io.BufferedReader, io.BufferedRandom)
-    return type(source.raw if buffered else source) is io.FileIO
-
-
-def _file_size(file: Any) -> int | None:
-    status = os.fstat(file.fileno())
-    # Files of /proc and /sys announce a length, but have no blocks that hold it.
-    is_known = stat.S_ISREG(status.st_mode) and getattr(status, "st_blocks", True)
-    return max(status.st_size - int(file.tell()), 0) if is_known else None
-
-
-def _read_file(file: Any, size: int) -> Iterator[memoryview]:
+def _gathered(pieces: Iterator[Any], size: int) -> Iterator[memoryview]:
+    """Gather pieces into batches, all in one buffer."""
     buffer, filled = memoryview(bytearray(size)), 0
-    while count := file.readinto(buffer[filled:]):
-        filled += count
-        if filled == size:
-            yield buffer
-            filled = 0
-    if count is None:
-        raise BlockingIOError("the file is non-blocking, and has no bytes now")
+    for piece in pieces:
+        view, start = _view(piece), 0
+        while start < len(view):
+            count = min(size - filled, len(view) - start)
+            end, stop = filled + count, start + count
+            buffer[filled:end] = view[start:stop]
+            filled, start = end % size, stop
+            if not filled:
+                yield buffer
+        view.release()  # so that the source may resize what it yielded
     if filled:
         yield buffer[:filled]
-
-
-def _gathered(pieces: Iterator[Any], size: int) -> Iterator[memoryview]:
-    """Gather pieces into batches. Bytes that need not be joined are not copied."""
-    rest = bytearray()
-    for piece in pieces:
-        view = _view(piece)
-        while view:
-            room = size - len(rest)
-            taken, view = view[:room], view[room:]
-            if len(taken) == size:
-                yield taken
-                continue
-            rest += taken
-            if len(rest) == size:
-                yield memoryview(rest)
-                rest = bytearray()
-    if rest:
-        yield memoryview(rest)
 
 
 def _view(data: Any) -> memoryview:
@@ -1628,7 +1482,7 @@ def _seconds(expire: _Expire) -> int:
         seconds = expire.total_seconds()
         expire = math.ceil(seconds) if seconds >= 0 else -1
     if not 0 <= operator.index(expire) <= _MAX_EXPIRE:
-        raise ValueError("expire is a number of seconds from now, 0 for never")
+        raise ValueError("expire is 0 for never, or seconds from now")
     return int(expire)
 
 

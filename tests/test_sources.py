@@ -159,6 +159,17 @@ def test_a_file_of_the_kernel_is_stored_though_it_announces_another_length(
     assert cache.get("file") == data
 
 
+def test_a_source_may_resize_the_buffer_that_it_yielded(cache: FileCache) -> None:
+    def pieces() -> Iterator[bytearray]:
+        buffer = bytearray()
+        for number in range(20):
+            buffer[:] = bytes([number]) * (number * 100)
+            yield buffer
+
+    cache.set("file", pieces())
+    assert cache.get("file") == b"".join(bytes([n]) * (n * 100) for n in range(20))
+
+
 def test_pieces_longer_than_a_batch_are_stored(memcached: Memcached) -> None:
     data = os.urandom(11 * MIB + 1)
     with FileCache(memcached.server) as cache:

@@ -15,13 +15,17 @@ from typing import Callable
 
 import pytest
 from pymemcache.client.base import Client, PooledClient
-from pymemcache.exceptions import MemcacheUnexpectedCloseError, MemcacheUnknownError
+from pymemcache.exceptions import (
+    MemcacheServerError,
+    MemcacheUnexpectedCloseError,
+    MemcacheUnknownError,
+)
 
 import mcpool
 import memchunk
 from memchunk import FileCache
 from tests.faults import Once, Wrapped, raising
-from tests.support import Memcached, wait_for
+from tests.support import MIB, Memcached, wait_for
 
 CHUNK = 1000
 OLD = bytes(range(256)) * 10  # three chunks
@@ -355,7 +359,7 @@ class Told(Wrapped):
     def __init__(self, memcached: Memcached, proxy: bytes) -> None:
         super().__init__(mcpool.connect(memcached.server))
         self.lines: list[bytes] = []
-        self.stats = lambda *_: {b"proxy_enabled": proxy, b"item_size_max": b"1048576"}
+        self.stats = lambda *_: {b"proxy_enabled": proxy, b"maxbytes": b"67108864"}
         self.for_key = lambda _: self
 
     def pipeline(self, commands: Iterable[tuple[bytes, ...]]) -> list[bytes]:
@@ -377,19 +381,55 @@ def test_deletes_wait_for_replies_behind_a_proxy_that_garbles_noreply(
     assert [line.endswith(b" noreply\r\n") for line in deletes] == [is_quick] * 3
 
 
+class Shifted(Wrapped):
+    """A pool whose touches get another reply, and are not done."""
+
+    reply = b""
+
+    def for_key(self, _: str) -> Shifted:
+        return self
+
+    def pipeline(self, commands: Iterable[tuple[bytes, ...]]) -> list[bytes]:
+        made = list(commands)
+        done = [each for each in made if not each[0].startswith(b"touch")]
+        replies = iter(self.client.pipeline(done))
+        return [next(replies) if each in done else self.reply for each in made]
+
+
+@pytest.mark.parametrize("reply", [b"STORED", b"EXISTS", b"DELETED", b"END"])
+@pytest.mark.parametrize("max_size", [10_000, 50 * MIB])
+def test_a_touch_with_a_wrong_reply_does_not_count_as_done(
+    memcached: Memcached, reply: bytes, max_size: int
+) -> None:
+    pool = Shifted(mcpool.connect(memcached.server))
+    pool.reply = reply
+    with FileCache(pool, chunk_size=CHUNK, max_size=max_size) as cache:
+        with pytest.raises((memchunk.CacheUnavailable, memchunk.CacheFull)):
+            cache.set("file", iter([NEW]))
+        assert memcached.keys() == []
+
+
 class Replicated(Wrapped):
     """Two replicas behind a proxy: one stores, and the answer is that of the other."""
 
+    error: Exception | None = None
+
     def cas(self, *args: object, **options: object) -> bool:
         self.client.cas(*args, **options)
+        if self.error:
+            raise self.error
         return False
 
 
+@pytest.mark.parametrize(
+    "error", [None, MemcacheServerError(b"out of memory storing object")]
+)
 def test_a_publication_counts_if_only_one_of_two_replicas_says_no(
-    memcached: Memcached,
+    memcached: Memcached, error: Exception | None
 ) -> None:
-    client = PooledClient(memcached.address, default_noreply=False)
-    with FileCache(Replicated(client), chunk_size=CHUNK) as cache:
+    client = Replicated(PooledClient(memcached.address, default_noreply=False))
+    client.error = error
+    with FileCache(client, chunk_size=CHUNK) as cache:
         cache.set("file", OLD)
         info = cache.set("file", NEW)
         assert (cache.stat("file"), cache.get("file")) == (info, NEW)
@@ -426,21 +466,3 @@ def test_log_tells_once_that_pings_fail(
         memcached.start()
         cache.ping()
     assert [each.levelname for each in caplog.records] == ["WARNING"] * 2
-
-
-def test_log_tells_which_chunks_were_evicted_or_damaged(
-    cache: FileCache, memcached: Memcached, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", "memchunk")
-    cache.set("file", OLD)
-    _, first, second, _ = sorted(memcached.keys())
-    memcached.write(first, b"damage")
-    with pytest.raises(memchunk.FileCorrupt):
-        cache.get("file")
-    memcached.delete(first)
-    memcached.delete(second)
-    with pytest.raises(memchunk.FileEvicted):
-        cache.get("file")
-    damaged, evicted = (each.getMessage() for each in caplog.records)
-    assert damaged == "'file' is damaged: chunk 0 is wrong"
-    assert "2 of its 3 chunks are gone (0, 1)" in evicted
