@@ -53,8 +53,9 @@ class Problem(Exception):
         self, status: int, detail: str, headers: Headers | None = None, **members: Any
     ) -> None:
         super().__init__(detail)
-        self.status, self.detail = status, detail
-        self.headers, self.members = headers or {}, members
+        self.status, self.detail, self.members = status, detail, members
+        retry = {"Retry-After": RETRY_AFTER} if status == 503 else {}
+        self.headers = {**retry, **(headers or {})}
 
 
 class CutOff(Problem):
@@ -79,6 +80,7 @@ ERRORS: dict[type[Exception], tuple[int, str]] = {
     memchunk.CacheUnavailable: (503, "The cache did not answer. Try again soon."),
     memchunk.CacheFull: (507, "The cache has no room. Try later, or a smaller file."),
     UnicodeEncodeError: (400, "The request is not valid."),  # in a path beyond Latin-1
+    OverflowError: (400, "A date in it is out of range."),  # of Werkzeug's parser
     Exception: (500, "Something is wrong with this server. See its log."),
 }
 
@@ -91,17 +93,12 @@ def problem_of(error: Exception) -> Problem:
         return too_large(error.limit)
     if isinstance(error, memchunk.FileCorrupt):  # it tells damage or an unknown format
         return Problem(502, f"{error}. Upload it again.")
-    status, detail = next(ERRORS[kind] for kind in ERRORS if isinstance(error, kind))
-    return unavailable(detail) if status == 503 else Problem(status, detail)
+    return Problem(*next(ERRORS[kind] for kind in ERRORS if isinstance(error, kind)))
 
 
 def too_large(limit: int) -> Problem:
     detail = f"A file or a form may have up to {size_in_words(limit)}."
     return Problem(413, detail, limit=limit)
-
-
-def unavailable(detail: str, **members: object) -> Problem:
-    return Problem(503, detail, {"Retry-After": RETRY_AFTER}, **members)
 
 
 def size_in_words(size: int) -> str:
@@ -121,7 +118,7 @@ class FileRequest(Request):
 
     def query_value(self, key: str) -> str | None:
         """Not by `args`, which fails on bytes that are not UTF-8."""
-        query = self.environ.get("QUERY_STRING", "")
+        query = self.query_string.decode("utf-8", "replace")
         values = parse_qs(query, keep_blank_values=True).get(key)
         return values[0] if values else None
 
@@ -171,7 +168,7 @@ class Body:
         # a2wsgi's stream ends with the body too, but does not say so.
         ends = environ.get("wsgi.input_terminated") or "asgi.scope" in environ
         if coding is not None:
-            require(ends, 411, "Send a Content-Length: this host needs one.")
+            require(ends, 411, "This host needs a Content-Length.")
             is_chunked = coding.strip().lower() == "chunked"
             # Some hosts show the body of any other as empty.
             is_known = is_chunked and environ["SERVER_PROTOCOL"] != "HTTP/1.0"
@@ -246,7 +243,9 @@ def refuse_unproved_body(request: FileRequest) -> None:
     if request.body.size is None and not (is_known_host or is_event):
         is_proved = any(expected_digests(request, field) for field in fields)
         wanted = "Send a Content-Length, or a Repr-Digest of sha-256 or sha-512"
-        require(is_proved, 411, f"{wanted}: this host hides where a body breaks off.")
+        require(
+            is_proved, 411, f"{wanted}, as this host hides where a body breaks off."
+        )
 
 
 def limited(pieces: Iterable[bytes], room: int, problem: Problem) -> Iterator[bytes]:
@@ -438,7 +437,7 @@ def check_preconditions(request: Request, info: memchunk.FileInfo | None) -> Non
     """Raise Problem unless the conditions hold for a file, None if there is none."""
     if "If-Match" in request.headers:
         is_named = info and request.if_match.contains(info.version)
-        detail = "There is no file, or its ETag is none that If-Match names."
+        detail = "There is no file, or If-Match does not name its ETag."
         require(is_named, 412, detail)
     elif info:
         is_older = _is_before(request.if_unmodified_since, info.created)
@@ -446,7 +445,7 @@ def check_preconditions(request: Request, info: memchunk.FileInfo | None) -> Non
         require(not is_older, 412, detail)
     if info and request.method not in ("GET", "HEAD"):
         is_ruled_out = request.if_none_match.contains_weak(info.version)
-        detail = "There is a file of this name, which If-None-Match rules out."
+        detail = "If-None-Match rules out the file that is there."
         require(not is_ruled_out, 412, detail)
 
 
@@ -524,7 +523,7 @@ def type_and_filename(info: memchunk.FileInfo) -> tuple[str, str]:
     filename = _clean_filename(filename or info.name)
     content_type = content_type.strip()
     is_sound = SOUND_TYPE.fullmatch(content_type) and len(content_type) <= 255
-    if not is_sound or content_type.lower() == URLENCODED:
+    if not is_sound or content_type.lower().startswith(URLENCODED):
         guessed, coding = TYPES.guess_type("./" + filename)  # "./": no URL
         content_type = guessed if guessed and not coding else CONTENT_TYPE
     return content_type, filename

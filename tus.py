@@ -5,7 +5,7 @@ Each upload has a record, a small file in the cache. A worker needs nothing else
 on with the upload, so any worker can. A record has three states:
 
 * Open: bytes are missing. A PATCH stores the whole chunks of what it brings ahead of
-  the file (`FileCache.stage`), 4 MiB at a time, and adds them to the record as parts.
+  the file (`FileCache.stage`), 2 MiB at a time, and adds them to the record as parts.
   The bytes behind the last whole chunk, the tail, lie in the record itself. Bytes count
   once the record has them.
 * Finishing: the record has all bytes. The request that brought the last of them
@@ -46,9 +46,9 @@ import httpfiles
 import memchunk
 from httpfiles import ERRORS, FileRequest, Problem, require
 
-EXPIRE = 24 * 3600  # seconds that an upload lives
+LIFETIME = 24 * 3600  # seconds of an upload
 SLACK = 3600  # seconds that its parts live longer, so that the last piece can finish
-BLOCK = 4 * 1024 * 1024  # bytes of a request after which they count
+BLOCK = 2 * 1024 * 1024  # bytes of a request after which they count
 MAX_HEADERS = 8 * 1024  # bytes of Upload-Metadata that a record keeps
 # memcached keeps items of each size in pages of their own. So a tail is padded to one
 # of two sizes; the second is about that of the file's own chunks.
@@ -131,7 +131,7 @@ class Uploads:
     def answer(self, request: FileRequest, *ids: str) -> Response:
         """What all handlers have in common. Each has the name of its method."""
         version = request.headers.get("Tus-Resumable")
-        detail = "Send 'Tus-Resumable: 1.0.0': that is spoken here."
+        detail = "Send 'Tus-Resumable: 1.0.0', no other version."
         require(version == "1.0.0", 412, detail)
         if request.method != "HEAD":
             httpfiles.refuse_content_coding(request)
@@ -145,7 +145,7 @@ class Uploads:
     def post(self, request: FileRequest) -> Response:
         text = request.headers.get("Upload-Length", "")
         is_sound = "Upload-Concat" not in request.headers and _is_number(text)
-        detail = "Send an Upload-Length: it can't come later, nor in other uploads."
+        detail = "Send an Upload-Length now, and no Upload-Concat."
         require(is_sound, 400, detail)
         if int(text) > self.cache.max_size:
             raise httpfiles.too_large(self.cache.max_size)
@@ -165,7 +165,7 @@ class Uploads:
     def head(self, request: FileRequest, upload_id: str) -> Response:
         upload = self.current(upload_id)
         if not upload.version:
-            self.stage(upload, b"")
+            self.stage(upload, b"")  # raises FileEvicted if chunks are gone
         return self.progress(request, upload, 200)
 
     def patch(self, request: FileRequest, upload_id: str) -> Response:
@@ -220,7 +220,7 @@ class Uploads:
         name = request.query_value("name") or secrets.token_hex(16) + extension
         require(RESERVED not in name, 400, "The name is not UTF-8.")
         require(name not in self.cache, *ERRORS[memchunk.FileExists])
-        about = length, expire, metadata, int(time.time()) + EXPIRE
+        about = length, expire, metadata, int(time.time()) + LIFETIME
         return self.save(Upload(secrets.token_hex(16), name, *about))
 
     def find(self, upload_id: str) -> Upload:
@@ -268,16 +268,13 @@ class Uploads:
 
     def append(self, upload: Upload, content: Iterable[bytes]) -> Upload:
         """Store the content behind what is there; it counts block by block."""
-        tail = upload.tail or b""
-        data = bytearray(tail)
+        block = bytearray()
         for piece in content:
-            data += piece
-            if len(data) - len(tail) >= BLOCK:
-                upload = self.store(upload, data)
-                tail = upload.tail or b""
-                data = bytearray(tail)
-        if len(data) > len(tail):
-            upload = self.store(upload, data)
+            block += piece
+            if len(block) >= BLOCK:
+                upload, block = self.store(upload, block), bytearray()
+        if block:
+            upload = self.store(upload, block)
         return self.finish(upload) if upload.is_finishing else upload
 
     def stage(self, upload: Upload, data: bytes | bytearray) -> tuple[str, int]:
@@ -285,11 +282,12 @@ class Uploads:
         lease = upload.seconds + SLACK
         return self.cache.stage(upload.name, data, parts=upload.parts, lease=lease)
 
-    def store(self, upload: Upload, data: bytearray) -> Upload:
-        """Store data in place of the tail, with which it begins."""
+    def store(self, upload: Upload, block: bytearray) -> Upload:
+        """Store a block behind the tail. The end of both is the new tail."""
+        data = (upload.tail or b"") + block
         part, taken = self.stage(upload, data)
         parts = [*upload.parts, part] if taken else upload.parts
-        offset = upload.offset + len(data) - len(upload.tail or b"")
+        offset = upload.offset + len(block)
         tail = bytes(memoryview(data)[taken:])
         new = dataclasses.replace(upload, offset=offset, parts=parts, tail=tail)
         try:

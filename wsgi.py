@@ -57,7 +57,7 @@ import memchunk
 from httpfiles import ERRORS, Environ, FileRequest, Headers, Problem, SentFile, require
 from memchunk import FileCache, FileInfo
 
-# Optional. If Python finds another module of this name first, the start fails.
+# Optional. If Python finds another module `tus` first, the start fails.
 HAS_TUS = pathlib.Path(__file__).with_name("tus.py").exists()
 if HAS_TUS:
     import tus
@@ -72,7 +72,7 @@ READ_ATTEMPTS = 5  # of a download that a writer overtakes
 READS = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
 PROBED = ("/healthz", "/readyz")  # what balancers ask for, by IP address
 FORM = "multipart/form-data"
-# Of bodies that a page may POST to any site without asking that site first.
+# A page may POST bodies of these types to any site, without a preflight.
 SIMPLE_TYPES = (httpfiles.URLENCODED, FORM, "text/plain", "")
 
 Start = Callable[..., Any]  # the second argument of a WSGI application
@@ -115,7 +115,7 @@ class Settings:
     public_read: bool = _row(False, most=1)  # reads need no token
     proxies: int = _row(0)  # how many in front set X-Forwarded-*; more is a risk
     hosts: str = _row("")  # a list of host names; ".a.example": those below, too
-    token_file: str = _row("")  # a file with tokens, one a line; read at the start
+    token_file: str = _row("")  # a file with such a list, read at the start
     chunk_size: int = _row(0, most=2**30)  # bytes; 0: the best for the server
     max_connections: int = _row(64, 1)  # to each server
     tls_ca: str = _row("")  # a file: whom to trust, instead of the system's authorities
@@ -258,7 +258,7 @@ class Access:
         require(is_right, 421, "This server has another name, by MEMCHUNK_HOSTS.")
 
     def check_token(self, request: FileRequest) -> None:
-        """Reads may be public. An upload's address is no link to a file."""
+        """Reads of files may be public, those of uploads never are."""
         is_read = request.method in READS and request.path.startswith("/files")
         is_open = not self.tokens or (is_read and self._public_read)
         sent = _sent_token(request).encode()
@@ -273,8 +273,8 @@ class Access:
 
 
 class Cors:
-    """What pages of other sites may do: those of MEMCHUNK_ORIGINS as much as ours
-    (https://fetch.spec.whatwg.org/#cors), the others nothing that changes files."""
+    """Pages of other sites. Those of MEMCHUNK_ORIGINS may do what ours may
+    (https://fetch.spec.whatwg.org/#cors). The others may change nothing."""
 
     # What such a page may read of an answer, besides what every page may.
     EXPOSED = (
@@ -299,8 +299,7 @@ class Cors:
         require(is_ours, 403, "A page of another site may not change files here.")
 
     def shared_origin(self, request: Request) -> str | None:
-        """What to call the origin of a page that may use the API from elsewhere; else
-        None."""
+        """The value of Access-Control-Allow-Origin; None if the page has no leave."""
         origin = request.headers.get("Origin", "")
         if origin and "*" in self._origins:
             return "*"
@@ -336,12 +335,13 @@ def _site(request: Request) -> str:
     origin, host = request.headers.get("Origin"), request.headers.get("Host", "")
     if origin is None:
         return "none"
+    own = _hostname(f"//{host}")
+    if own and _hostname(origin) == own:
+        return "same-origin"
     is_simple = request.method == "POST" and request.mimetype in SIMPLE_TYPES
     asks_first = not is_simple or "Tus-Resumable" in request.headers
-    if asks_first and origin.lower().startswith("http://"):
-        return "none"
-    own = _hostname(f"//{host}")
-    return "same-origin" if own and _hostname(origin) == own else "cross-site"
+    is_plain = origin.lower().startswith("http://")
+    return "none" if asks_first and is_plain else "cross-site"
 
 
 def _hostname(url: str) -> str:
@@ -473,7 +473,7 @@ class Application:
         wanted = any if request.query_value("all") is None else all
         if wanted(state == "ok" for state in servers.values()):
             return httpfiles.json_response({"status": "ok", "servers": servers})
-        raise httpfiles.unavailable("Too few servers answer.", servers=servers)
+        raise Problem(503, "Too few servers answer.", servers=servers)
 
     # Handlers of uploads
 
@@ -561,8 +561,8 @@ class Application:
         return seconds
 
     def stored_response(self, request: FileRequest, status: int) -> Response:
-        """For one file its JSON, for several a list; for a form that a browser sent
-        without the page's script, a page."""
+        """For one file its JSON, for several a list; for a browser without the page's
+        script, a page."""
         infos, headers = request.stored, {}
         if len(infos) == 1:
             headers["ETag"] = f'"{infos[0].version}"'
@@ -602,7 +602,7 @@ class Application:
             with contextlib.suppress(memchunk.FileChanged):
                 return self.download(request, self.cache.open(name))
         detail = "The file is being replaced faster than it can be read. Try again."
-        raise httpfiles.unavailable(detail)
+        raise Problem(503, detail)
 
     def download(self, request: FileRequest, file: memchunk.CachedFile) -> Response:
         info, inline = file.info, request.query_value("inline") is not None
@@ -615,8 +615,8 @@ class Application:
             require(info.name in self.cache, *ERRORS[memchunk.FileEvicted])
             return httpfiles.file_response(request, headers, info.size, [])
         part = self.part_to_send(request, info)
-        # All, and verified, before the first byte is sent; in pieces, since some hosts
-        # copy each.
+        # Verify all before the first byte is sent. Send pieces, since some hosts copy
+        # them.
         content = [bytes(piece) for piece in file.chunks(*(part or (0, info.size)))]
         return httpfiles.file_response(request, headers, info.size, content, part)
 
@@ -628,7 +628,7 @@ class Application:
             detail = f"Ask for ranges of up to {limit} bytes, 'Range: bytes=0-' first."
             headers = {"Accept-Ranges": "bytes"}
             raise Problem(403, detail, headers, size=info.size, limit=limit)
-        return part and (part[0], min(part[1], part[0] + limit))
+        return (part[0], min(part[1], part[0] + limit)) if part else None
 
     def patch_file(self, request: FileRequest, name: str) -> Response:
         expire = request.query_value("expire")
@@ -654,8 +654,8 @@ def _drained(answer: Iterable[bytes], body: httpfiles.Body) -> Iterable[bytes]:
     """The answer, and the rest of the body before the answer's end. At that end uvicorn
     and hypercorn close the connection, before a2wsgi calls `close`. hypercorn closes it
     only while somebody reads, so `close` reads once more."""
-    pieces = itertools.chain(answer, iter(body.drain, None))
-    return ClosingIterator(pieces, body.drain)
+    once = iter(body.drain, None)  # it returns None, so this calls it once
+    return ClosingIterator(itertools.chain(answer, once), body.drain)
 
 
 def _check_whole(request: Request) -> None:

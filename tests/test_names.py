@@ -82,6 +82,7 @@ BINARY, CURL = "application/octet-stream", "application/x-www-form-urlencoded"
     [
         ("folder/A.PDF", "", "application/pdf"),
         ("a.png", CURL, "image/png"),  # curl says it of any body
+        ("a.png", f"{CURL}; charset=UTF-8", "image/png"),
         ("a.png", BINARY, BINARY),
         *[(name, "", BINARY) for name in ("a.tar.gz", "a.tgz", "png", ".png")],
         ("data:text/html,x", "", BINARY),
