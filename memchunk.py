@@ -396,7 +396,8 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
 
         parts: those that earlier calls returned, in order; this call checks them.
         lease: seconds, 1 to 2,592,000, that the new part lives; an hour by default. If
-            the server has little memory, earlier parts get it, too.
+            the server has little memory, earlier parts get it, too. So let nobody
+            publish them meanwhile.
 
         Returns the new part, a short text for the `parts` of later calls, and the
         number of bytes that it took, a multiple of the chunk size. Pass the remaining
