@@ -396,8 +396,7 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
 
         parts: those that earlier calls returned, in order; this call checks them.
         lease: seconds, 1 to 2,592,000, that the new part lives; an hour by default. If
-            the server has little memory, earlier parts get it, too. So let nobody
-            publish them meanwhile.
+            the server has little memory, earlier parts get it, too.
 
         Returns the new part, a short text for the `parts` of later calls, and the
         number of bytes that it took, a multiple of the chunk size. Pass the remaining
@@ -717,14 +716,21 @@ class _Segment:
         return f"{self.key}:{self.count}:{self.chunk_size}", taken
 
     def _missing_parts(self) -> list[int]:
-        """The indices of the parts' chunks that are gone."""
+        """The indices of the parts' chunks that are gone. Keeps the others active if
+        memory is tight."""
         keys = self.entry.keys(self.parts)
-        # Published parts have their final expiry already.
-        is_published = set(self.parts).intersection(self.entry.lookup().segments)
-        if is_published or not self.is_tight:
+        if not self.is_tight or self._are_published():
             return self.entry.missing(keys)
-        self.entry.touch(keys, self.lease)  # twice, which keeps them active in the LRU
-        return self.entry.touch(keys, self.lease)
+        self.entry.touch(keys, self.lease)
+        missing = self.entry.touch(keys, self.lease)
+        # If another published them meanwhile, the lease replaced their final expiry.
+        # Then they get no expiry, so they can't end too early. See `_tidy`, too.
+        if self._are_published():
+            self.entry.touch(keys, 0)
+        return missing
+
+    def _are_published(self) -> bool:
+        return bool(set(self.parts).intersection(self.entry.lookup().segments))
 
     def keys(self) -> list[str]:
         """The keys of the file's chunks so far, in order."""
@@ -847,8 +853,8 @@ class _Write(_Segment):
                 self.may_appear = False
             else:
                 raise self.entry.contention()
-        # 5. Delete the chunks of the replaced file, except those of the new one.
-        self.entry.delete_segments(found.segments, self.parts, quick=True)
+        # 5. Delete the chunks of the replaced file.
+        self._tidy(found, manifest)
         return manifest.info
 
     def _begin(self, known: int | None) -> _Found:
@@ -922,6 +928,18 @@ class _Write(_Segment):
         if missing:
             raise self.cache_full(missing, "")
         return end
+
+    def _tidy(self, found: _Found, manifest: _Manifest) -> None:
+        """Delete the old file's chunks, except those that the new one has, too."""
+        if self.parts:
+            # A `stage` that saw no published file may have put parts on a lease since.
+            keys = self.entry.keys(self.parts)
+            with contextlib.suppress(CacheUnavailable, CacheFull):
+                self.entry.touch(keys, self.entry.exptimes(self.expire)[1])
+                # If another gave the file a later end meanwhile: no end.
+                if self.entry.lookup().manifest not in (None, manifest):
+                    self.entry.touch(keys, 0)
+        self.entry.delete_segments(found.segments, self.parts, quick=True)
 
 
 # --- Reading --------------------------------------------------------------------------

@@ -380,10 +380,12 @@ def test_a_stage_that_fails_deletes_its_own_chunks_only(
 # --- Publication and `stage` at once, and servers that hardly hold the file -----------
 
 
-def together(memcached: Memcached, moment: int, overtaken: str, expire: int) -> bool:
+def together(
+    memcached: Memcached, moment: int, overtaken: str, max_size: int, expire: int
+) -> bool:
     """Have one of the two done just before a command of the other. Returns whether
     there was such a command."""
-    other = FileCache(memcached.server, chunk_size=CHUNK, max_size=MIB)
+    other = FileCache(memcached.server, chunk_size=CHUNK, max_size=max_size)
     parts, rest = staged(other, DATA, 5000)
     calls: dict[str, Callable[[FileCache], object]] = {
         "stage": lambda by: by.stage("file", b"", parts=parts, lease=60),
@@ -391,7 +393,7 @@ def together(memcached: Memcached, moment: int, overtaken: str, expire: int) -> 
     }
     [late] = calls.keys() - {overtaken}
     hook = Once(moment, lambda: calls[late](other))
-    with hooked(memcached, hook, max_size=MIB) as cache, other:
+    with hooked(memcached, hook, max_size=max_size) as cache, other:
         calls[overtaken](cache)
     ends = [end % 2**32 for end in chunks(memcached, parts).values()]  # -1: never
     assert len(ends) == 12
@@ -401,13 +403,14 @@ def together(memcached: Memcached, moment: int, overtaken: str, expire: int) -> 
 
 
 @pytest.mark.parametrize("expire", [0, 5000])
+@pytest.mark.parametrize("max_size", [MIB // 2, 40 * MIB])
 @pytest.mark.parametrize("overtaken", ["stage", "set"])
 def test_a_stage_at_any_moment_of_a_publication_puts_no_chunk_on_its_lease(
-    memcached: Memcached, overtaken: str, expire: int
+    memcached: Memcached, overtaken: str, max_size: int, expire: int
 ) -> None:
-    """Unless the server is tight: then `stage` touches the parts."""
+    """With 40 MiB the server is tight, so that `stage` touches the parts."""
     moments = itertools.count()
-    while together(memcached, next(moments), overtaken, expire):
+    while together(memcached, next(moments), overtaken, max_size, expire):
         memcached.flush()
     assert next(moments) > 12
 
