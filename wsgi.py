@@ -654,8 +654,8 @@ def _drained(answer: Iterable[bytes], body: httpfiles.Body) -> Iterable[bytes]:
     """The answer, and the rest of the body before the answer's end. At that end uvicorn
     and hypercorn close the connection, before a2wsgi calls `close`. hypercorn closes it
     only while somebody reads, so `close` reads once more."""
-    once = iter(body.drain, None)  # it returns None, so this calls it once
-    return ClosingIterator(itertools.chain(answer, once), body.drain)
+    pieces = itertools.chain(answer, iter(body.drain, None))  # one call, as it is None
+    return ClosingIterator(pieces, body.drain)
 
 
 def _check_whole(request: Request) -> None:
