@@ -843,9 +843,9 @@ class _Write(_Segment):
             for attempt in range(_ATTEMPTS):
                 # A restarted server counts its tokens anew: an old one might fit.
                 if attempt or self.verb == "cas":
-                    found, is_settled = self._look_up(), False
+                    found = self._look_up()
                 # 3. Touch every chunk: this proves that each is still there.
-                end = self._settle(is_settled)
+                end = self._settle(is_settled and not attempt)
                 # 4. Publish. If the reply gets lost, the file may yet appear.
                 self.may_appear = True
                 if self.entry.replace(found, manifest.pack(), end):
