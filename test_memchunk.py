@@ -582,7 +582,7 @@ def test_the_lock_of_get_or_set_lasts_its_whole_time(
 
     def add(*args: Any, expire: int, noreply: bool) -> bool:
         asked.append(expire)
-        return bool(Client.add(client, *args, expire, noreply))
+        return bool(Client.add(client, *args, expire=expire, noreply=noreply))
 
     monkeypatch.setattr(client, "add", add)
     cache_on(client).get_or_set(NAME, lambda: b"made", lock=50)
