@@ -580,9 +580,9 @@ def test_the_lock_of_get_or_set_lasts_its_whole_time(
     """memcached ends an item up to a second early."""
     client, asked = Client(memcached.address), []
 
-    def add(*args: Any, expire: int, noreply: bool) -> bool:
+    def add(key: str, value: bytes, expire: int, noreply: bool) -> bool:
         asked.append(expire)
-        return bool(Client.add(client, *args, expire=expire, noreply=noreply))
+        return bool(Client.add(client, key, value, expire, noreply))
 
     monkeypatch.setattr(client, "add", add)
     cache_on(client).get_or_set(NAME, lambda: b"made", lock=50)
