@@ -32,7 +32,7 @@ __version__ = "1.0.0"
 Environ = dict[str, Any]  # of WSGI
 Headers = Mapping[str, str]
 
-PIECE = 128 * 1024  # bytes of a body that are held at a time
+PIECE = 64 * 1024  # bytes of a body that are held at a time
 DRAIN = 64 * 1024 * 1024  # bytes of a refused body that are read and dropped
 DRAIN_SECONDS = 3  # that a thread may read what is dropped
 FAST = 0.01  # seconds; after a longer read, the next one is for a single byte
