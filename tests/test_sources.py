@@ -147,6 +147,16 @@ def test_a_source_without_bytes_is_an_empty_file(cache: FileCache, source: Any) 
     assert (cache.set("file", source).chunks, cache.get("file")) == (0, b"")
 
 
+@pytest.mark.parametrize("buffering", [-1, 0])
+def test_a_file_read_from_a_position_behind_its_end_is_empty(
+    cache: FileCache, tmp_path: Folder, buffering: int
+) -> None:
+    with saved(NEW, tmp_path).open("rb", buffering) as file:
+        file.seek(len(NEW) + 1)
+        assert cache.set("file", file).size == 0
+    assert cache.get("file") == b""
+
+
 @pytest.mark.parametrize("path", ["/proc/version", "/sys/kernel/mm/ksm/run"])
 @pytest.mark.parametrize("buffering", [-1, 0])
 def test_a_file_of_the_kernel_is_stored_though_it_announces_another_length(
