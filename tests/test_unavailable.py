@@ -267,6 +267,17 @@ def test_an_error_in_any_command_leaves_a_whole_file(
     assert moment >= 2
 
 
+def test_a_delete_of_old_chunks_that_fails_is_tried_again(
+    cache: FileCache, memcached: Memcached
+) -> None:
+    cache.set("file", OLD)
+    lost = Once("delete_many", raising(TimeoutError()))
+    with wrapped(memcached, lost, None) as losing:
+        info = losing.set("file", NEW)
+    assert lost.acted
+    assert len(memcached.keys()) == 1 + info.chunks
+
+
 # --- Restarts, bugs and interrupts ----------------------------------------------------
 
 
