@@ -579,6 +579,23 @@ def test_get_or_set_gives_a_lock_back_that_it_took_late(
     assert counting.commands.count("add") == 3  # two locks, and a manifest
 
 
+def test_get_or_set_leaves_the_lock_of_another_alone(
+    memcached: Memcached, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late, monotonic = [0], time.monotonic
+    monkeypatch.setattr("time.monotonic", lambda: monotonic() + late[-1])
+
+    def make() -> bytes:
+        late.append(60)  # now the lock has ended, and another takes it
+        [lock] = memcached.keys()
+        memcached.write(lock, b"another's")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        cache_on(memcached.server).get_or_set(NAME, make, lock=60)
+    assert len(memcached.keys()) == 1
+
+
 def test_the_lock_of_get_or_set_lasts_its_whole_time(
     files: FileCache, memcached: Memcached
 ) -> None:
