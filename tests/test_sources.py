@@ -80,6 +80,13 @@ class Around:
         return getattr(self._file, name)
 
 
+class Halved(io.FileIO):
+    """A file that yields half of the bytes that it has: each second one."""
+
+    def read(self, size: int | None = -1) -> Any:
+        return (super().read(size) or b"")[::2]
+
+
 def temporary(make: Callable[[], Any], data: bytes, start: int = 0) -> Any:
     file = make()
     file.write(data)
@@ -122,6 +129,9 @@ SOURCES: dict[str, Callable[[bytes, Folder], Any]] = {
     "spooled": lambda data, _: temporary(SpooledTemporaryFile, data),
     "only read": lambda data, _: OnlyRead(*pieces(data, 700)),
     "wrapper": lambda data, folder: Around(saved(data.swapcase(), folder).open("rb")),
+    "subclass": lambda data, folder: Halved(
+        saved(bytes(each for byte in data for each in (byte, byte)), folder)
+    ),
     "odd pieces": lambda data, _: pieces(data, 1, 0, 999, 3, 0, 0, 1001),
     "bytes of one": lambda data, _: pieces(data, 1),
     "list": lambda data, _: [data[:9], b"", bytearray(data[9:99]), data[99:]],
