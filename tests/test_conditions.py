@@ -62,6 +62,7 @@ def test_condition_on_a_file(client: Any, text: str, status: int) -> None:
         ('PUT /files/a | If-Match: "x"', 412),
         ("PUT /files/a | If-Match: *", 412),
         ("POST /files/a | If-Match: *", 412),
+        ("POST /files | If-Match: *", 412),
         ("POST /files/a | If-None-Match: *", 201),
         ("DELETE /files/a | If-Match: *", 404),
     ],

@@ -313,6 +313,26 @@ def test_a_server_that_does_not_tell_its_memory_leaves_the_cause_unknown(
         assert full(cache, BIG[: 40 * MIB]).cause == "unknown"
 
 
+def test_the_cause_counts_the_parts_of_a_file(memcached: Memcached) -> None:
+    client = Telling(memcached, {b"maxbytes": 10_000})
+    with FileCache(client, chunk_size=1000) as cache:
+        part, _ = cache.stage("file", BIG[:3000])
+        client.changes = {b"maxbytes": 4000}  # as after a restart
+        memcached.flush()
+        error = full(cache, BIG[:2000], parts=[part])
+        assert (error.cause, error.missing) == ("memory", [0, 1, 2])
+
+
+def test_a_lost_chunk_is_cache_full_though_stats_time_out(memcached: Memcached) -> None:
+    client = Telling(memcached, {})
+    with FileCache(client, chunk_size=1000) as cache:
+        part, _ = cache.stage("file", BIG[:3000])
+        client.changes = TimeoutError()
+        memcached.flush()
+        error = full(cache, b"", parts=[part])
+        assert (error.cause, error.missing) == ("unknown", [0, 1, 2])
+
+
 def test_a_server_without_cas_is_a_clear_error(start_memcached: Start) -> None:
     refusal = pytest.raises(memchunk.CacheUnavailable, match="without cas")
     with FileCache(start_memcached("-C").server) as cache:

@@ -80,6 +80,13 @@ class Around:
         return getattr(self._file, name)
 
 
+class Halved(io.FileIO):
+    """A file that yields half of the bytes that it has: each second one."""
+
+    def read(self, size: int | None = -1) -> Any:
+        return (super().read(size) or b"")[::2]
+
+
 def temporary(make: Callable[[], Any], data: bytes, start: int = 0) -> Any:
     file = make()
     file.write(data)
@@ -122,6 +129,9 @@ SOURCES: dict[str, Callable[[bytes, Folder], Any]] = {
     "spooled": lambda data, _: temporary(SpooledTemporaryFile, data),
     "only read": lambda data, _: OnlyRead(*pieces(data, 700)),
     "wrapper": lambda data, folder: Around(saved(data.swapcase(), folder).open("rb")),
+    "subclass": lambda data, folder: Halved(
+        saved(bytes(each for byte in data for each in (byte, byte)), folder)
+    ),
     "odd pieces": lambda data, _: pieces(data, 1, 0, 999, 3, 0, 0, 1001),
     "bytes of one": lambda data, _: pieces(data, 1),
     "list": lambda data, _: [data[:9], b"", bytearray(data[9:99]), data[99:]],
@@ -145,6 +155,16 @@ def test_a_source_of_any_kind_is_stored(
 @pytest.mark.parametrize("source", [[], [b""], iter([b""]), io.BytesIO(), OnlyRead()])
 def test_a_source_without_bytes_is_an_empty_file(cache: FileCache, source: Any) -> None:
     assert (cache.set("file", source).chunks, cache.get("file")) == (0, b"")
+
+
+@pytest.mark.parametrize("buffering", [-1, 0])
+def test_a_file_read_from_a_position_behind_its_end_is_empty(
+    cache: FileCache, tmp_path: Folder, buffering: int
+) -> None:
+    with saved(NEW, tmp_path).open("rb", buffering) as file:
+        file.seek(len(NEW) + 1)
+        assert cache.set("file", file).size == 0
+    assert cache.get("file") == b""
 
 
 @pytest.mark.parametrize("path", ["/proc/version", "/sys/kernel/mm/ksm/run"])

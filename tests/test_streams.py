@@ -275,7 +275,7 @@ def test_a_file_with_a_hole_is_read_beside_it(opened: Opened) -> None:
     assert b"".join(file.chunks(6000)) == DATA[6000:]
     file.seek(4999)
     buffer = bytearray(2)
-    for read in (lambda: file.read(2), lambda: file.readinto(buffer), file.readall):
+    for read in (lambda: file.read(2), file.readall, lambda: file.readinto(buffer)):
         with pytest.raises(memchunk.FileEvicted) as caught:
             read()
         assert (caught.value.missing, caught.value.info) == ([5], file.info)

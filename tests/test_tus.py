@@ -268,6 +268,13 @@ def test_an_upload_in_too_many_pieces(
     assert offset(client, path) == here > CHUNK
 
 
+def test_pieces_of_less_than_a_chunk_do_not_fill_the_record(
+    client: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(memchunk, "MAX_METADATA", 400)
+    complete(client, start(client, 20), content(20), 1)
+
+
 @settings(
     max_examples=60,
     deadline=None,
@@ -732,11 +739,29 @@ class At:
         return self.left < 0
 
 
-def worker(memcached: Memcached, before: Hook) -> Any:
-    """A client of an API with a memcached client of its own, in which a hook lies."""
-    client = Wrapped(PooledClient(memcached.address), before)
+def worker(memcached: Memcached, before: Hook, after: Hook = bool) -> Any:
+    """A client of an API with a memcached client of its own, in which hooks lie."""
+    client = Wrapped(PooledClient(memcached.address), before, after)
     opened.append(memchunk.FileCache(client, chunk_size=CHUNK))
     return Client(wsgi.Application(opened[-1]))
+
+
+def test_a_part_that_the_record_may_name_stays(
+    client: Any, memcached: Memcached
+) -> None:
+    replies = ["cas", "gets"]  # to the write of the record, and to the look at it
+
+    def lose(command: str) -> None:
+        if [command] == replies[:1]:
+            replies.pop(0)
+            raise TimeoutError
+
+    path = start(client, 4500)
+    is_problem(patch(worker(memcached, bool, lose), path, 0, DATA[:2500]), 503)
+    assert replies == []
+    assert offset(client, path) == 2500
+    last = complete(client, path, DATA, 2000)
+    assert client.get(last.headers["Content-Location"]).data == DATA
 
 
 def races(

@@ -267,6 +267,33 @@ def test_an_error_in_any_command_leaves_a_whole_file(
     assert moment >= 2
 
 
+def test_a_delete_of_old_chunks_that_fails_is_tried_again(
+    cache: FileCache, memcached: Memcached
+) -> None:
+    cache.set("file", OLD)
+    lost = Once("delete_many", raising(TimeoutError()))
+    with wrapped(memcached, lost, None) as losing:
+        info = losing.set("file", NEW)
+    assert lost.acted
+    assert len(memcached.keys()) == 1 + info.chunks
+
+
+def test_a_lock_whose_reply_was_lost_makes_nobody_wait(memcached: Memcached) -> None:
+    """To ask for the lock again would mean to wait for oneself."""
+    seen: list[str] = []
+
+    def make() -> bytes:
+        seen.append("make")
+        return b"made"
+
+    lost = Once("add", raising(ConnectionResetError()))
+    client = Wrapped(Client(memcached.address, timeout=5), seen.append, lost)
+    with FileCache(client) as losing:
+        assert losing.get_or_set("file", make, lock=1) == b"made"
+    assert lost.acted
+    assert seen[: seen.index("make")].count("add") == 1
+
+
 # --- Restarts, bugs and interrupts ----------------------------------------------------
 
 
