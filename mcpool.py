@@ -62,7 +62,7 @@ _ADDRESS = re.compile(
 _VALUE = re.compile(rb"VALUE (\S+) \d+ (\d{1,9})(?: (\d+))?")  # below 1 GB, as -I is
 
 Key = Union[str, bytes]
-Receive = Callable[[Key, bytearray], Any]
+Receive = Callable[[Key, int, Callable[[Any], Any]], Any]
 
 
 class _TooMany(ConnectionError):
@@ -162,8 +162,11 @@ class _Commands:
         return dict(collections.ChainMap(*self._each("gets_many", dict.fromkeys(keys))))
 
     def receive_many(self, keys: Iterable[Key], receive: Receive) -> dict[Key, Any]:
-        """Like `get_many`, but each value is what `receive(key, bytearray)` returns. It
-        is called while the next value arrives. Its errors pass through."""
+        """Like `get_many`, but each value is what `receive(key, size, fill)` returns.
+
+        It is called while the value arrives. `fill(buffer)` fills a writable buffer
+        with the next bytes of the value, and returns it. Together, the buffers must
+        take exactly `size` bytes. Errors of `receive` pass through."""
         found = self._each("receive_many", dict.fromkeys(keys), receive)
         return dict(collections.ChainMap(*found))
 
@@ -537,18 +540,24 @@ class _Connection(Client):
         match = _VALUE.fullmatch(line)
         if not match or match[1] not in remapped_keys or bool(match[3]) != expect_cas:
             raise MemcacheUnknownError(line[:64])
-        key, value = remapped_keys[match[1]], self._bytes(int(match[2]))
+        key, self._missing = remapped_keys[match[1]], int(match[2])
+        if self._receive:
+            value = self._receive(key, self._missing, self._fill)
+        else:
+            value = bytes(self._fill(bytearray(self._missing)))
+        if self._missing:
+            raise ValueError(f"{self._missing} bytes of the value were not received")
         if self._line():
             raise MemcacheUnknownError("a value is longer than announced")
-        told = self._receive(key, value) if self._receive else bytes(value)
-        return key, (told, match[3]) if expect_cas else told, buf
+        return key, (value, match[3]) if expect_cas else value, buf
 
-    def _bytes(self, size: int) -> bytearray:
-        """The next `size` bytes."""
-        value = bytearray(size)
-        filled = min(size, len(self.ahead))
-        value[:filled], self.ahead = self.ahead[:filled], self.ahead[filled:]
-        with memoryview(value) as view:
-            while filled < size:
+    def _fill(self, buffer: Any) -> Any:
+        with memoryview(buffer).cast("B") as view:
+            self._missing -= len(view)
+            if self._missing < 0:
+                raise ValueError("a buffer is longer than the rest of the value")
+            filled = min(len(view), len(self.ahead))
+            view[:filled], self.ahead = self.ahead[:filled], self.ahead[filled:]
+            while filled < len(view):
                 filled += self._wait(self._socket.recv_into, view[filled:])
-        return value
+        return buffer

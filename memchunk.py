@@ -972,64 +972,82 @@ class CachedFile(io.RawIOBase):
         buffers. A buffer stays valid as long as the caller keeps it. Holds 2 MiB of
         them at a time, and leaves the stream's position alone."""
         start, stop, _ = slice(start, stop).indices(self.info.size)
+        return (piece for _, piece in self._pieces(start, stop))
+
+    def _pieces(
+        self, start: int, stop: int, target: memoryview | None = None
+    ) -> Iterator[tuple[int, memoryview]]:
+        """The bytes from `start` to `stop`, a slice of each chunk, and its offset from
+        `start`. Chunks that lie whole in `target` are received there, and left out."""
         size, batch = self._chunk_size, max(1, _READ_BATCH // self._chunk_size)
         numbers = range(start // size, -(-stop // size) if start < stop else 0)
         while numbers:
-            payloads = self._fetch(numbers[:batch])
-            for number in numbers[:batch]:
-                payload = payloads[number]
-                self._held = number, payload
-                first, last = max(start - number * size, 0), stop - number * size
-                yield payload[first:last]
+            payloads = {0: memoryview(self._manifest.data)}
+            if self._chunks:
+                payloads = self._fetch(numbers[:batch], start, target)
+            for number, payload in payloads.items():
+                self._held, offset = (number, payload), number * size
+                first, last = max(start - offset, 0), stop - offset
+                yield offset + first - start, payload[first:last]
             # Let go of the payloads now, so that the next batch is received into the
             # same memory. Fresh pages from the system take as long as the CRC.
             numbers, payloads, payload = numbers[batch:], {}, memoryview(b"")
 
-    def _fetch(self, numbers: range) -> dict[int, memoryview]:
-        """Verified payloads of chunks, by their numbers."""
-        if not self._chunks:
-            return {0: memoryview(self._manifest.data)}
+    def _fetch(
+        self, numbers: range, start: int, target: memoryview | None
+    ) -> dict[int, memoryview]:
+        """Verified payloads of chunks, without those that `target` received."""
         held, payload = self._held  # in one step, because other threads may read, too
         keys = {self._chunks[each][0]: each for each in numbers if each != held}
+        payloads = {held: payload} if held in numbers else {}
+
+        def receive(key: str, length: int, fill: Callable[[Any], Any]) -> None:
+            number, first = keys[key], keys[key] * self._chunk_size - start
+            last = min(first + self._chunk_size, self.info.size - start)
+            if target is not None and 0 <= first <= last <= len(target):
+                with target[first:last] as place:
+                    self._receive(number, length, fill, place)
+            else:
+                payload = memoryview(bytearray(last - first))
+                self._receive(number, length, fill, payload)
+                payloads[number] = payload.toreadonly()
+
         entry = self._cache._entry(self.info.name)  # made now, after any fork
-        payloads = {held: payload}
-
-        def receive(key: str, value: Any) -> None:
-            payloads[keys[key]] = self._verify(keys[key], value)
-
-        entry.read(list(keys), receive)
-        missing = [number for number in numbers if number not in payloads]
-        if missing:
+        found = entry.read(list(keys), receive)
+        if missing := [each for key, each in keys.items() if key not in found]:
             entry.explain(self._manifest, missing)
-        return payloads
+        return dict(sorted(payloads.items()))
 
-    def _verify(self, number: int, value: Any) -> memoryview:
-        """The payload in a chunk's value. Raises FileCorrupt."""
-        view, (key, index, count) = memoryview(value), self._chunks[number]
-        size = min(self._chunk_size, self.info.size - number * self._chunk_size)
-        length = _HEADER.size + (self._chunk_size if len(self._chunks) > 1 else size)
-        if len(view) == length:
-            end = _HEADER.size
-            header, body = view[:end], view[end:]
-            total = _HEADER.unpack(header)[1]
+    def _receive(
+        self, number: int, length: int, fill: Callable[[Any], Any], payload: memoryview
+    ) -> None:
+        """Receive and verify a chunk, whose value has `length` bytes. `fill` fills a
+        buffer with the next bytes of it. Raises FileCorrupt."""
+        (key, index, count), header = self._chunks[number], bytearray(_HEADER.size)
+        padding = bytearray(len(self._chunks) > 1 and self._chunk_size - len(payload))
+        if length == len(header) + len(payload) + len(padding):
+            for buffer in header, payload, padding:
+                fill(buffer)
             # The CRC covers the index, the total and the key.
-            if header == _chunk(key, index, total, body)[0] and total in (count, 0):
-                return body[:size].toreadonly()
+            total = _HEADER.unpack(header)[1]
+            is_sound = header == _chunk(key, index, total, payload, padding)[0]
+            if is_sound and total in (count, 0):
+                return
         raise FileCorrupt(self.info.name, number)
 
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer`; fewer bytes than it holds only at the end of the file."""
         self._checkClosed()
-        filled = 0
-        # The traceback of an error would keep the view. `with` releases it.
-        with memoryview(buffer).cast("B") as target:
-            start = self._position
-            for piece in self.chunks(start, start + len(target)):
-                end = filled + len(piece)
-                target[filled:end] = piece
-                filled = end
-        self._position = start + filled
-        return filled
+        start = min(self._position, self.info.size)
+        # The traceback of an error would keep the views. `with` releases them.
+        with memoryview(buffer).cast("B") as whole:
+            stop = min(start + len(whole), self.info.size)
+            with whole[: stop - start] as target:
+                for offset, piece in self._pieces(start, stop, target):
+                    end = offset + len(piece)
+                    target[offset:end] = piece
+        self._position += stop - start
+        return stop - start
 
     def read(self, size: int | None = -1) -> bytes:
         """The next `size` bytes, fewer only at the end; all that is left by default."""
@@ -1256,15 +1274,17 @@ class _Entry:
     def unavailable(self, reason: str) -> CacheUnavailable:
         return CacheUnavailable(self.name, _address(self.client), reason)
 
-    def read(self, keys: list[str], receive: Callable[[str, Any], None]) -> None:
-        """Call `receive` with the key and the value of each item that is there. A
-        client with `receive_many`, as of mcpool, does so while the next arrives."""
+    def read(self, keys: list[str], receive: Callable[..., None]) -> dict[str, Any]:
+        """Have `receive` take the values that are there: from mcpool, each while the
+        next arrives. Returns a dictionary with their keys."""
+        if not keys:
+            return {}
         if hasattr(self.client, "receive_many"):
-            self.ask(lambda client: client.receive_many(keys, receive))
-        elif keys:
-            found = self.ask(lambda client: client.get_many(keys))
-            for item in found.items():
-                receive(*item)
+            return dict(self.ask(lambda client: client.receive_many(keys, receive)))
+        values = dict(self.ask(lambda client: client.get_many(keys)))
+        for key, value in values.items():
+            receive(key, len(value), io.BytesIO(value).readinto)
+        return values
 
     def run(self, commands: list[_Command], again: bool = True) -> list[bytes]:
         """Do commands; return their replies. A client with `pipeline`, as of mcpool,

@@ -325,16 +325,19 @@ def test_pipeline_returns_one_line_for_each_command(pool: Any) -> None:
 def test_get_many_gives_values_to_a_hook_while_they_arrive(pool: Any) -> None:
     values = {f"key{number}": os.urandom(number * 7919) for number in range(20)}
     pool.set_many(values)
-    received: dict[str, bytearray] = {}
+    buffers: dict[str, bytearray] = {}
 
-    def receive(key: str, value: bytearray) -> int:
-        received[key] = value
-        return len(value)
+    def receive(key: str, size: int, fill: Any) -> int:
+        buffers[key] = bytearray(size)
+        with memoryview(buffers[key]) as view:
+            third = size // 3
+            assert fill(view[:third]).nbytes == third
+            fill(view[third:])
+        return size
 
     sizes = {key: len(value) for key, value in values.items()}
     assert pool.receive_many([*values, "none"], receive) == sizes
-    assert received == values
-    assert {type(value) for value in received.values()} == {bytearray}
+    assert buffers == values
     assert pool.get_many(values) == values  # the hook was for that call only
 
 
@@ -459,8 +462,8 @@ def test_pipeline_sends_views_of_items_that_are_not_bytes(
 
 def test_receive_many_keeps_no_hold_of_its_hook(pool: Any) -> None:
     class Hook:
-        def __call__(self, key: Any, value: bytearray) -> bytes:
-            return bytes(value)
+        def __call__(self, key: Any, size: int, fill: Any) -> bytes:
+            return bytes(fill(bytearray(size)))
 
     pool.set("a", b"1")
     hook = Hook()
@@ -527,13 +530,25 @@ def test_get_many_passes_on_what_the_hook_raises(
     pool = connect(memcached.server, max_connections=1)
     pool.set_many({"a": bytes(size), "b": b"2"})
 
-    def receive(key: str, value: bytearray) -> None:
+    def receive(key: str, size: int, fill: Any) -> None:
+        fill(bytearray(size // 2))
         raise error
 
     with pytest.raises(error):
         pool.receive_many(["a", "b"], receive)
     # The rest of the reply went with its connection, and the only place is free again.
     assert pool.get("b") == b"2"
+
+
+@pytest.mark.parametrize("wrong", [-1, 1])
+def test_receive_many_wants_the_hook_to_fill_all_bytes(
+    connect: Any, memcached: Memcached, wrong: int
+) -> None:
+    pool = connect(memcached.server)
+    pool.set("a", bytes(5000))
+    with pytest.raises(ValueError, match="value"):
+        pool.receive_many(["a"], lambda key, size, fill: fill(bytearray(size + wrong)))
+    assert pool.get("a") == bytes(5000)
 
 
 GARBAGE = [
@@ -657,9 +672,9 @@ def test_a_call_does_not_count_the_time_of_a_generator_or_hook(
             yield [b"set a 0 0 1\r\n1\r\n"]
             time.sleep(0.3)
 
-    def receive(key: str, value: bytearray) -> bytearray:
+    def receive(key: str, size: int, fill: Any) -> Any:
         time.sleep(0.6)
-        return value
+        return fill(bytearray(size))
 
     assert pool.pipeline(commands()) == [b"STORED"] * 3
     assert pool.receive_many(["a"], receive) == {"a": b"1"}
