@@ -719,7 +719,7 @@ class _Segment:
         """The indices of the parts' chunks that are gone. Keeps the others active if
         memory is tight."""
         keys = self.entry.keys(self.parts)
-        if not self.is_tight or self._are_published():
+        if not keys or not self.is_tight or self._are_published():
             return self.entry.missing(keys)
         self.entry.touch(keys, self.lease)
         missing = self.entry.touch(keys, self.lease)
@@ -1220,8 +1220,8 @@ class _Entry:
         server = self.server
         if not server.settings and time.monotonic() >= server.silent_until:
             server.settings = self._ask_settings()
-            # Some servers close the connection then, so don't ask at each write.
-            server.silent_until = time.monotonic() + _ASK_AGAIN
+            if not server.settings:  # some close the connection, so don't ask each time
+                server.silent_until = time.monotonic() + _ASK_AGAIN
         told = server.settings
         value = told.get(b"item_size_max", _DEFAULT_ITEM)
         item = min(_LARGEST_ITEM, value, told.get(b"slab_chunk_max", _LARGEST_ITEM))
@@ -1252,8 +1252,8 @@ class _Entry:
         """The error for a file of `size` bytes, which the server would not keep. said:
         its words, or another symptom."""
         largest, memory = _DEFAULT_ITEM, math.inf
+        self.server.settings = {}  # ask again, as a restart may change them
         with contextlib.suppress(CacheUnavailable):
-            self.server.settings = self._ask_settings()  # a restart may change them
             _, largest, memory = self.limits()
         has = f"the server has {memory} bytes of memory (-m)"
         if "too large" in said:

@@ -304,6 +304,17 @@ def test_a_server_that_refuses_stats_is_not_asked_again(
     assert client.asked <= 2  # a closed connection is tried once more
 
 
+@pytest.mark.parametrize("error", [UnknownError("stats"), ClosedError()])
+def test_a_server_that_refuses_stats_is_not_asked_for_the_cause(
+    start_memcached: Start, error: Exception
+) -> None:
+    client = Telling(start_memcached("-m", "16"), error)
+    with FileCache(client) as cache:
+        for _ in range(2):
+            assert full(cache, BIG[: 40 * MIB]).cause == "unknown"
+    assert client.asked <= 2  # a closed connection is tried once more
+
+
 @pytest.mark.parametrize("told", [{b"proxy_enabled": b"yes"}, UnknownError("stats")])
 def test_a_server_that_does_not_tell_its_memory_leaves_the_cause_unknown(
     start_memcached: Start, told: Any
