@@ -1,8 +1,8 @@
 # memchunk 1.0.0, MIT licence; copy it beside wsgi.py. docs/http.md belongs to it.
 """What HTTP says about files. Nothing here knows the application's addresses.
 
-The parts are in the order in which an upload, and then a download, passes them. Their
-banners name the RFCs that they follow.
+An upload, and then a download, passes most parts in this order. Their banners name the
+RFCs that they follow.
 """
 
 from __future__ import annotations
@@ -243,9 +243,8 @@ def refuse_unproved_body(request: FileRequest) -> None:
     if request.body.size is None and not (is_known_host or is_event):
         is_proved = any(expected_digests(request, field) for field in fields)
         wanted = "Send a Content-Length, or a Repr-Digest of sha-256 or sha-512"
-        require(
-            is_proved, 411, f"{wanted}, as this host hides where a body breaks off."
-        )
+        reason = "This host does not tell if a body breaks off."
+        require(is_proved, 411, f"{wanted}. {reason}")
 
 
 def limited(pieces: Iterable[bytes], room: int, problem: Problem) -> Iterator[bytes]:

@@ -1,5 +1,5 @@
 # memchunk 1.0.0, MIT licence. Copy this one file; its manual is README.md and docs/.
-"""Keep files of 0 to 50 MiB in memcached, whose items have at most 1 MB.
+"""Keep files of 0 to 50 MiB in memcached, which takes items of up to 1 MB.
 
     cache = memchunk.FileCache("127.0.0.1:11211")
     cache.add("report.pdf", pathlib.Path("report.pdf"), expire=86400)
@@ -1504,7 +1504,7 @@ def _gathered(pieces: Iterator[Any], size: int) -> Iterator[memoryview]:
             filled, start = end % size, stop
             if not filled:
                 yield buffer
-        view.release()  # so that the source may resize what it yielded
+        view.release()  # now the source may resize its buffer
     if filled:
         yield buffer[:filled]
 

@@ -129,7 +129,7 @@ class Uploads:
         return {"/uploads": {"POST": self.answer}, "/uploads/": one}
 
     def answer(self, request: FileRequest, *ids: str) -> Response:
-        """What all handlers have in common. Each has the name of its method."""
+        """Check the request. Then call the handler, which is named like the method."""
         version = request.headers.get("Tus-Resumable")
         detail = "Send 'Tus-Resumable: 1.0.0', no other version."
         require(version == "1.0.0", 412, detail)

@@ -273,8 +273,8 @@ class Access:
 
 
 class Cors:
-    """Pages of other sites. Those of MEMCHUNK_ORIGINS may do what ours may
-    (https://fetch.spec.whatwg.org/#cors). The others may change nothing."""
+    """Pages of other sites. If MEMCHUNK_ORIGINS names a site, its pages have the same
+    rights as ours (https://fetch.spec.whatwg.org/#cors). Others may change nothing."""
 
     # What such a page may read of an answer, besides what every page may.
     EXPOSED = (
@@ -366,8 +366,8 @@ class Application:
         self.entry = ProxyFix(self.answer, *[self.settings.proxies] * 5)
 
     def routes(self) -> dict[str, dict[str, Handler]]:
-        """What answers at each address, by method. One with a slash at its end stands
-        for all below it. What follows is the name, slashes and line breaks included."""
+        """The handlers of each address, by method. "/files/" stands for all addresses
+        below it. The rest of the path is the name, with slashes and line breaks."""
         return {
             "/": {"GET": self.pages.get, "HEAD": self.pages.get},
             "/healthz": {"GET": self.get_health, "HEAD": self.get_health},
@@ -389,7 +389,7 @@ class Application:
 
     def answer(self, environ: Environ, start_response: Start) -> Iterable[bytes]:
         call, body = Call(environ), httpfiles.Body(environ)
-        request = FileRequest({}, body)  # what we know if the environ is broken
+        request = FileRequest({}, body)  # for the log, if the environ is broken
         try:
             request = FileRequest(environ, body)
             response = self.dispatch(request)
@@ -698,7 +698,7 @@ class Pages:
         """The same for every request: its addresses are relative to its own."""
         folder = request.root_path.rstrip("/").rpartition("/")[2]
         if folder and not request.environ.get("PATH_INFO"):
-            # From /store, where the application is mounted, to /store/.
+            # The application is mounted at /store. Lead on to /store/.
             return httpfiles.empty_response({"Location": f"{quote(folder)}/"}, 308)
         response = Response(self._upload, headers=self._headers, mimetype="text/html")
         response.add_etag()

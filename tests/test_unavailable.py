@@ -409,7 +409,7 @@ def test_deletes_wait_for_replies_behind_a_proxy_that_garbles_noreply(
 
 
 class Shifted(Wrapped):
-    """A pool whose touches get another reply, and are not done."""
+    """A pool that does no touch, and gives a wrong reply to it."""
 
     reply = b""
 
