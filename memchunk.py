@@ -5,27 +5,21 @@
     cache.add("report.pdf", pathlib.Path("report.pdf"), expire=86400)
     data = cache.get("report.pdf")
 
-A file is stored as chunks and one manifest, which names them. A small file lies in
-its manifest. The keys are:
+When `add`, `set` or `cas` returns, the whole file is in the cache. A read returns
+exactly the bytes that were stored, or raises a `MemchunkError`. Four rules keep this
+promise:
 
-    <namespace>:{<sha256 of the name>}                          the manifest
-    <namespace>:{<sha256 of the name>}|#|<segment>:<index>      a chunk
-
-The promise: when `add`, `set` or `cas` returns, the whole file is in the cache. A read
-returns exactly the bytes that were stored, or raises a `MemchunkError`. Four rules
-keep it:
-
-* Every write draws a random segment, and only this write uses the keys in it. So the
-  bytes of two writers can't mix.
+* A file is chunks and a manifest, which names them. Every write draws a random segment,
+  which is in the keys of its chunks. So the bytes of two writers can't mix.
 * A file appears by one atomic step, memcached's `add` or `cas` of its manifest. Before
   this step, a `touch` has proved that every chunk is still there.
 * Until that touch, chunks have a short expiry, the lease. So leftovers of a crashed
   writer expire by themselves.
-* The CRC of a chunk covers its bytes, its key, its index and the number of chunks. The
-  CRC of a manifest covers all of it.
+* The CRC of a chunk covers its bytes, its key, its index and the number of chunks in
+  its segment, 0 if that is unknown. The CRC of a manifest covers all of it.
 
-Read `FileCache` first, then `_Write` (the five steps of a write), `CachedFile` (a
-read), and `_Entry` (the commands that both use).
+Read `FileCache`, `_Write` (the five steps of a write), `CachedFile`, and `_Entry` (the
+commands that both use).
 """
 
 from __future__ import annotations
@@ -75,30 +69,26 @@ LEASE = 3600  # seconds that chunks live before their file is published
 # once, never in part, and a read that began just before can finish.
 _SLACK = 60
 
-# memcached keeps an item of up to 512 KiB in one piece, because its largest slab class
-# has this size by default. Two such items fill a page. It stitches larger items
-# together from many pieces, which wastes memory and fails under pressure.
+# memcached's largest slab class, by default. Two such items fill a page. memcached
+# stitches larger items together, which wastes memory and fails under pressure.
 _LARGEST_ITEM = 512 * 1024
-# Bytes of an item beside its value: a key of up to 194, and a head of up to 63.
+# Bytes of an item beside its value: a key of up to 194, and a head of up to 64.
 _AROUND = 194 + 64
 _DEFAULT_ITEM = 1024 * 1024  # bytes: memcached's -I by default
 _LEAST_LIMIT = 1024  # bytes: memcached's smallest -I; no limit can be smaller
-_SMALL_DIVISOR = 16  # a file of up to 1/16 of a chunk's item lies in its manifest
+_SMALL_DIVISOR = 16  # a file of up to 1/16 of a chunk lies in its manifest
 
-# Bytes of one round trip. They limit the memory of a transfer. If a file only just fits
-# in memcached, batches of 8 chunks lose the fewest. A CPU's caches hold a batch of a
-# read.
+# Bytes of one round trip, and so of the memory that a transfer takes. If a file only
+# just fits in memcached, writes of 8 chunks lose the fewest.
 _WRITE_BATCH, _READ_BATCH = 4 * 1024 * 1024, 2 * 1024 * 1024
 _PIECE = 64 * 1024  # bytes to read at a time from a source of unknown size
-_MAX_CHUNK = 2**30  # bytes: memcached's -I ends there
+_MAX_CHUNK = 999_999_999  # bytes: memcached's -I ends at 1 GiB
 _MAX_CHUNKS = 2**20  # a manifest that names more is damaged
 
-# Chunks that were read or touched twice are active in memcached's LRU. If they fill the
-# cache, memcached refuses others until its LRU thread has made room. That thread sleeps
-# for up to a second.
+# If active chunks fill the cache, memcached refuses others until its LRU thread, which
+# sleeps for up to a second, has made room.
 _PATIENCE, _PAUSE = 4.0, 0.02  # seconds to wait for it, and between two tries
 
-_QUICK_DELETES = 8  # chunks; their deletion does not wait for replies
 _ATTEMPTS = 100  # to change a manifest; another writer won each attempt that failed
 _ASK_AGAIN = 60.0  # seconds until a server that refused `stats` is asked again
 _IDLE = 60  # seconds; firewalls forget connections that idle longer
@@ -113,22 +103,19 @@ _NO_TOKEN = b"%d" % (2**64 - 1)  # no item has it, so a `cas` with it changes no
 _HEADER = struct.Struct(">III")  # of a chunk: index, total, CRC
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 _FORMAT = 2
+_SEGMENT = re.compile("[0-9a-f]{16}")
+_PART_FORM = re.compile("([0-9a-f]{16}):([0-9]{1,7}):([1-9][0-9]{0,8})")
 
 _STORED, _NOT_STORED, _EXISTS = b"STORED", b"NOT_STORED", b"EXISTS"
 _NOT_FOUND, _TOUCHED, _DELETED = b"NOT_FOUND", b"TOUCHED", b"DELETED"
 _REFUSAL = re.compile(rb"(?i)NOT_STORED|out of memory|object too large")
-
+_NO_CAS = "it runs without cas (-C), which memchunk needs"
+_OLD = "it refused a command: it has too many connections, or is older than 1.4.8"
 _CLOSED = ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, MemcacheClosed
-
-# Errors that a damaged manifest may cause. Any other, as of a signal's handler, passes
-# through.
+# What a damaged manifest may raise. Other errors, as of a signal's handler, pass.
 _BAD_MANIFEST = ValueError, TypeError, LookupError, AttributeError, RecursionError
 
 _log = logging.getLogger("memchunk")
-
-_SEGMENT = re.compile("[0-9a-f]{16}")
-_PART_FORM = re.compile("([0-9a-f]{16}):([0-9]{1,7}):([0-9]{1,10})")
-
 _Bytes = Union[bytes, bytearray, memoryview]
 _Expire = Union[int, datetime.timedelta]
 _Segments = Sequence[tuple[str, int]]  # keys of segments, and their numbers of chunks
@@ -161,7 +148,7 @@ class InvalidName(MemchunkError, ValueError):
 
 
 class CacheMiss(MemchunkError, LookupError):
-    """The file is not whole in the cache: get it from its origin, and store it."""
+    """The file is not whole in the cache. Get it from its origin, and store it."""
 
 
 class FileNotFound(CacheMiss, KeyError, FileNotFoundError):
@@ -172,8 +159,7 @@ class FileNotFound(CacheMiss, KeyError, FileNotFoundError):
 
 
 class FileEvicted(CacheMiss):
-    """memcached evicted chunks of the file. info: FileInfo. missing: indices of chunks
-    that were asked for and are gone."""
+    """memcached evicted the chunks whose indices are `missing`. info: FileInfo."""
 
     def __init__(self, name: str, info: FileInfo, missing: list[int]) -> None:
         self.info, self.missing = info, missing
@@ -192,8 +178,7 @@ class FileExists(MemchunkError, FileExistsError):
 
 
 class FileChanged(MemchunkError):
-    """The file is not `version` any more. current: its version now, None if it is
-    gone."""
+    """The file is not `version` any more. current: its version, None if it is gone."""
 
     def __init__(self, name: str, version: str, current: str | None) -> None:
         self.version, self.current = version, current
@@ -221,33 +206,30 @@ class SizeMismatch(MemchunkError, ValueError):
 
 
 class FileCorrupt(MemchunkError):
-    """A chunk is damaged, or the manifest if `index` is None. reason: "" for damage,
-    else the unknown format of a sound manifest, which a later memchunk wrote."""
+    """Chunk `index` is damaged, or the manifest if `index` is None. reason: "", or the
+    format of a sound manifest that a later memchunk wrote."""
 
     def __init__(self, name: str, index: int | None, reason: str = "") -> None:
         self.index, self.reason = index, reason
         place = "its manifest" if index is None else f"chunk {index}"
-        text = reason and f"{name!r} can't be read: {reason}"
-        text = text or f"{name!r} is damaged: {place} is wrong"
-        super().__init__(text, name, index, reason)
+        said = f"can't be read: {reason}" if reason else f"is damaged: {place} is wrong"
+        super().__init__(f"{name!r} {said}", name, index, reason)
 
 
 class CacheFull(MemchunkError):
-    """The server would not keep the file.
+    """The server would not keep the file. cause: "memory" (-m is less than the file),
+    "item size" (-I is too small), "pressure" (other files, or pages for items of other
+    sizes, fill the memory; or the lease ended), "contention" (others changed the
+    manifest 100 times), or "unknown" (the server does not tell its -m)."""
 
-    missing: indices of chunks that are gone, if that is the symptom. cause: by the
-    server's `stats`, "memory" (-m is smaller than the file), "item size" (-I is too
-    small), "pressure" (other files, or pages for items of other sizes, fill the
-    memory), "contention" (others changed the manifest 100 times), or "unknown"."""
-
-    def __init__(self, name: str, cause: str, reason: str, missing: list[int]) -> None:
-        self.cause, self.missing = cause, missing
+    def __init__(self, name: str, cause: str, reason: str) -> None:
+        self.cause, self.reason = cause, reason
         text = f"memcached would not keep {name!r}: {reason}"
-        super().__init__(text, name, cause, reason, missing)
+        super().__init__(text, name, cause, reason)
 
 
 class CacheUnavailable(MemchunkError, ConnectionError):
-    """`server` gave no answer, or a wrong one. A write may have been done or not."""
+    """`server` gave no answer, or a wrong one. A write may or may not have happened."""
 
     def __init__(self, name: str, server: str, reason: str) -> None:
         self.server, self.reason = server, reason
@@ -257,11 +239,9 @@ class CacheUnavailable(MemchunkError, ConnectionError):
 
 @dataclasses.dataclass(frozen=True)
 class FileInfo:
-    """The properties of a stored file.
-
-    name, metadata: as given to `add`. size: bytes. chunks: their number, 0 for a small
-    file. version: 16 hex digits, unique to one publication. created: Unix time in
-    seconds, by the writer's clock. expires: likewise, None for never."""
+    """The properties of a stored file. size: bytes. chunks: their number, 0 for a small
+    file. version: 16 hex digits, unique to one publication. created, expires (None for
+    never): Unix time in seconds, by the writer's clock."""
 
     name: str
     size: int
@@ -278,8 +258,8 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
     client: the address of a server, "host", "host:port", "[ipv6]:port" or "unix:/path",
         or any pymemcache `Client` or `PooledClient`, or a pool of `mcpool.connect`. A
         cache of an address or of mcpool is safe for threads and forks.
-    namespace: prefix of every key, 1 to 100 printable ASCII characters, no spaces. A
-        client's own `key_prefix` counts, too.
+    namespace: prefix of every key, 1 to 100 printable ASCII characters, no spaces; a
+        client's `key_prefix` counts, too.
     max_size: bytes, the largest file; 50 MiB by default.
     chunk_size: bytes of payload in a chunk; by default the most that the server keeps
         well, by its `stats settings`. Give it if a proxy hides servers with a small -I.
@@ -287,8 +267,7 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
         hour by default. No upload may take longer.
 
     Raises ValueError for options and clients that can't work. Every method that takes a
-    name may raise InvalidName and CacheUnavailable. As a context manager it closes
-    itself."""
+    name may raise InvalidName and CacheUnavailable."""
 
     def __init__(
         self,
@@ -312,9 +291,7 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
             raise ValueError("namespace is 1 to 100 printable ASCII characters")
 
     def _connect(self) -> None:
-        """Take the client, or make one for an address."""
-        make = _own_client if isinstance(self._given, str) else _checked_client
-        self.client = make(self._given)
+        self.client = _client(self._given)
         self._servers: dict[int, _Server] = {}
         self._pid = os.getpid()
 
@@ -347,12 +324,11 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
         metadata: up to 65,535 bytes to keep with the file.
         parts: those that `stage` returned; the source is the rest of the file.
 
-        Raises FileExists if a whole file has that name: before payload is sent, or at
-        the end if another writer was quicker. A file that lost chunks is replaced. Also
-        raises FileTooLarge; SizeMismatch; CacheFull; FileCorrupt for a file of a later
-        format; TypeError for text; ValueError for parts of different chunk sizes. After
-        an error, nothing new is stored, unless it is CacheUnavailable."""
-        return _Write(self, "add", name, size, expire, metadata, parts).run(source)
+        Raises FileExists if a whole file has that name (one that lost chunks is
+        replaced); FileTooLarge; SizeMismatch; CacheFull; FileCorrupt for a file of a
+        later format; TypeError for text; ValueError for parts of different chunk sizes.
+        After an error, nothing new is stored, unless it is CacheUnavailable."""
+        return _Write(self, "add", name, parts, size, expire, metadata).run(source)
 
     def set(
         self,
@@ -364,11 +340,10 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
         metadata: bytes = b"",
         parts: Sequence[str] = (),
     ) -> FileInfo:
-        """Store a file, or replace it. Readers get the old file or the new one, whole.
-        If memory can't hold both, the old one's chunks are deleted first, and readers
-        get FileEvicted.
-        Arguments and errors are those of `add`, except FileExists and FileCorrupt."""
-        return _Write(self, "set", name, size, expire, metadata, parts).run(source)
+        """Store a file, or replace it. Readers get the old file or the new one, whole,
+        or FileEvicted if memory can't hold both. Arguments and errors are those of
+        `add`, except FileExists and FileCorrupt."""
+        return _Write(self, "set", name, parts, size, expire, metadata).run(source)
 
     def cas(
         self,
@@ -386,8 +361,8 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
         FileCorrupt for a damaged manifest."""
         if not isinstance(version, str):
             raise TypeError("version is a text, from a FileInfo")
-        order = size, expire, metadata, parts, version
-        return _Write(self, "cas", name, *order).run(source)
+        order = "cas", name, parts, size, expire, metadata, version
+        return _Write(self, *order).run(source)
 
     def stage(
         self, name: str, data: _Bytes, *, parts: Sequence[str] = (), lease: int = LEASE
@@ -400,11 +375,9 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
 
         Returns the new part, a short text for the `parts` of later calls, and the
         number of bytes that it took, a multiple of the chunk size. Pass the remaining
-        bytes to the next call. Each call has keys of its own, so two callers never mix.
-
-        Raises FileEvicted if chunks of the parts are gone, FileTooLarge, CacheFull, and
-        ValueError for parts of different chunk sizes."""
-        return _Segment(self, name, parts, _lease(lease)).stage(_view(data))
+        bytes to the next call. Raises FileEvicted if chunks of the parts are gone,
+        FileTooLarge, CacheFull, and ValueError for parts of different chunk sizes."""
+        return _Write(self, "stage", name, parts, lease=_lease(lease)).stage(data)
 
     def unstage(self, name: str, parts: Sequence[str]) -> None:
         """Delete parts, except those of the published file. Don't call it while another
@@ -413,11 +386,9 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
         entry.delete_segments(_parsed(parts)[0], entry.lookup().segments)
 
     def get(self, name: str) -> bytes:
-        """The whole file, verified. Raises FileNotFound, FileEvicted, FileCorrupt, and
-        FileTooLarge if a cache with another `max_size` wrote it.
-
-        Starts over if a writer replaces the file meanwhile, up to 100 times; then it
-        raises FileChanged."""
+        """The whole file, verified. Raises FileNotFound, FileEvicted, FileCorrupt;
+        FileTooLarge if a cache with another `max_size` wrote it; FileChanged if writers
+        replaced it in each of 100 tries."""
         for _ in range(_ATTEMPTS):
             with self.open(name) as file, contextlib.suppress(FileChanged):
                 if file.info.size > self.max_size:
@@ -436,48 +407,42 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
     ) -> _Bytes:
         """The file, or else the bytes that `make()` returns, which become the file. One
         caller at a time runs `make`. The others wait for the file, for up to `lock`
-        seconds, and then run it, too. If the cache is down or full, or the file is
-        damaged, callers still get bytes, and the file is stored if it can be. Raises
-        FileTooLarge, and the errors of `make`."""
-        # It refuses bad options, so it is made before `make` does its work.
-        write = _Write(self, "set", name, None, expire, metadata, ())
+        seconds, and then run it, too. They get bytes also if the cache is down or full,
+        or the file is damaged. Raises FileTooLarge, and the errors of `make`."""
+        # This refuses bad options, so it comes before `make` does its work.
+        write = _Write(self, "set", name, (), None, expire, metadata)
         return self._get_or_make(write, make, _lease(lock))
 
-    def _get_or_make(
-        self, write: _Write, make: Callable[[], _Bytes], lock: int
-    ) -> _Bytes:
-        deadline, lock_end = time.monotonic() + lock, -math.inf
+    def _get_or_make(self, write: _Write, make: Any, lock: int) -> _Bytes:
+        end, is_ours = time.monotonic() + lock, False
         try:
             with contextlib.suppress(CacheUnavailable, CacheFull):
-                while (now := time.monotonic()) < deadline:
+                while True:
                     with contextlib.suppress(CacheMiss, FileCorrupt, FileChanged):
-                        return self.get(write.entry.name)
-                    if now < lock_end:  # it is ours, and we have looked again
+                        return self.get(write.name)
+                    if is_ours or (now := time.monotonic()) >= end:
                         break
-                    end = time.monotonic() + lock
-                    if write.entry.take_lock(lock):
-                        # Its last owner may have stored the file, so look again.
-                        lock_end = end
-            data = make()
+                    # If we get it, look again: its last owner may have stored the file.
+                    if is_ours := write.entry.take_lock(lock):
+                        end = now + lock
+            data: _Bytes = make()
             with contextlib.suppress(CacheUnavailable, CacheFull):
                 write.run(data)
             return data
         finally:
-            if time.monotonic() < lock_end:  # later, it may be another's
+            if is_ours and time.monotonic() < end:  # else it may be another's
                 write.entry.delete([write.entry.lock])
 
     def open(self, name: str) -> CachedFile:
-        """The present version of the file, as a binary stream, which fetches chunks as
-        they are read. Raises FileNotFound, FileCorrupt."""
+        """The present version, as a binary stream. Raises FileNotFound, FileCorrupt."""
         return CachedFile(self, self._entry(name).lookup().require())
 
     def stat(self, name: str) -> FileInfo:
-        """The file's properties, by its manifest; chunks may be gone. Raises
-        FileNotFound, FileCorrupt."""
+        """What the manifest says; chunks may be gone. Raises like `open`."""
         return self._entry(name).lookup().require().info
 
     def __contains__(self, name: str) -> bool:
-        """Whether the whole file is there. Reads no payload, and changes nothing."""
+        """Whether the whole file is there. Fetches no chunk, and changes nothing."""
         entry, before = self._entry(name), None
         while (found := entry.lookup()).value not in (None, before):
             if entry.is_whole(found):
@@ -489,38 +454,33 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
     def touch(self, name: str, expire: _Expire) -> FileInfo:
         """Give the file a new time to live: seconds from now, a timedelta, or 0 for no
         end. Raises FileNotFound, FileEvicted, FileCorrupt, CacheFull. If it raises,
-        call it again. Until then the chunks may have no expiry."""
+        call it again: until then, chunks may have no expiry."""
         entry, seconds = self._entry(name), _seconds(expire)
         for _ in range(_ATTEMPTS):
             found, now = entry.lookup(), int(time.time())
             old, keys = found.require(), entry.keys(found.segments)
             new = dataclasses.replace(old, expires=now + seconds if seconds else None)
-            end, chunks_end = entry.exptimes(seconds)
             # If chunks are missing, nothing changes. Else all lose their expiry for a
             # moment, because they must outlive the old and the new manifest.
             missing = entry.missing(keys) or entry.touch(keys, 0)
             if missing:
                 with contextlib.suppress(FileChanged):  # then touch the present version
-                    entry.explain(old, missing)
-            elif entry.replace(found, new.pack(), end):
-                entry.touch(keys, chunks_end)
-                # Another touch may have come in between, with a later end.
-                if keys and entry.lookup().manifest not in (None, new):
-                    entry.touch(keys, 0)
+                    entry.explain(old.info, missing)
+            elif entry.replace(found, new.pack(), entry.exptimes(seconds)[0]):
+                entry.end_chunks(found.segments, seconds, new)
                 return new.info
         raise entry.contention()
 
     def delete(self, name: str, version: str | None = None) -> None:
-        """Delete the file, also a damaged one or one that lost chunks; with `version`,
-        only that version. Raises FileNotFound; with `version`, FileChanged for another,
-        FileCorrupt for a damaged manifest; CacheFull after 100 tries."""
+        """Delete the file, whole or not; with `version`, only that version. Raises
+        FileNotFound; CacheFull after 100 tries; with `version`, FileChanged for
+        another, FileCorrupt for a damaged manifest."""
         entry = self._entry(name)
         for _ in range(_ATTEMPTS):
             found = entry.lookup()
             if found.value is None or version is not None:
                 found.require(version)
-            # The text protocol can't delete conditionally. But `cas` can store an item
-            # that has expired already.
+            # No command deletes conditionally, but a `cas` can store an expired item.
             if entry.replace(found, b"", _LONG_PAST):
                 entry.delete(entry.keys(found.segments))
                 return
@@ -529,10 +489,9 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
     def ping(self) -> None:
         """Return if every server answers, else raise CacheUnavailable."""
         key = self._entry("ping").key  # first, as it connects anew after a fork
-        servers = getattr(self.client, "servers", {"": self.client})
-        for client in servers.values():
-            entry = _Entry(self._server(client), "", key)
-            entry.ask(lambda client: client.gets(key))
+        for client in getattr(self.client, "servers", {"": self.client}).values():
+            server = self._servers.setdefault(id(client), _Server(client))
+            _Entry(server, "", key).lookup()
 
     def close(self) -> None:
         """Close the client's connections. The next call opens new ones."""
@@ -551,21 +510,14 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
         key = f"{self.namespace}:{{{hashlib.sha256(encoded).hexdigest()}}}"
         for_key = getattr(self.client, "for_key", None)
         client = for_key(key) if for_key else self.client
-        return _Entry(self._server(client), name, key)
-
-    def _server(self, client: Any) -> _Server:
-        return self._servers.setdefault(id(client), _Server(client))
+        return _Entry(self._servers.setdefault(id(client), _Server(client)), name, key)
 
 
 # --- The stored format ----------------------------------------------------------------
 
 
-def _chunk_key(key: str, segment: str, index: int) -> str:
-    return f"{key}|#|{segment}:{index}"
-
-
 def _chunk(key: str, index: int, total: int, *body: Any) -> tuple[Any, ...]:
-    """A chunk's value: header, payload and padding, as parts, which saves a copy.
+    """A chunk's value: header, payload and padding, as pieces, which saves a copy.
     The CRC covers the key, too, so that a sound chunk in a wrong place is damage."""
     crc = zlib.crc32(key.encode(), zlib.crc32(_HEADER.pack(index, total, 0)[:8]))
     for part in body:
@@ -587,14 +539,10 @@ class _Manifest:
     data: bytes = b""
 
     @property
-    def version(self) -> str:
-        return self.segments[-1][0]
-
-    @property
     def info(self) -> FileInfo:
-        times, chunks = (self.created, self.expires), sum(n for _, n in self.segments)
-        about = self.name, self.size, chunks, self.version
-        return FileInfo(*about, *times, self.metadata)
+        chunks, version = sum(count for _, count in self.segments), self.segments[-1][0]
+        about = self.name, self.size, chunks, version, self.created, self.expires
+        return FileInfo(*about, self.metadata)
 
     def pack(self) -> bytes:
         """The manifest's value: the CRC of the rest, a line of JSON, metadata, data."""
@@ -613,10 +561,8 @@ class _Manifest:
                 raise ValueError("the CRC is wrong")
             line, _, rest = body.partition(b"\n")
             fields = json.loads(line.decode())
-            number = fields.pop("format")
-            if number != _FORMAT:
-                text = f"its format {number} is unknown to this memchunk"
-                raise FileCorrupt(name, None, text)
+            if (number := fields.pop("format")) != _FORMAT:
+                raise FileCorrupt(name, None, f"its format {number} is unknown")
             length = fields.pop("metadata")
             fields["segments"] = [tuple(each) for each in fields["segments"]]
             found = cls(**fields, metadata=rest[:length], data=rest[length:])
@@ -626,32 +572,30 @@ class _Manifest:
             raise FileCorrupt(name, None) from error
 
     def _validate(self, name: str) -> None:
-        """Raises ValueError or TypeError for fields that no writer would write: they go
-        into keys, and bound the work of a read."""
+        """Raises ValueError or TypeError for fields that no writer writes. They would
+        go into keys, and into the loops of a read."""
         keys, counts = zip(*self.segments)
         numbers = self.size, self.chunk_size, self.created, self.expires or 0, *counts
-        chunks = -(-(self.size - len(self.data)) // (self.chunk_size or 1))
-        is_sound = (
+        if not (
             self.name == name
             and all(type(number) is int and number >= 0 for number in numbers)
             and all(map(_SEGMENT.fullmatch, keys))
             and len(set(keys)) == len(keys)
             and 0 < self.chunk_size <= _MAX_CHUNK
-            and sum(counts) == chunks <= _MAX_CHUNKS
+            and sum(counts) <= _MAX_CHUNKS
+            and sum(counts) == -(-(self.size - len(self.data)) // self.chunk_size)
             and len(self.data) in (0, self.size)
-        )
-        if not is_sound:
+        ):
             raise ValueError("the manifest contradicts itself")
 
 
 def _parsed(parts: Sequence[str]) -> tuple[_Segments, int]:
     """Segments and chunk size of an upload's parts, 0 if there are none. Raises
     ValueError for parts that don't belong together."""
-    matches = [] if isinstance(parts, str) else list(map(_PART_FORM.fullmatch, parts))
-    found = [(each[1], int(each[2]), int(each[3])) for each in matches if each]
+    matches = filter(None, map(_PART_FORM.fullmatch, parts))
+    found = [(each[1], int(each[2]), int(each[3])) for each in matches]
     sizes, keys = {size for _, _, size in found}, {key for key, _, _ in found}
-    is_size = all(1 <= size <= _MAX_CHUNK for size in sizes)
-    if len(keys) != len(parts) or len(sizes) > 1 or not is_size:
+    if len(keys) != len(parts) or len(sizes) > 1:
         raise ValueError("parts must come from `stage`, for one upload")
     return [(key, count) for key, count, _ in found if count], max(sizes, default=0)
 
@@ -659,193 +603,55 @@ def _parsed(parts: Sequence[str]) -> tuple[_Segments, int]:
 # --- Writing --------------------------------------------------------------------------
 
 
-class _Segment:
-    """The chunks that one write, or one call of `stage`, stores behind the parts of an
-    upload. Only it writes their keys, so that the bytes of two writers can't mix."""
+@dataclasses.dataclass
+class _Write:
+    """One `add`, `set`, `cas` or `stage`. Its chunks are a segment, behind those that
+    were staged. Only it writes their keys, so the bytes of two writers can't mix."""
 
-    def __init__(
-        self, cache: FileCache, name: str, parts: Sequence[str], lease: int
-    ) -> None:
-        self.cache, self.entry, self.lease = cache, cache._entry(name), lease
-        self.parts, self.chunk_size = _parsed(parts)
-        self.first = sum(count for _, count in self.parts)  # index in the file
-        self.length = self.first * self.chunk_size  # bytes of the file so far
-        self.key = secrets.token_hex(8)
-        self.count = 0  # chunks, also those not sent yet, so that all can be deleted
-        self.total = 0  # chunks that there will be, 0 if that is not known
-        self.pid = os.getpid()
-        self.may_appear = False  # whether the file's manifest was sent
-        self.size: int | None = None  # of the whole file, as announced
+    cache: FileCache
+    verb: str
+    name: str
+    parts: Sequence[str]
+    size: int | None = None  # bytes of the whole file, as announced
+    expire: Any = 0
+    metadata: Any = b""
+    version: str | None = None
+    lease: int = 0
 
-    def plan(self, size: int) -> None:
-        """Decide how to cut a file of up to `size` bytes."""
-        item, self.largest, self.memory = self.entry.limits()
-        self.inline_limit = (self.cache._chunk_size or item) // _SMALL_DIVISOR
-        if not self.chunk_size:
-            self.chunk_size = self.cache._chunk_size or item - _HEADER.size - _AROUND
-        self.batch_size = self.chunk_size * max(1, _WRITE_BATCH // self.chunk_size)
-        # Whether the file takes more than half of the memory.
-        self.is_tight = 2 * size > self.memory
+    count: int = 0  # chunks, also those not sent yet, so that all can be deleted
+    total: int = 0  # chunks that the segment will have, 0 if that is not known
+    data: bytes = b""  # the file, if it is small
+    may_appear: bool = False  # whether the file's manifest was sent
 
-    def check(self, length: int) -> None:
-        """Raise if `length` bytes of the file are too many."""
-        name, limit = self.entry.name, self.chunk_size * _MAX_CHUNKS
-        limit = min(limit, self.cache.max_size)
-        if length > limit:
-            raise FileTooLarge(name, length, limit)
-        if self.size is not None and length > self.size:
-            raise SizeMismatch(name, self.size, length)
-        needed = -(-length // self.chunk_size) * self.chunk_size
-        if needed > self.memory:
-            raise self.entry.cache_full(needed)
-
-    def stage(self, data: memoryview) -> tuple[str, int]:
-        """`FileCache.stage`."""
-        self.plan(self.cache.max_size)
-        self.check(self.length + len(data))
-        missing = self._missing_parts()
-        if missing:
-            name, version = self.entry.name, self.parts[-1][0]
-            info = FileInfo(name, self.length, self.first, version, 0, None, b"")
-            raise FileEvicted(name, info, missing)
-        taken = len(data) - len(data) % self.chunk_size
-        self.total = taken // self.chunk_size
-        with self.deleted_on_error():
-            for batch in _slices(data[:taken], self.batch_size):
-                self.send(batch)
-        return f"{self.key}:{self.count}:{self.chunk_size}", taken
-
-    def _missing_parts(self) -> list[int]:
-        """The indices of the parts' chunks that are gone. Keeps the others active if
-        memory is tight."""
-        keys = self.entry.keys(self.parts)
-        if not keys or not self.is_tight or self._are_published():
-            return self.entry.missing(keys)
-        self.entry.touch(keys, self.lease)
-        missing = self.entry.touch(keys, self.lease)
-        # If another published them meanwhile, the lease replaced their final expiry.
-        # Then they get no expiry, so they can't end too early. See `_tidy`, too.
-        if self._are_published():
-            self.entry.touch(keys, 0)
-        return missing
-
-    def _are_published(self) -> bool:
-        return bool(set(self.parts).intersection(self.entry.lookup().segments))
-
-    def keys(self) -> list[str]:
-        """The keys of the file's chunks so far, in order."""
-        return self.entry.keys([*self.parts, (self.key, self.count)])
-
-    def send(self, batch: memoryview, end: int | None = None) -> bool:
-        """Store a batch of chunks on the lease. Raises CacheFull.
-
-        end: the final expiry if this is the last batch. If memory is not tight, all
-        chunks of the file get it in the same round trip. Returns whether they did."""
-        chunks = list(self._commands(batch))
-        if not self.is_tight:
-            keys = [] if end is None else self.keys()
-            touches = [_Command("touch", key, end or 0) for key in keys]
-            replies, count = self.entry.run([*chunks, *touches]), len(chunks)
-            if not self.entry.refusal(replies[:count]):
-                return set(replies[count:]) == {_TOUCHED}
-            chunks = [chunk for chunk, said in zip(chunks, replies) if said != _STORED]
-            self.is_tight = True
-        self._store_until_kept(chunks)
-        return False
-
-    def _store_until_kept(self, chunks: list[_Command]) -> None:
-        """A full cache evicts new chunks first, unless two touches make them active in
-        its LRU. If every write did so, a large cache would lose an eighth of its
-        files."""
-        deadline = time.monotonic() + _PATIENCE
-        while True:
-            touches = [_Command("touch", chunk.key, self.lease) for chunk in chunks] * 2
-            replies, count = self.entry.run([*chunks, *touches]), len(chunks)
-            refusal, last = self.entry.refusal(replies[:count]), replies[-count:]
-            chunks = [chunk for chunk, said in zip(chunks, last) if said != _TOUCHED]
-            if not chunks:
-                return
-            if time.monotonic() > deadline or "too large" in refusal:
-                missing = [] if refusal else [self.keys().index(c.key) for c in chunks]
-                raise self.cache_full(missing, refusal)
-            time.sleep(_PAUSE)
-
-    def _commands(self, batch: memoryview) -> Iterator[_Command]:
-        """The commands that store a batch."""
-        if os.getpid() != self.pid:  # two processes would write the same keys
-            raise RuntimeError("the process was forked during a write")
-        # All chunks of a file have one length, unless there is only one.
-        is_alone = self.total == 1 and not self.parts
-        for payload in _slices(batch, self.chunk_size):
-            padding = bytes(0 if is_alone else self.chunk_size - len(payload))
-            key = _chunk_key(self.entry.key, self.key, self.count)
-            body = self.total, payload, padding
-            make = functools.partial(_chunk, key, self.count, *body)
-            self.count += 1
-            yield _Command("set", key, self.lease, make)
-
-    def cache_full(self, missing: list[int], said: str) -> CacheFull:
-        """The error if the server refused chunks, or evicted those at `missing`."""
-        size = (self.first + max(self.count, self.total)) * self.chunk_size
-        said = said or f"{len(missing)} chunks are gone: evicted, or past their lease"
-        return self.entry.cache_full(size, said, missing)
-
-    @contextlib.contextmanager
-    def deleted_on_error(self) -> Iterator[None]:
-        """An error deletes the segment, unless the file may yet appear. After an
-        exception that is no Exception, such as Ctrl-C or a time-out of gevent, nothing
-        more is sent, because the server may still be at work on a command. Chunks that
-        are on the lease expire."""
-        try:
-            yield
-        except Exception as error:
-            is_over = not self.may_appear or isinstance(error, CacheFull)
-            if is_over and os.getpid() == self.pid:  # else they are the parent's chunks
-                self.entry.delete(self.entry.keys([(self.key, self.count)]))
-            raise
-
-
-class _Write(_Segment):
-    """One `add`, `set` or `cas`. `run` has its five steps."""
-
-    def __init__(
-        self,
-        cache: FileCache,
-        verb: str,
-        name: str,
-        size: int | None,
-        expire: _Expire,
-        metadata: bytes,
-        parts: Sequence[str],
-        version: str | None = None,
-    ) -> None:
-        super().__init__(cache, name, parts, cache.lease)
-        self.verb, self.version, self.expire = verb, version, _seconds(expire)
-        self.size = None if size is None else operator.index(size)
-        self.data, self.metadata = b"", bytes(memoryview(metadata))
+    def __post_init__(self) -> None:
+        self.entry, self.key = self.cache._entry(self.name), secrets.token_hex(8)
+        self.staged, self.chunk_size = _parsed(self.parts)
+        first = sum(count for _, count in self.staged)  # our first chunk's number
+        self.length = first * self.chunk_size  # bytes of the file so far
+        self.size = None if self.size is None else operator.index(self.size)
+        self.expire, self.lease = _seconds(self.expire), self.lease or self.cache.lease
+        self.metadata = bytes(memoryview(self.metadata))
         if len(self.metadata) > MAX_METADATA:
             raise ValueError(f"metadata is limited to {MAX_METADATA} bytes")
 
-    def run(self, source: Source) -> FileInfo:
-        if isinstance(source, os.PathLike):
-            with open(source, "rb") as file:
-                return self._store(file)
-        return self._store(source)
+    def run(self, source: Any) -> FileInfo:
+        is_path = isinstance(source, os.PathLike)
+        with open(source, "rb") if is_path else contextlib.nullcontext(source) as file:
+            return self._store(file)
 
     def _store(self, source: Any) -> FileInfo:
-        known, batches = _opened_source(source)
-        # 1. Look up the manifest, and refuse early: no payload was sent yet.
-        found = self._begin(known)
-        with self.deleted_on_error():
-            # 2. Store the chunks on a lease. The last batch may include step 3.
-            is_settled = self._send(batches(self.batch_size), found)
+        # 1. Look up the manifest. Refuse early, before a byte of payload is sent.
+        found = self._begin(_known_size(source))
+        with self._deleted_on_error():
+            # 2. Store the chunks on a lease. A short last batch waits for step 3.
+            last = self._send(_batches(source, self.batch_size), found)
             manifest = self._manifest()
             for attempt in range(_ATTEMPTS):
                 # A restarted server counts its tokens anew: an old one might fit.
-                if attempt or self.verb == "cas":
+                if attempt or (self.verb != "set" and found.value is not None):
                     found = self._look_up()
-                # 3. Touch every chunk: this proves that each is still there.
-                end = self._settle(is_settled and not attempt)
+                # 3. Touch every chunk, which proves that each is still there.
+                end, last = self._settle(last), []
                 # 4. Publish. If the reply gets lost, the file may yet appear.
                 self.may_appear = True
                 if self.entry.replace(found, manifest.pack(), end):
@@ -853,8 +659,10 @@ class _Write(_Segment):
                 self.may_appear = False
             else:
                 raise self.entry.contention()
-        # 5. Delete the chunks of the replaced file.
-        self._tidy(found, manifest)
+        with contextlib.suppress(CacheUnavailable, CacheFull):
+            self.entry.end_chunks(self.staged, self.expire, manifest)
+        # 5. Delete the old file's chunks, except those that the new one has, too.
+        self.entry.delete_segments(found.segments, self.staged)
         return manifest.info
 
     def _begin(self, known: int | None) -> _Found:
@@ -862,17 +670,15 @@ class _Write(_Segment):
         if known is not None:
             known += self.length
             if self.size not in (None, known):
-                raise SizeMismatch(self.entry.name, self.size or 0, known)
+                raise SizeMismatch(self.name, self.size or 0, known)
             self.size = known
         found = self._look_up()
-        self.plan(self.cache.max_size if self.size is None else self.size)
-        least = max(self.size or 0, self.length)
-        self.check(least)
-        self.total = -(-(least - self.length) // self.chunk_size)
-        if self.largest < _DEFAULT_ITEM:  # in others it fits
-            manifest = len(self._manifest().pack()) + self.inline_limit
-            if manifest + _AROUND > self.largest:
-                raise self.entry.cache_full(0, "its manifest is too large")
+        self._plan(self.cache.max_size if self.size is None else self.size)
+        self._check(max(self.size or 0, self.length))
+        self.total = -(-max((self.size or 0) - self.length, 0) // self.chunk_size)
+        largest, around = self.entry.server.item_size_max, self.inline_limit + _AROUND
+        if largest < _DEFAULT_ITEM and len(self._manifest().pack()) + around > largest:
+            raise self.entry.cache_full(0, "its manifest is too large")
         return found
 
     def _look_up(self) -> _Found:
@@ -883,185 +689,245 @@ class _Write(_Segment):
         elif verb == "add" and found.damage and found.damage.reason:
             raise found.damage  # a later memchunk can read this file
         elif verb == "add" and found.manifest and self.entry.is_whole(found):
-            raise FileExists(self.entry.name, found.manifest.info)
+            raise FileExists(self.name, found.manifest.info)
         return found
 
-    def _send(self, batches: Iterable[memoryview], old: _Found) -> bool:
-        """Store all chunks. Returns whether they have their final expiry already."""
-        is_settled = False
+    def _plan(self, size: int) -> None:
+        """Decide how to cut a file of up to `size` bytes."""
+        self.entry.ask_limits()
+        server = self.entry.server
+        item = min(server.item_size_max, server.slab_chunk_max, _LARGEST_ITEM)
+        self.memory = server.maxbytes
+        self.inline_limit = (self.cache._chunk_size or item) // _SMALL_DIVISOR
+        if not self.chunk_size:
+            self.chunk_size = self.cache._chunk_size or item - _HEADER.size - _AROUND
+        self.batch_size = self.chunk_size * max(1, _WRITE_BATCH // self.chunk_size)
+        # Whether the file takes more than half of the memory.
+        self.is_tight = 2 * size > self.memory
+
+    def _check(self, length: int) -> None:
+        """Raise if `length` bytes of the file are too many."""
+        limit = min(self.cache.max_size, self.chunk_size * _MAX_CHUNKS)
+        if length > limit:
+            raise FileTooLarge(self.name, length, limit)
+        if self.size is not None and length > self.size:
+            raise SizeMismatch(self.name, self.size, length)
+        if length > self.memory:
+            raise self.entry.cache_full(length)
+
+    def _send(self, batches: Iterable[memoryview], old: _Found) -> list[_Command]:
+        """Store all chunks, except those of a short last batch, which it returns."""
+        chunks: list[_Command] = []
         for batch in batches:
             self.length += len(batch)
-            self.check(self.length)
-            # If memory can't hold both files, the old one goes: memcached would evict
-            # some of its chunks anyway, and keep the others in place of new ones.
+            self._check(self.length)
+            # If memory can't hold both files, the old one goes. Else memcached evicts
+            # some of its chunks, and keeps the others in place of new ones.
             if old.manifest and old.manifest.size + self.length > self.memory:
                 old = self._look_up()  # another may have reused chunks meanwhile
-                self.entry.delete_segments(old.segments, self.parts)
+                self.entry.delete_segments(old.segments, self.staged)
                 old = old._replace(manifest=None)
-            end, has_ended = None, len(batch) < self.batch_size
-            if has_ended and len(batch) == self.length <= self.inline_limit:
+            is_last = len(batch) < self.batch_size
+            if is_last and len(batch) == self.length <= self.inline_limit:
                 self.data = bytes(batch)
                 continue
-            if has_ended and self.size in (None, self.length):
-                end = self.entry.exptimes(self.expire)[1]
-                if not self.count:
-                    self.total = -(-len(batch) // self.chunk_size)
-            is_settled = self.send(batch, end)
+            if is_last and not self.count:
+                self.total = -(-len(batch) // self.chunk_size)
+            chunks = list(self._commands(batch))
+            if self.is_tight or not is_last:
+                self._keep(chunks)
+                chunks = []
         if self.size not in (None, self.length):
-            raise SizeMismatch(self.entry.name, self.size or 0, self.length)
-        return is_settled
+            raise SizeMismatch(self.name, self.size or 0, self.length)
+        return chunks
+
+    def _commands(self, batch: memoryview) -> Iterator[_Command]:
+        """The commands that store a batch."""
+        # All chunks of a file have one length, unless there is only one.
+        is_alone = self.total == 1 and not self.staged
+        for payload in _slices(batch, self.chunk_size):
+            padding = bytes(0 if is_alone else self.chunk_size - len(payload))
+            key = self.entry.chunk_key(self.key, self.count)
+            body = self.total, payload, padding
+            make = functools.partial(_chunk, key, self.count, *body)
+            self.count += 1
+            yield _Command("set", key, self.lease, make)
+
+    def _keep(self, chunks: list[_Command]) -> None:
+        """Store chunks on the lease. Raises CacheFull.
+        A full cache evicts new chunks first, unless two touches make them active in its
+        LRU. If every write did so, a large cache would lose an eighth of its files."""
+        if not self.is_tight and not self.entry.refusal(self.entry.run(chunks)):
+            return
+        self.is_tight, deadline = True, time.monotonic() + _PATIENCE
+        while True:
+            touches = [_Command("touch", chunk.key, self.lease) for chunk in chunks] * 2
+            replies, count = self.entry.run([*chunks, *touches]), len(chunks)
+            refusal = self.entry.refusal(replies[:count])
+            self.entry.expect(replies[count:], _TOUCHED, _NOT_FOUND)
+            second = replies[-count:]  # only chunks that it finds are active
+            chunks = [chunk for chunk, said in zip(chunks, second) if said != _TOUCHED]
+            if not chunks:
+                return
+            if time.monotonic() > deadline or "too large" in refusal:
+                raise self._cache_full(len(chunks), refusal)
+            time.sleep(_PAUSE)
+
+    def _settle(self, last: list[_Command]) -> int:
+        """Store the last chunks. Give all their final expiry; return the manifest's.
+        Raises CacheFull if one is gone: a server with little memory says STORED, but
+        evicts the first chunks while the last arrive."""
+        end, chunks_end = self.entry.exptimes(self.expire)
+        keys = self.entry.keys([*self.staged, (self.key, self.count)])
+        touches = [_Command("touch", key, chunks_end) for key in keys]
+        replies, count = self.entry.run([*last, *touches]), len(last)
+        if self.entry.refusal(replies[:count]):
+            self._keep(last)
+            return self._settle([])
+        self.entry.expect(replies[count:], _TOUCHED, _NOT_FOUND)
+        if missing := replies[count:].count(_NOT_FOUND):
+            raise self._cache_full(missing)
+        return end
+
+    def _cache_full(self, missing: int, said: str = "") -> CacheFull:
+        """The error if the server refused chunks, or `missing` of them are gone."""
+        said = said or f"{missing} chunks are gone: evicted, or past their lease"
+        return self.entry.cache_full(max(self.length, self.size or 0), said)
 
     def _manifest(self) -> _Manifest:
         now, expire = int(time.time()), self.expire
         about = now, now + expire if expire else None, self.metadata
         # The last segment is the version, also of a file without chunks of its own.
-        segments = [*self.parts, (self.key, self.count)]
-        name, cut = self.entry.name, self.chunk_size
-        return _Manifest(name, self.length, cut, *about, segments, self.data)
+        segments = [*self.staged, (self.key, self.count)]
+        cut = self.chunk_size
+        return _Manifest(self.name, self.length, cut, *about, segments, self.data)
 
-    def _settle(self, is_done: bool) -> int:
-        """Give every chunk its final expiry, unless that is done; return that of the
-        manifest. Raises CacheFull if one is gone: a server with little memory says
-        STORED, but evicts the first chunks while the last arrive."""
-        end, chunks_end = self.entry.exptimes(self.expire)
-        missing = [] if is_done else self.entry.touch(self.keys(), chunks_end)
-        if missing:
-            raise self.cache_full(missing, "")
-        return end
+    @contextlib.contextmanager
+    def _deleted_on_error(self) -> Iterator[None]:
+        """An error deletes the segment, unless the file may yet appear. After an
+        exception that is no Exception, such as Ctrl-C, nothing more is sent, because
+        the server may still be at work. Then the chunks expire with their lease."""
+        try:
+            yield
+        except Exception as error:
+            is_own = os.getpid() == self.entry.pid  # else they are the parent's chunks
+            if is_own and (not self.may_appear or isinstance(error, CacheFull)):
+                self.entry.delete(self.entry.keys([(self.key, self.count)]))
+            raise
 
-    def _tidy(self, found: _Found, manifest: _Manifest) -> None:
-        """Delete the old file's chunks, except those that the new one has, too."""
-        if self.parts:
-            # A `stage` that saw no published file may have put parts on a lease since.
-            keys = self.entry.keys(self.parts)
-            with contextlib.suppress(CacheUnavailable, CacheFull):
-                self.entry.touch(keys, self.entry.exptimes(self.expire)[1])
-                # If another gave the file a later end meanwhile: no end.
-                if self.entry.lookup().manifest not in (None, manifest):
-                    self.entry.touch(keys, 0)
-        self.entry.delete_segments(found.segments, self.parts, quick=True)
+    def stage(self, given: _Bytes) -> tuple[str, int]:
+        data = _view(given)
+        self._plan(self.cache.max_size)
+        self._check(self.length + len(data))
+        if missing := self._missing_parts():
+            raise FileEvicted(self.name, self._manifest().info, missing)
+        taken = len(data) - len(data) % self.chunk_size
+        self.total = taken // self.chunk_size
+        with self._deleted_on_error():
+            for batch in _slices(data[:taken], self.batch_size):
+                self._keep(list(self._commands(batch)))
+        return f"{self.key}:{self.count}:{self.chunk_size}", taken
+
+    def _missing_parts(self) -> list[int]:
+        """The indices of the parts' chunks that are gone. Keeps the others active if
+        memory is tight."""
+        keys = self.entry.keys(self.staged)
+        if not keys or not self.is_tight or self._are_published():
+            return self.entry.missing(keys)
+        self.entry.touch(keys, self.lease)
+        missing = self.entry.touch(keys, self.lease)
+        if self._are_published():  # then the lease replaced their final expiry
+            self.entry.touch(keys, 0)
+        return missing
+
+    def _are_published(self) -> bool:
+        return bool(set(self.staged).intersection(self.entry.lookup().segments))
 
 
 # --- Reading --------------------------------------------------------------------------
 
 
 class CachedFile(io.RawIOBase):
-    """One version of a file, as a readable and seekable binary stream; made by
-    `FileCache.open`. For lines, wrap it in an `io.BufferedReader`.
-
-    Fetches only the chunks that are read. Reading raises FileEvicted, FileCorrupt, and
-    FileChanged if the file was replaced or deleted since it was opened and its chunks
-    are gone."""
+    """One version of a file, as a readable and seekable binary stream. It fetches only
+    the chunks that are read. For lines, wrap it in an `io.BufferedReader`. Reading
+    raises FileEvicted, FileCorrupt, and FileChanged if the file was replaced or deleted
+    since `open` and its chunks are gone."""
 
     def __init__(self, cache: FileCache, manifest: _Manifest) -> None:
         super().__init__()
         self.info, self._cache, self._manifest = manifest.info, cache, manifest
-        size = manifest.chunk_size if self.info.chunks else self.info.size
-        self._chunk_size = max(size, 1)
-        place = cache._entry(self.info.name).key
+        entry = cache._entry(self.info.name)
         self._chunks = [  # key, index in the segment, number of chunks in the segment
-            (_chunk_key(place, key, index), index, count)
+            (entry.chunk_key(key, index), index, count)
             for key, count in manifest.segments
             for index in range(count)
         ]
+        self._chunk_size = manifest.chunk_size if self._chunks else self.info.size or 1
         self._position = 0
-        self._held = -1, memoryview(b"")  # the chunk that was read last, and its number
+        # The chunk that was read last, and its number. A small file is always held.
+        self._held = -1 if self._chunks else 0, memoryview(manifest.data)
 
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
         """The bytes from `start` to `stop`, as in a slice, in verified, read-only
         buffers. A buffer stays valid as long as the caller keeps it. Holds 2 MiB of
         them at a time, and leaves the stream's position alone."""
         start, stop, _ = slice(start, stop).indices(self.info.size)
-        return (piece for _, piece in self._pieces(start, stop))
-
-    def _pieces(
-        self, start: int, stop: int, target: memoryview | None = None
-    ) -> Iterator[tuple[int, memoryview]]:
-        """The bytes from `start` to `stop`, a slice of each chunk, and its offset from
-        `start`. Chunks that lie whole in `target` are received there, and left out."""
-        size, batch = self._chunk_size, max(1, _READ_BATCH // self._chunk_size)
+        size = self._chunk_size
         numbers = range(start // size, -(-stop // size) if start < stop else 0)
-        while numbers:
-            payloads = {0: memoryview(self._manifest.data)}
-            if self._chunks:
-                payloads = self._fetch(numbers[:batch], start, target)
-            for number, payload in payloads.items():
-                self._held, offset = (number, payload), number * size
-                first, last = max(start - offset, 0), stop - offset
-                yield offset + first - start, payload[first:last]
-            # Let go of the payloads now, so that the next batch is received into the
-            # same memory. Fresh pages from the system take as long as the CRC.
-            numbers, payloads, payload = numbers[batch:], {}, memoryview(b"")
+        for batch in _slices(numbers, max(1, _READ_BATCH // size)):
+            for number, payload in self._payloads(batch):
+                first, last = max(start - number * size, 0), stop - number * size
+                yield payload[first:last]
 
-    def _fetch(
-        self, numbers: range, start: int, target: memoryview | None
-    ) -> dict[int, memoryview]:
-        """Verified payloads of chunks, without those that `target` received."""
-        held, payload = self._held  # in one step, because other threads may read, too
-        keys = {self._chunks[each][0]: each for each in numbers if each != held}
-        payloads = {held: payload} if held in numbers else {}
-
-        def receive(key: str, length: int, fill: Callable[[Any], Any]) -> None:
-            number, first = keys[key], keys[key] * self._chunk_size - start
-            last = min(first + self._chunk_size, self.info.size - start)
-            if target is not None and 0 <= first <= last <= len(target):
-                with target[first:last] as place:
-                    self._receive(number, length, fill, place)
+    def _payloads(self, numbers: range) -> Iterator[tuple[int, memoryview]]:
+        """The numbers and verified payloads of chunks, fetched in one round trip."""
+        held = self._held  # once, because another thread may set it
+        keys = {each: self._chunks[each][0] for each in numbers if each != held[0]}
+        entry, wanted = self._cache._entry(self.info.name), list(keys.values())
+        found = dict(entry.ask(lambda client: client.get_many(wanted)) if keys else {})
+        if missing := [number for number, key in keys.items() if key not in found]:
+            entry.explain(self.info, missing)
+        for number in numbers:
+            if number in keys:
+                payload = self._verified(number, found.pop(keys[number]))
+                self._held = number, payload
+                yield number, payload
             else:
-                payload = memoryview(bytearray(last - first))
-                self._receive(number, length, fill, payload)
-                payloads[number] = payload.toreadonly()
+                yield held
 
-        entry = self._cache._entry(self.info.name)  # made now, after any fork
-        found = entry.read(list(keys), receive)
-        if missing := [each for key, each in keys.items() if key not in found]:
-            entry.explain(self._manifest, missing)
-        return dict(sorted(payloads.items()))
-
-    def _receive(
-        self, number: int, length: int, fill: Callable[[Any], Any], payload: memoryview
-    ) -> None:
-        """Receive and verify a chunk, whose value has `length` bytes. `fill` fills a
-        buffer with the next bytes of it. Raises FileCorrupt."""
-        (key, index, count), header = self._chunks[number], bytearray(_HEADER.size)
-        padding = bytearray(len(self._chunks) > 1 and self._chunk_size - len(payload))
-        if length == len(header) + len(payload) + len(padding):
-            for buffer in header, payload, padding:
-                fill(buffer)
-            # The CRC covers the index, the total and the key.
-            total = _HEADER.unpack(header)[1]
-            is_sound = header == _chunk(key, index, total, payload, padding)[0]
-            if is_sound and total in (count, 0):
-                return
+    def _verified(self, number: int, value: bytes) -> memoryview:
+        """The payload of a chunk. Raises FileCorrupt."""
+        (key, index, count), start = self._chunks[number], _HEADER.size
+        size = min(self._chunk_size, self.info.size - number * self._chunk_size)
+        # Only a chunk that is alone has no padding.
+        if len(value) == start + (self._chunk_size if len(self._chunks) > 1 else size):
+            total, body = _HEADER.unpack_from(value)[1], memoryview(value)[start:]
+            expected = _chunk(key, index, total, body)[0]
+            if value[:start] == expected and total in (count, 0):
+                return body[:size]
         raise FileCorrupt(self.info.name, number)
 
     def readinto(self, buffer: Any) -> int:
-        """Fill `buffer`; fewer bytes than it holds only at the end of the file."""
+        """Fill `buffer`, or less of it at the end of the file. Returns the number."""
         self._checkClosed()
-        start = min(self._position, self.info.size)
-        # The traceback of an error would keep the views. `with` releases them.
-        with memoryview(buffer).cast("B") as whole:
-            stop = min(start + len(whole), self.info.size)
-            with whole[: stop - start] as target:
-                for offset, piece in self._pieces(start, stop, target):
-                    end = offset + len(piece)
-                    target[offset:end] = piece
-        self._position += stop - start
-        return stop - start
+        filled = 0
+        with memoryview(buffer).cast("B") as target:
+            for piece in self.chunks(self._position, self._position + len(target)):
+                end = filled + len(piece)
+                target[filled:end] = piece
+                filled = end
+        self._position += filled
+        return filled
 
-    def read(self, size: int | None = -1) -> bytes:
-        """The next `size` bytes, fewer only at the end; all that is left by default."""
-        left = max(self.info.size - self._position, 0)
-        size = left if size is None or size < 0 else min(size, left)
-        # The system makes these zero bytes when they are written to, and `getvalue`
-        # hands the buffer over without a copy. So the bytes are in memory once.
-        output = io.BytesIO(bytes(size))
-        with output.getbuffer() as view:
-            filled = self.readinto(view)
-        output.truncate(filled)  # another thread may have moved the stream
+    def readall(self) -> bytes:
+        self._checkClosed()
+        end = max(self._position, self.info.size)
+        # These zero bytes take memory when they are written to, and `getvalue` does not
+        # copy them. So the file is in memory once.
+        output = io.BytesIO(bytes(end - self._position))
+        output.writelines(self.chunks(self._position))
+        self._position = end
         return output.getvalue()
-
-    readall = read  # io.BufferedReader calls it
 
     def readable(self) -> bool:
         self._checkClosed()
@@ -1089,11 +955,8 @@ class _Found(NamedTuple):
     value: Any = None
     token: Any = None
     manifest: _Manifest | None = None
+    segments: _Segments = ()
     damage: FileCorrupt | None = None
-
-    @property
-    def segments(self) -> _Segments:
-        return self.manifest.segments if self.manifest else ()
 
     def require(self, version: str | None = None) -> _Manifest:
         """Raises FileNotFound, FileCorrupt; FileChanged unless it is `version`."""
@@ -1101,8 +964,9 @@ class _Found(NamedTuple):
             raise self.damage
         if self.manifest is None:
             raise FileNotFound(self.name)
-        if version not in (None, self.manifest.version):
-            raise FileChanged(self.name, version or "", self.manifest.version)
+        current = self.manifest.info.version
+        if version not in (None, current):
+            raise FileChanged(self.name, version or "", current)
         return self.manifest
 
 
@@ -1111,12 +975,15 @@ class _Entry:
 
     def __init__(self, server: _Server, name: str, key: str) -> None:
         self.server, self.client, self.name, self.key = server, server.client, name, key
-        self.lock = f"{key}|#|lock"  # of `get_or_set`
+        self.lock, self.pid = f"{key}|#|lock", os.getpid()  # the lock of `get_or_set`
+
+    def chunk_key(self, segment: str, index: int) -> str:
+        return f"{self.key}|#|{segment}:{index}"
 
     def keys(self, segments: _Segments) -> list[str]:
         """The keys of the chunks in segments, in order."""
         pairs = ((key, index) for key, count in segments for index in range(count))
-        return [_chunk_key(self.key, *pair) for pair in pairs]
+        return [self.chunk_key(*pair) for pair in pairs]
 
     def lookup(self) -> _Found:
         """Look at the manifest."""
@@ -1127,9 +994,9 @@ class _Entry:
             raise self.unavailable(_NO_CAS)
         try:
             manifest = _Manifest.unpack(self.name, value)
-            return _Found(self.name, value, token, manifest)
+            return _Found(self.name, value, token, manifest, manifest.segments)
         except FileCorrupt as error:
-            return _Found(self.name, value, token, None, error)
+            return _Found(self.name, value, token, damage=error)
 
     def replace(self, found: _Found, value: bytes, exptime: int) -> bool:
         """Put a manifest, or nothing (an empty one), in the place of the one that was
@@ -1155,6 +1022,15 @@ class _Entry:
         """Set the expiry of chunks; return the positions of the keys that are gone."""
         return self._absent([_Command("touch", key, exptime) for key in keys], _TOUCHED)
 
+    def end_chunks(self, segments: _Segments, seconds: int, new: _Manifest) -> None:
+        """Give chunks of a manifest that was just published their final expiry. A
+        `stage` of parts may have put them on its lease a moment before."""
+        keys = self.keys(segments)
+        self.touch(keys, self.exptimes(seconds)[1])
+        # Another touch may have come in between, with a later end.
+        if keys and self.lookup().manifest not in (None, new):
+            self.touch(keys, 0)
+
     def missing(self, keys: Sequence[str]) -> list[int]:
         """The positions of the keys that are gone. A `cas` that can't succeed asks for
         them. Every proxy knows it, and it neither reads a chunk nor changes its
@@ -1166,26 +1042,19 @@ class _Entry:
         """Whether all chunks of the file are there."""
         return bool(found.manifest) and not self.missing(self.keys(found.segments))
 
-    def delete(self, keys: Sequence[str], quick: bool = False) -> None:
-        """Delete items that nobody needs. A failure is no error, as nothing depends on
-        it. But nobody else will delete them, so it is tried twice. quick: don't wait
-        for the replies, if the items are few."""
-        # memcached's proxy 1.6.45 garbles "noreply". A proxy hides its servers' memory.
-        is_proxy = b"maxbytes" not in self.server.settings
-        is_many = len(keys) > _QUICK_DELETES or not hasattr(self.client, "pipeline")
-        verb = "delete quickly" if quick and not (is_many or is_proxy) else "delete"
+    def delete(self, keys: Sequence[str]) -> None:
+        """Delete items that nobody needs. Nothing depends on it, so a failure is no
+        error. But nobody else will delete them, so it is tried twice."""
         for _ in range(2):
             with contextlib.suppress(CacheUnavailable, CacheFull):
-                replies = self.run([_Command(verb, key) for key in keys])
+                replies = self.run([_Command("delete", key) for key in keys])
                 self.expect(replies, _DELETED, _NOT_FOUND)
                 return
 
-    def delete_segments(
-        self, segments: _Segments, kept: _Segments, quick: bool = False
-    ) -> None:
-        """Delete the chunks of segments, unless another file has them, too."""
-        gone = [(key, count) for key, count in segments if key not in dict(kept)]
-        self.delete(self.keys(gone), quick)
+    def delete_segments(self, old: _Segments, kept: _Segments) -> None:
+        """Delete the chunks of old segments, except those that are kept."""
+        gone = [(key, count) for key, count in old if key not in dict(kept)]
+        self.delete(self.keys(gone))
 
     def take_lock(self, seconds: int) -> bool:
         """Take the lock of `get_or_set`, or wait a moment if another has it."""
@@ -1197,94 +1066,65 @@ class _Entry:
         time.sleep(0 if _STORED in replies else _POLL)
         return _STORED in replies
 
-    def explain(self, manifest: _Manifest, missing: list[int]) -> NoReturn:
-        """Raise the reason for missing chunks: FileChanged or FileEvicted."""
+    def explain(self, info: FileInfo, missing: list[int]) -> NoReturn:
+        """Raise why chunks are missing: FileChanged, FileEvicted or FileCorrupt."""
         found = self.lookup()
         if found.value is None:
-            raise FileChanged(self.name, manifest.version, None)
-        found.require(manifest.version)
-        raise FileEvicted(self.name, manifest.info, missing)
+            raise FileChanged(self.name, info.version, None)
+        found.require(info.version)
+        raise FileEvicted(self.name, info, missing)
 
     def exptimes(self, expire: int) -> tuple[int, int]:
         """The times to tell memcached so that a manifest ends in `expire` seconds and
         its chunks a little later. Both are relative, or both are absolute."""
-        end = expire
-        if expire + _SLACK > _RELATIVE_LIMIT:
-            end += int(time.time())
+        end = expire + (int(time.time()) if expire + _SLACK > _RELATIVE_LIMIT else 0)
         is_endless = not expire or end + _SLACK > _ABSOLUTE_LIMIT
         return (0, 0) if is_endless else (end, end + _SLACK)
 
-    def limits(self) -> tuple[int, int, float]:
-        """Bytes of the largest item that the server keeps in one piece, of the largest
-        that it takes, and of its memory (infinite if unknown)."""
-        server = self.server
-        if not server.settings and time.monotonic() >= server.silent_until:
-            server.settings = self._ask_settings()
-            if not server.settings:  # some close the connection, so don't ask each time
-                server.silent_until = time.monotonic() + _ASK_AGAIN
-        told = server.settings
-        value = told.get(b"item_size_max", _DEFAULT_ITEM)
-        item = min(_LARGEST_ITEM, value, told.get(b"slab_chunk_max", _LARGEST_ITEM))
-        return item, value, told.get(b"maxbytes", math.inf)
-
-    def _ask_settings(self) -> dict[bytes, int]:
-        """The numbers in the server's `stats settings` that `limits` uses."""
-        told, numbers = {}, {}
+    def ask_limits(self) -> None:
+        """Have the server tell its limits, unless it told or refused them before."""
+        if time.monotonic() < self.server.ask_at:
+            return
+        told: dict[bytes, Any] = {}
         try:
             told = self.ask(lambda client: client.stats("settings"))
-        except CacheUnavailable as error:
-            if _is_outage(error.__cause__):
+        except CacheUnavailable:
+            if self.server.is_down:
                 raise
         if told.get(b"cas_enabled") == b"no":
             raise self.unavailable(_NO_CAS)
         if told.get(b"proxy_enabled") == b"yes":
-            told[b"maxbytes"] = 0  # it is the proxy's own, not its servers'
-        for key in (b"item_size_max", b"slab_chunk_max", b"maxbytes"):
+            told.pop(b"maxbytes", None)  # it is the proxy's own, not its servers'
+        for name in ("item_size_max", "slab_chunk_max", "maxbytes"):
             with contextlib.suppress(ValueError, TypeError):
-                number = int(told.get(key, 0))
+                number = int(told.get(name.encode(), 0))
                 if number >= _LEAST_LIMIT:
-                    numbers[key] = number
-        return numbers
+                    setattr(self.server, name, number)
+        # Some servers close the connection at this command, so it is sent rarely.
+        self.server.ask_at = math.inf if told else time.monotonic() + _ASK_AGAIN
 
-    def cache_full(
-        self, size: int, said: str = "", missing: Sequence[int] = ()
-    ) -> CacheFull:
+    def cache_full(self, size: int, said: str = "") -> CacheFull:
         """The error for a file of `size` bytes, which the server would not keep. said:
         its words, or another symptom."""
-        largest, memory = _DEFAULT_ITEM, math.inf
-        self.server.settings = {}  # ask again, as a restart may change them
+        server = self.server
+        if server.ask_at == math.inf:  # it told its limits, but a restart changes them
+            server.ask_at = 0.0
         with contextlib.suppress(CacheUnavailable):
-            _, largest, memory = self.limits()
-        has = f"the server has {memory} bytes of memory (-m)"
-        if "too large" in said:
-            cause, reason = "item size", f"its items end at {largest} bytes (-I)"
-        elif memory == math.inf:
-            cause, reason = "unknown", "the server does not tell why"
-        elif size > memory:
-            cause, reason = "memory", f"{has}, and the file takes {size}"
-        else:
-            cause, reason = "pressure", f"{has}, and other items fill it"
-        text = f"{said}: {reason}" if said else reason
-        return CacheFull(self.name, cause, text, list(missing))
+            self.ask_limits()
+        memory, is_known = server.maxbytes, server.maxbytes < math.inf
+        cause = "memory" if size > memory else "pressure" if is_known else "unknown"
+        cause = "item size" if "too large" in said else cause
+        has = f"{memory} bytes of memory (-m)" if is_known else "an unknown memory"
+        has += f", and items of up to {server.item_size_max} bytes (-I)"
+        said = said or f"it takes {size} bytes"
+        return CacheFull(self.name, cause, f"{said}; the server has {has}")
 
     def contention(self) -> CacheFull:
         text = f"other writers changed the manifest {_ATTEMPTS} times"
-        return CacheFull(self.name, "contention", text, [])
+        return CacheFull(self.name, "contention", text)
 
     def unavailable(self, reason: str) -> CacheUnavailable:
-        return CacheUnavailable(self.name, _address(self.client), reason)
-
-    def read(self, keys: list[str], receive: Callable[..., None]) -> dict[str, Any]:
-        """Have `receive` take the values that are there: from mcpool, each while the
-        next arrives. Returns a dictionary with their keys."""
-        if not keys:
-            return {}
-        if hasattr(self.client, "receive_many"):
-            return dict(self.ask(lambda client: client.receive_many(keys, receive)))
-        values = dict(self.ask(lambda client: client.get_many(keys)))
-        for key, value in values.items():
-            receive(key, len(value), io.BytesIO(value).readinto)
-        return values
+        return CacheUnavailable(self.name, self.server.address, reason)
 
     def run(self, commands: list[_Command], again: bool = True) -> list[bytes]:
         """Do commands; return their replies. A client with `pipeline`, as of mcpool,
@@ -1298,6 +1138,8 @@ class _Entry:
     def ask(self, command: Callable[[Any], Any], again: bool = True) -> Any:
         """Have the client do a command. Its errors become CacheUnavailable. again: if
         the server has closed the connection, repeat. A restart closes all of a pool."""
+        if os.getpid() != self.pid:  # two processes would write the same keys
+            raise RuntimeError("the process was forked during a call")
         pool = getattr(self.client, "client_pool", None)
         retries = (1 + len(getattr(pool, "free", ()))) if again else 0
         while True:
@@ -1305,8 +1147,6 @@ class _Entry:
                 result = command(self.client)
                 self.server.note(None)
                 return result
-            except MemchunkError:
-                raise
             except (OSError, MemcacheError, ValueError) as error:
                 retries -= 1
                 if retries < 0 or not isinstance(error, _CLOSED):
@@ -1334,7 +1174,7 @@ class _Entry:
         return refusals[0].decode() if refusals else ""
 
     def expect(self, replies: Iterable[bytes], *allowed: bytes) -> None:
-        """Raise for an unexpected reply, which must not count as a no."""
+        """Raise for a reply that is not allowed. It is an error, not a "no"."""
         for reply in set(replies).difference(allowed):
             if _REFUSAL.search(reply):
                 raise self.cache_full(0, reply.decode())
@@ -1343,8 +1183,8 @@ class _Entry:
 
 
 class _Command(NamedTuple):
-    """A command of memcached for one key, with a one-line reply. value: makes the
-    value, in parts. So a CRC is computed while the chunk before it travels."""
+    """A command of memcached for one key, with a one-line reply. value: a function that
+    makes the value, in pieces. So a CRC is computed while the chunk before travels."""
 
     verb: str
     key: str
@@ -1356,9 +1196,8 @@ class _Command(NamedTuple):
         """The command as a pool with `pipeline` sends it, in parts."""
         if self.verb == "touch":
             return (f"touch {self.key} {self.exptime}\r\n".encode(),)
-        if self.verb.startswith("delete"):
-            noreply = "" if self.verb == "delete" else " noreply"
-            return (f"delete {self.key}{noreply}\r\n".encode(),)
+        if self.verb == "delete":
+            return (f"delete {self.key}\r\n".encode(),)
         parts = self.value()
         head = f"{self.verb} {self.key} 0 {self.exptime} {sum(map(len, parts))}"
         token = b"" if self.token is None else b" " + self.token
@@ -1366,22 +1205,21 @@ class _Command(NamedTuple):
 
     def call(self, client: Any) -> bytes:
         """Have any pymemcache client do it; return the reply of memcached."""
-        options = {"expire": self.exptime, "noreply": False}
+        key, options = self.key, {"expire": self.exptime, "noreply": False}
+        value = b"".join(self.value())
         try:
             if self.verb == "touch":
-                return _TOUCHED if client.touch(self.key, **options) else _NOT_FOUND
-            if self.verb == "delete":
-                client.delete_many([self.key], noreply=False)
-                return _DELETED
-            value = b"".join(self.value())
-            if self.verb == "set":  # `set` itself is always True
-                failed = client.set_many({self.key: value}, **options)
-                return _NOT_STORED if failed else _STORED
+                return _TOUCHED if client.touch(key, **options) else _NOT_FOUND
+            if self.verb == "set":  # the method `set` is always True
+                refused = client.set_many({key: value}, **options)
+                return _NOT_STORED if refused else _STORED
             if self.verb == "add":
-                done = client.add(self.key, value, **options)
-                return _STORED if done else _NOT_STORED
-            done = client.cas(self.key, value, self.token, **options)
-            return _NOT_FOUND if done is None else _STORED if done else _EXISTS
+                return _STORED if client.add(key, value, **options) else _NOT_STORED
+            if self.verb == "cas":
+                done = client.cas(key, value, self.token, **options)
+                return {True: _STORED, None: _NOT_FOUND}.get(done, _EXISTS)
+            client.delete_many([key], noreply=False)
+            return _DELETED
         except MemcacheClosed:  # a MemcacheServerError, too, but no reply
             raise
         except MemcacheServerError as error:
@@ -1394,85 +1232,60 @@ class _Command(NamedTuple):
 
 @dataclasses.dataclass
 class _Server:
-    """One memcached behind a client, and what it told by `stats`."""
+    """One memcached behind a client, and what it told by `stats settings`."""
 
     client: Any
-    settings: dict[bytes, int] = dataclasses.field(default_factory=dict)
-    silent_until: float = -math.inf
+    item_size_max: int = _DEFAULT_ITEM  # bytes of the largest item
+    slab_chunk_max: int = _LARGEST_ITEM  # bytes of the largest that is in one piece
+    maxbytes: float = math.inf  # of its memory, infinite if unknown
+    ask_at: float = -math.inf  # when to ask for these, by the monotonic clock
     is_down: bool = False
+
+    @property
+    def address(self) -> str:
+        server = getattr(self.client, "server", None) or "an unknown address"
+        return ":".join(map(str, server)) if isinstance(server, tuple) else str(server)
 
     def note(self, error: Exception | None) -> None:
         """Log once that the server stops answering, and once that it answers again."""
-        is_down = _is_outage(error)
+        # Some servers close the connection after a command that they refuse.
+        is_down = isinstance(error, OSError) and not isinstance(error, _CLOSED)
         if self.is_down != is_down and (is_down or not error):
             self.is_down = is_down
             news = f"does not answer: {error}" if error else "answers again"
-            _log.warning("memcached at %s %s", _address(self.client), news)
+            _log.warning("memcached at %s %s", self.address, news)
 
 
-def _is_outage(error: BaseException | None) -> bool:
-    """Whether the server is down. A closed connection tells nothing, because some
-    servers close it after a command that they refuse."""
-    return isinstance(error, OSError) and not isinstance(error, _CLOSED)
-
-
-_NO_CAS = "it runs without cas (-C), which memchunk needs"
-_OLD = "it refused a command: it has too many connections, or is older than 1.4.8"
-
-
-def _own_client(address: str) -> PooledClient:
-    """A client for an address. Raises ValueError."""
-    form = r"unix:.+|/.+|([^][/\s:,@]+|\[[\w:.%]+\])(:\d{1,5})?"
-    if not re.fullmatch(form, address):
-        forms = "write host, host:port, [ipv6]:port or unix:/path"
-        advice = "mcpool.connect(...) takes several servers, TLS and passwords"
-        raise ValueError(f"{address!r} is no server's address; {forms}; {advice}")
-    waits = {"connect_timeout": TIMEOUT, "timeout": TIMEOUT, "pool_idle_timeout": _IDLE}
-    return PooledClient(address, no_delay=True, default_noreply=False, **waits)
-
-
-def _checked_client(client: Any) -> Any:
-    """The client. Raises ValueError for one that breaks the promise."""
+def _client(given: Any) -> Any:
+    """The client that was given, or a new one for an address. Raises ValueError for a
+    client that would break the promise."""
     instead = "give FileCache a Client, a PooledClient, or mcpool.connect(...)"
-    if isinstance(client, HashClient):
-        raise ValueError(f"HashClient reports a miss if a server is down: {instead}")
-    if isinstance(client, RetryingClient):
+    if isinstance(given, str):
+        form = r"unix:.+|/.+|([^][/\s:,@]+|\[[\w:.%]+\])(:\d{1,5})?"
+        if not re.fullmatch(form, given):
+            forms = "host, host:port, [ipv6]:port or unix:/path"
+            raise ValueError(f"{given!r} is not {forms}; for more, {instead}")
+        waits: Any = dict.fromkeys(("connect_timeout", "timeout"), TIMEOUT)
+        return PooledClient(given, no_delay=True, pool_idle_timeout=_IDLE, **waits)
+    if isinstance(given, RetryingClient):
         raise ValueError(f"RetryingClient repeats an `add` that may be done: {instead}")
-    if getattr(client, "ignore_exc", False):
-        raise ValueError("ignore_exc=True reports a miss if the server is down")
-    if not hasattr(client, "get_many"):
-        raise ValueError(f"{client!r:.80} is no memcached client: {instead}")
-    return client
-
-
-def _address(client: Any) -> str:
-    """The address of a client's server, for messages."""
-    server = getattr(client, "server", None) or "an unknown address"
-    return ":".join(map(str, server)) if isinstance(server, tuple) else str(server)
+    if isinstance(given, HashClient) or getattr(given, "ignore_exc", False):
+        kind = type(given).__name__
+        raise ValueError(f"{kind} calls a dead server's files a miss: {instead}")
+    if not hasattr(given, "get_many"):
+        raise ValueError(f"{given!r:.80} is no memcached client: {instead}")
+    return given
 
 
 # --- Sources --------------------------------------------------------------------------
 
 
-def _opened_source(
-    source: Any,
-) -> tuple[int | None, Callable[[int], Iterable[memoryview]]]:
-    """The number of bytes that a source has left, None if only reading will tell; and a
-    function that yields them in batches of a given size. Only the last may be shorter,
-    and each is valid until the next is asked for. Raises TypeError for a source that
-    yields no bytes."""
+def _known_size(source: Any) -> int | None:
+    """The number of bytes that a source has left, None if only reading will tell."""
     if isinstance(source, (str, io.TextIOBase)):
         raise TypeError("files are bytes: encode the text, or open it in binary mode")
     with contextlib.suppress(TypeError):
-        view = _view(source)
-        return len(view), functools.partial(_slices, view)
-    known = _size_left(source)
-    if hasattr(source, "read"):
-        source = iter(functools.partial(source.read, _PIECE), b"")
-    return known, functools.partial(_gathered, iter(source))
-
-
-def _size_left(source: Any) -> int | None:
+        return memoryview(source).nbytes
     if hasattr(source, "getheader"):
         # The `read(n)` of an http.client.HTTPResponse ends a broken download like a
         # whole one. Its `length` is the number of bytes that must come.
@@ -1486,14 +1299,14 @@ def _size_left(source: Any) -> int | None:
     return max(status.st_size - source.tell(), 0) if is_known else None
 
 
-def _slices(view: memoryview, size: int) -> Iterator[memoryview]:
-    for start in range(0, len(view), size):
-        end = start + size
-        yield view[start:end]
-
-
-def _gathered(pieces: Iterator[Any], size: int) -> Iterator[memoryview]:
-    """Gather pieces into batches, all in one buffer."""
+def _batches(source: Any, size: int) -> Iterator[memoryview]:
+    """The bytes of a source in batches of `size`; only the last may be shorter. Each is
+    valid until the next is asked for. Raises TypeError if it yields no bytes."""
+    with contextlib.suppress(TypeError):
+        yield from _slices(_view(source), size)
+        return
+    reads = hasattr(source, "read")
+    pieces = iter(functools.partial(source.read, _PIECE), b"") if reads else source
     buffer, filled = memoryview(bytearray(size)), 0
     for piece in pieces:
         view, start = _view(piece), 0
@@ -1507,6 +1320,12 @@ def _gathered(pieces: Iterator[Any], size: int) -> Iterator[memoryview]:
         view.release()  # now the source may resize its buffer
     if filled:
         yield buffer[:filled]
+
+
+def _slices(sequence: Any, size: int) -> Iterator[Any]:
+    for start in range(0, len(sequence), size):
+        end = start + size
+        yield sequence[start:end]
 
 
 def _view(data: Any) -> memoryview:

@@ -32,7 +32,8 @@ BOUNDED = [
     "memchunk.*_seconds*",
     "memchunk.*exptime*",
     "memchunk.*require*",
-    "memchunk.*_publish*",
+    "memchunk.*_store*",
+    "memchunk.*replace*",
 ]
 EXPLAINED = 10  # survivors
 

@@ -224,6 +224,6 @@ def test_a_file_of_an_unknown_format_is_called_so(
     memcached.write(key, zlib.crc32(body).to_bytes(4, "big") + body)
     answer = client.get("/files/a")
     assert answer.status_code == 502
-    told = "'a' can't be read: its format 3 is unknown to this memchunk"
+    told = "'a' can't be read: its format 3 is unknown"
     assert answer.json["detail"] == f"{told}. Upload it again."
     assert told in lines(caplog, ERROR)[0]

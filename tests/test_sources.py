@@ -278,12 +278,14 @@ def test_a_file_that_changes_its_length_meanwhile_is_not_stored(
     assert memcached.keys() == []
 
 
+@pytest.mark.parametrize(("mode", "buffering"), [("rb", -1), ("r+b", -1), ("rb", 0)])
 def test_a_size_over_the_limit_is_refused_before_a_byte_is_read(
-    memcached: Memcached, tmp_path: Folder
+    memcached: Memcached, tmp_path: Folder, mode: str, buffering: int
 ) -> None:
     path, before, rest = saved(LONG, tmp_path), sets(memcached), OnlyRead(b"x")
     sources: list[tuple[Any, int | None]] = [(path, None), (rest, 1501)]
-    with FileCache(memcached.server, max_size=1500) as cache, path.open("rb") as file:
+    opened = path.open(mode, buffering)
+    with FileCache(memcached.server, max_size=1500) as cache, opened as file:
         for source, size in [*sources, (file, None)]:
             with pytest.raises(memchunk.FileTooLarge):
                 cache.set("file", source, size=size)

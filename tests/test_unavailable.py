@@ -334,6 +334,28 @@ def test_a_server_restarted_in_mid_write_is_full_and_not_half_full(
     assert memcached.keys() == []
 
 
+def test_add_replaces_no_file_that_got_an_old_token_after_a_restart(
+    memcached: Memcached,
+) -> None:
+    with FileCache(memcached.server) as cache, FileCache(memcached.server) as other:
+        cache.add("file", b"x")
+        [key] = memcached.keys()
+        memcached.kill()
+        memcached.start()
+        memcached.write(key, b"damaged")  # the first item has the first token
+
+        def source() -> Iterator[bytes]:
+            memcached.kill()
+            memcached.start()
+            other.add("file", OLD[:100])  # this is the first item now
+            cache.ping()  # connects anew
+            yield NEW[:100]
+
+        with pytest.raises(memchunk.FileExists):
+            cache.add("file", source())
+        assert cache.get("file") == OLD[:100]
+
+
 @pytest.mark.parametrize("command", ["gets", "set_many", "touch", "add", "stats"])
 def test_a_bug_of_a_client_is_no_outage(memcached: Memcached, command: str) -> None:
     bug = Once(command, raising(TypeError("bug")))
@@ -380,34 +402,6 @@ def test_a_write_that_is_interrupted_sends_nothing_more(
         assert cache.get("file") == (NEW if command == "cas" else OLD)
 
 
-class Told(Wrapped):
-    """A pool whose server is or is not memcached's proxy. Lists lines of commands."""
-
-    def __init__(self, memcached: Memcached, proxy: bytes) -> None:
-        super().__init__(mcpool.connect(memcached.server))
-        self.lines: list[bytes] = []
-        self.stats = lambda *_: {b"proxy_enabled": proxy, b"maxbytes": b"67108864"}
-        self.for_key = lambda _: self
-
-    def pipeline(self, commands: Iterable[tuple[bytes, ...]]) -> list[bytes]:
-        made = list(commands)
-        self.lines += [line for line, *_ in made]
-        replies: list[bytes] = self.client.pipeline(made)
-        return replies
-
-
-@pytest.mark.parametrize(("proxy", "is_quick"), [(b"no", True), (b"yes", False)])
-def test_deletes_wait_for_replies_behind_a_proxy_that_garbles_noreply(
-    memcached: Memcached, proxy: bytes, is_quick: bool
-) -> None:
-    pool = Told(memcached, proxy)
-    with FileCache(pool, chunk_size=CHUNK) as cache:
-        cache.set("file", OLD)
-        cache.set("file", NEW)
-    deletes = [line for line in pool.lines if line.startswith(b"delete")]
-    assert [line.endswith(b" noreply\r\n") for line in deletes] == [is_quick] * 3
-
-
 class Shifted(Wrapped):
     """A pool that does no touch, and gives a wrong reply to it."""
 
@@ -423,15 +417,15 @@ class Shifted(Wrapped):
         return [next(replies) if each in done else self.reply for each in made]
 
 
-@pytest.mark.parametrize("reply", [b"STORED", b"EXISTS", b"DELETED", b"END"])
+@pytest.mark.parametrize("reply", [b"STORED", b"EXISTS", b"DELETED", b"ERROR"])
 @pytest.mark.parametrize("max_size", [10_000, 50 * MIB])
-def test_a_touch_with_a_wrong_reply_does_not_count_as_done(
+def test_a_touch_with_a_wrong_reply_is_an_outage(
     memcached: Memcached, reply: bytes, max_size: int
 ) -> None:
     pool = Shifted(mcpool.connect(memcached.server))
     pool.reply = reply
     with FileCache(pool, chunk_size=CHUNK, max_size=max_size) as cache:
-        with pytest.raises((memchunk.CacheUnavailable, memchunk.CacheFull)):
+        with pytest.raises(memchunk.CacheUnavailable):
             cache.set("file", iter([NEW]))
         assert memcached.keys() == []
 
@@ -493,3 +487,21 @@ def test_log_tells_once_that_pings_fail(
         memcached.start()
         cache.ping()
     assert [each.levelname for each in caplog.records] == ["WARNING"] * 2
+
+
+def test_log_takes_a_closed_connection_neither_for_an_end_nor_for_an_answer(
+    memcached: Memcached, caplog: pytest.LogCaptureFixture
+) -> None:
+    errors = [ConnectionResetError(), TimeoutError(), ConnectionResetError()]
+    told = []
+
+    def fail(command: str) -> None:
+        raise errors[0]
+
+    with FileCache(Wrapped(Client(memcached.address), before=fail)) as cache:
+        while errors:
+            with pytest.raises(memchunk.CacheUnavailable):
+                cache.stat("file")
+            told.append(len(caplog.records))
+            errors.pop(0)
+    assert told == [0, 1, 1]
