@@ -15,7 +15,6 @@ import ssl
 import threading
 import time
 import tracemalloc
-import weakref
 from collections.abc import Iterator
 from typing import Any, Callable
 
@@ -288,7 +287,8 @@ def test_commands_are_those_of_pymemcache(pool: Any) -> None:
 
 def test_commands_with_many_keys_are_those_of_pymemcache(pool: Any) -> None:
     values = {f"key{number}": b"%d" % number * number for number in range(500)}
-    assert pool.set_many(values, 100) == []
+    assert pool.set_many(values=values, expire=100) == []
+    assert pool.get_many(keys=list(values)) == values
     assert pool.get_many([*values, "none"]) == values
     assert pool.get_many(key for key in values) == values
     assert {key: value for key, (value, _) in pool.gets_many(values).items()} == values
@@ -309,36 +309,15 @@ def test_pipeline_returns_one_line_for_each_command(pool: Any) -> None:
     value = os.urandom(300_000)
     head = b"set a 0 0 600000\r\n"
     stored = (bytearray(head), memoryview(value), b"", value, b"\r\n")
-    nothing = [b"set b 0 0 1 noreply\r\n", b"1\r\n"]
-    commands = [stored, [b"nonsense\r\n"], nothing, iter([b"touch a 0\r\n"])]
+    commands = [stored, [b"nonsense\r\n"], iter([b"touch a 0\r\n"])]
     assert server.pipeline(commands) == [b"STORED", b"ERROR", b"TOUCHED"]
-    assert server.pipeline(iter(commands[:3])) == [b"STORED", b"ERROR"]
-    assert server.pipeline([nothing, nothing]) == []
+    assert server.pipeline(iter(commands[:2])) == [b"STORED", b"ERROR"]
     assert server.pipeline([]) == []
     assert server.get("a") == value * 2
     parts = [b"set a 0 0 20000\r\n", *[b"0123456789"] * 2000, b"\r\n"]
     assert server.pipeline([parts]) == [b"STORED"]
     many = ((b"touch a 0\r\n",) for _ in range(2000))
     assert server.pipeline(many) == [b"TOUCHED"] * 2000
-
-
-def test_get_many_gives_values_to_a_hook_while_they_arrive(pool: Any) -> None:
-    values = {f"key{number}": os.urandom(number * 7919) for number in range(20)}
-    pool.set_many(values)
-    buffers: dict[str, bytearray] = {}
-
-    def receive(key: str, size: int, fill: Any) -> int:
-        buffers[key] = bytearray(size)
-        with memoryview(buffers[key]) as view:
-            third = size // 3
-            assert fill(view[:third]).nbytes == third
-            fill(view[third:])
-        return size
-
-    sizes = {key: len(value) for key, value in values.items()}
-    assert pool.receive_many([*values, "none"], receive) == sizes
-    assert buffers == values
-    assert pool.get_many(values) == values  # the hook was for that call only
 
 
 def test_pools_pickle_and_connect_anew(connect: Any, start_memcached: Start) -> None:
@@ -460,19 +439,6 @@ def test_pipeline_sends_views_of_items_that_are_not_bytes(
     assert pool.touch("b") is False
 
 
-def test_receive_many_keeps_no_hold_of_its_hook(pool: Any) -> None:
-    class Hook:
-        def __call__(self, key: Any, size: int, fill: Any) -> bytes:
-            return bytes(fill(bytearray(size)))
-
-    pool.set("a", b"1")
-    hook = Hook()
-    gone = weakref.ref(hook)
-    assert pool.receive_many(["a"], hook) == {"a": b"1"}
-    del hook
-    assert gone() is None
-
-
 def test_pipeline_does_not_join_parts(connect: Any, start_memcached: Start) -> None:
     for unix in (False, True):
         pool = connect(start_memcached("-I", "32m", "-m", "512", unix=unix).server)
@@ -514,41 +480,12 @@ def test_pipeline_takes_neither_long_lines_nor_surplus(
         pool.close()
 
 
-# What the hook may do, and what the server may not
+# What the server may not do
 
 
 def has_connections(memcached: Memcached, count: int) -> bool:
     """Besides the one that asks."""
     return int(memcached.stats()["curr_connections"]) == count + 1
-
-
-@pytest.mark.parametrize("size", [10, 300_000])
-@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, SystemExit])
-def test_get_many_passes_on_what_the_hook_raises(
-    connect: Any, memcached: Memcached, size: int, error: type[BaseException]
-) -> None:
-    pool = connect(memcached.server, max_connections=1)
-    pool.set_many({"a": bytes(size), "b": b"2"})
-
-    def receive(key: str, size: int, fill: Any) -> None:
-        fill(bytearray(size // 2))
-        raise error
-
-    with pytest.raises(error):
-        pool.receive_many(["a", "b"], receive)
-    # The rest of the reply went with its connection, and the only place is free again.
-    assert pool.get("b") == b"2"
-
-
-@pytest.mark.parametrize("wrong", [-1, 1])
-def test_receive_many_wants_the_hook_to_fill_all_bytes(
-    connect: Any, memcached: Memcached, wrong: int
-) -> None:
-    pool = connect(memcached.server)
-    pool.set("a", bytes(5000))
-    with pytest.raises(ValueError, match="value"):
-        pool.receive_many(["a"], lambda key, size, fill: fill(bytearray(size + wrong)))
-    assert pool.get("a") == bytes(5000)
 
 
 GARBAGE = [
@@ -653,16 +590,7 @@ def test_a_call_ends_if_the_server_takes_no_bytes(connect: Any) -> None:
         asleep.set()
 
 
-def test_a_call_spends_most_of_its_time_on_a_second_connection(connect: Any) -> None:
-    def slow(connection: socket.socket) -> None:
-        time.sleep(0.8)
-        replies(b"END\r\n")(connection)
-
-    with fake(silent, slow, silent) as server:
-        assert connect(server, timeout=2).get("a") is None
-
-
-def test_a_call_does_not_count_the_time_of_a_generator_or_hook(
+def test_a_call_does_not_count_the_time_of_a_generator(
     connect: Any, memcached: Memcached
 ) -> None:
     pool = connect(memcached.server, timeout=0.4)
@@ -672,12 +600,7 @@ def test_a_call_does_not_count_the_time_of_a_generator_or_hook(
             yield [b"set a 0 0 1\r\n1\r\n"]
             time.sleep(0.3)
 
-    def receive(key: str, size: int, fill: Any) -> Any:
-        time.sleep(0.6)
-        return fill(bytearray(size))
-
     assert pool.pipeline(commands()) == [b"STORED"] * 3
-    assert pool.receive_many(["a"], receive) == {"a": b"1"}
 
 
 def test_an_error_of_the_generator_passes_and_frees_the_place(
@@ -725,7 +648,7 @@ def test_calls_fail_at_once_while_one_tries_again(connect: Any) -> None:
 
         return handle
 
-    with fake(frozen(0), frozen(0), frozen(1)) as server:
+    with fake(frozen(0), frozen(1)) as server:
         pool = connect(server, timeout=0.5)
         with pytest.raises(mcpool.NoAnswer):
             pool.get("a")
@@ -740,7 +663,7 @@ def test_calls_fail_at_once_while_one_tries_again(connect: Any) -> None:
 def test_calls_do_not_fail_at_once_after_the_one_that_tried_got_an_answer(
     connect: Any,
 ) -> None:
-    with fake(silent, silent, is_no_memcached, replies(b"END\r\n")) as server:
+    with fake(silent, is_no_memcached, replies(b"END\r\n")) as server:
         pool = connect(server, timeout=2)
         with pytest.raises(mcpool.NoAnswer):
             pool.get("a")
@@ -870,10 +793,12 @@ def test_a_server_that_is_slow_once_keeps_its_connections(
 ) -> None:
     pool = connect(memcached.server, timeout=0.5)
     memcached.pause()
-    calls = [in_thread(lambda: pool.get("a")) for _ in range(5)]
-    assert [type(call()) for call in calls] == [mcpool.NoAnswer] * 5
-    memcached.resume()
-    pool._down_until = time.monotonic()  # two seconds pass
+    try:
+        calls = [in_thread(lambda: pool.get("a")) for _ in range(5)]
+        assert all(isinstance(call(), TimeoutError) for call in calls)
+    finally:
+        memcached.resume()
+    pool._down_until = pool._full_until = time.monotonic()  # two seconds pass
     assert pool.get("a") is None
     with in_use(pool), in_use(pool), in_use(pool):
         assert pool.get("a") is None
@@ -918,47 +843,19 @@ def test_a_pool_opens_more_connections_later_than_a_server_once_accepted(
         with in_use(pool):
             with pytest.raises(OSError, match="Too many open connections"):
                 pool.touch("a")
-            with pytest.raises(TimeoutError, match="accepts no more"):
-                pool.touch("a")
-            pool._full_until = 0  # ten seconds pass
+            pool._full_until = 0  # two seconds pass
             with in_use(pool):
                 assert pool.touch("a") is False
         pool.close()
 
 
-def test_a_pool_tries_again_if_a_server_accepts_no_connection_yet(connect: Any) -> None:
-    with fake(refuses, refuses, refuses, replies(b"TOUCHED\r\n")) as server:
-        pool = connect(server)
-        assert pool.touch("a") is True
-        pool.close()
-
-
-def test_a_call_goes_on_if_another_gives_up_on_a_server_that_accepts_none(
-    connect: Any,
-) -> None:
-    refusing, waits = threading.Event(), threading.Event()
-
-    def handle(connection: socket.socket) -> None:
-        refusing.set()
-        answer = replies(b"TOUCHED\r\n") if waits.is_set() else refuses
-        answer(connection)
-
-    with fake(handle) as server:
-        pool = connect(server, timeout=1)
-        first = in_thread(lambda: pool.touch("a"))
-        assert refusing.wait(WAIT)
-        pool._timeout = WAIT  # of the second call
-        second = in_thread(lambda: pool.touch("a"))
-        wait_for(lambda: pool._waiters, "the second call to wait")
-        assert "Too many open connections" in str(first())
-        waits.set()
-        assert second() is True
-        pool.close()
-
-
 def test_a_pool_says_what_the_server_said_that_accepts_none(connect: Any) -> None:
-    with fake(refuses) as server, pytest.raises(OSError, match="Too many open conn"):
-        connect(server, timeout=0.3).get("a")
+    with fake(refuses) as server:
+        pool = connect(server)
+        calls = [in_thread(lambda: pool.get("a")) for _ in range(10)]
+        errors = [call() for call in calls]
+        assert all(isinstance(error, OSError) for error in errors)
+        assert all("Too many open connections" in str(error) for error in errors)
 
 
 def test_an_idle_connection_that_was_closed_is_not_used(
@@ -1053,7 +950,7 @@ def test_idle_connections_close_also_below_the_newest(
     for connection in old:
         connection.used -= 60
     pool.get("a")
-    assert [each for each in pool._idle if each.is_open] == [newest]
+    assert list(pool._idle) == [newest]
     wait_for(lambda: has_connections(memcached, 1), "the old connections to close")
 
 
@@ -1109,10 +1006,9 @@ def test_a_forked_child_has_connections_of_its_own(
 def test_all_addresses_of_a_host_are_tried(
     connect: Any, memcached: Memcached, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with fake(silent) as frozen, socket.socket() as closed:
+    with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # and does not listen
-        places = [closed.getsockname(), ("127.0.0.1", int(frozen.split(":")[1]))]
-        places.append(memcached.address)
+        places = [closed.getsockname(), memcached.address, closed.getsockname()]
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", each) for each in places]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
         pool = connect("cache.example.com", timeout=2)
@@ -1120,26 +1016,35 @@ def test_all_addresses_of_a_host_are_tried(
         assert pool.get("a") == b"1"
 
 
-@pytest.mark.parametrize("is_last", [True, False])
-@pytest.mark.parametrize(
-    ("telling", "expected"),
-    [(is_no_memcached, MemcacheUnknownError), (silent, mcpool.NoAnswer)],
-)
-def test_of_a_hosts_addresses_the_one_that_tells_most_is_the_error(
-    connect: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    telling: Handler,
-    expected: Any,
-    is_last: bool,
+@contextlib.contextmanager
+def deaf() -> Iterator[Any]:
+    """An address whose connections are never made: its queue is full."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        listener.listen(0)
+        for _ in range(4):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        yield listener.getsockname()
+
+
+def test_an_address_that_does_not_answer_is_left_for_the_next(
+    connect: Any, memcached: Memcached, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with fake(telling) as server, socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # and does not listen
-        places = [closed.getsockname(), ("127.0.0.1", int(server.split(":")[1]))]
-        places = places if is_last else places[::-1]
+    with deaf() as first:
+        places = [first, memcached.address]
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", each) for each in places]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
-        with pytest.raises(expected):
-            connect("cache.example.com", timeout=0.5).get("a")
+        assert connect("cache.example.com").set("a", b"1") is True
+
+
+def test_a_connect_that_is_not_answered_is_a_time_out(connect: Any) -> None:
+    with deaf() as (host, port):
+        pool = connect(f"{host}:{port}", timeout=0.3)
+        for reason in ("in time", "a moment ago"):
+            with pytest.raises(mcpool.NoAnswer, match=reason):
+                pool.get("a")
 
 
 # TLS and logins
@@ -1148,9 +1053,10 @@ def test_of_a_hosts_addresses_the_one_that_tells_most_is_the_error(
 def test_tls_to_a_plain_server_and_the_reverse_are_clear_errors(
     connect: Any, start_tls: Any, memcached: Memcached
 ) -> None:
-    for address in (f"tls://{memcached.server}", start_tls().server):
-        with pytest.raises((OSError, MemcacheError), match=r"TLS|SSL"):
-            connect(address).get("a")
+    with pytest.raises(OSError, match="SSL"):
+        connect(f"tls://{memcached.server}").get("a")
+    with pytest.raises((ConnectionResetError, MemcacheUnexpectedCloseError)):
+        connect(start_tls().server).get("a")
 
 
 def test_tls_refuses_a_certificate_that_is_not_trusted(
@@ -1171,7 +1077,7 @@ def test_login_that_is_wrong_or_missing_is_a_clear_error(
 ) -> None:
     server = start_memcached("-Y", passwords).server
     pool = connect(login + server)
-    with pytest.raises(MemcacheError, match="user:password@") as caught:
+    with pytest.raises(MemcacheError, match="CLIENT_ERROR") as caught:
         pool.get("a")
     shown = f"{caught.value!r} {pool!r} {vars(pool)!r}"
     assert server in shown
