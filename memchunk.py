@@ -87,7 +87,7 @@ _MAX_CHUNKS = 2**20  # a manifest that names more is damaged
 
 # If active chunks fill the cache, memcached refuses others until its LRU thread, which
 # sleeps for up to a second, has made room.
-_PATIENCE, _PAUSE = 4.0, 0.02  # seconds to wait for it, and between two tries
+_PATIENCE, _PAUSE = 4.0, 0.1  # seconds to wait for it, and between two tries
 
 _ATTEMPTS = 100  # to change a manifest; another writer won each attempt that failed
 _ASK_AGAIN = 60.0  # seconds until a server that refused `stats` is asked again
@@ -142,9 +142,8 @@ class InvalidName(MemchunkError, ValueError):
     """The name is empty, longer than 1024 bytes of UTF-8, or has no UTF-8 form."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(
-            f"{name!r:.50} is no text of 1 to {MAX_NAME} UTF-8 bytes", name
-        )
+        text = f"{name!r:.50} is no text of 1 to {MAX_NAME} UTF-8 bytes"
+        super().__init__(text, name)
 
 
 class CacheMiss(MemchunkError, LookupError):
@@ -165,8 +164,7 @@ class FileEvicted(CacheMiss):
         self.info, self.missing = info, missing
         first = ", ".join(map(str, missing[:5])) + (", ..." if missing[5:] else "")
         lost = f"{len(missing)} of its {info.chunks} chunks are gone ({first})"
-        text = f"{name!r} was evicted in part: {lost}"
-        super().__init__(text, name, info, missing)
+        super().__init__(f"{name!r} was evicted in part: {lost}", name, info, missing)
 
 
 class FileExists(MemchunkError, FileExistsError):
@@ -721,9 +719,9 @@ class _Write:
         for batch in batches:
             self.length += len(batch)
             self._check(self.length)
-            # If memory can't hold both files, the old one goes. Else memcached evicts
-            # some of its chunks, and keeps the others in place of new ones.
-            if old.manifest and old.manifest.size + self.length > self.memory:
+            # If memory can't hold both files, and 1/8 for items of other sizes, the old
+            # file goes. Else memcached evicts some chunks of either, at random.
+            if old.manifest and old.manifest.size + self.length > self.memory * 7 / 8:
                 old = self._look_up()  # another may have reused chunks meanwhile
                 self.entry.delete_segments(old.segments, self.staged)
                 old = old._replace(manifest=None)
@@ -760,18 +758,21 @@ class _Write:
         if not self.is_tight and not self.entry.refusal(self.entry.run(chunks)):
             return
         self.is_tight, deadline = True, time.monotonic() + _PATIENCE
-        while True:
-            touches = [_Command("touch", chunk.key, self.lease) for chunk in chunks] * 2
-            replies, count = self.entry.run([*chunks, *touches]), len(chunks)
+        width = len(chunks)
+        while chunks:
+            batch, later = chunks[:width], chunks[width:]
+            touches = [_Command("touch", chunk.key, self.lease) for chunk in batch] * 2
+            replies, count = self.entry.run([*batch, *touches]), len(batch)
             refusal = self.entry.refusal(replies[:count])
             self.entry.expect(replies[count:], _TOUCHED, _NOT_FOUND)
             second = replies[-count:]  # only chunks that it finds are active
-            chunks = [chunk for chunk, said in zip(chunks, second) if said != _TOUCHED]
-            if not chunks:
-                return
-            if time.monotonic() > deadline or "too large" in refusal:
+            lost = [chunk for chunk, said in zip(batch, second) if said != _TOUCHED]
+            chunks = lost + later
+            if lost and (time.monotonic() > deadline or "too large" in refusal):
                 raise self._cache_full(len(chunks), refusal)
-            time.sleep(_PAUSE)
+            if lost:  # each try may evict an earlier chunk: try one at a time
+                width = 1
+                time.sleep(_PAUSE)
 
     def _settle(self, last: list[_Command]) -> int:
         """Store the last chunks. Give all their final expiry; return the manifest's.
@@ -1033,8 +1034,7 @@ class _Entry:
 
     def missing(self, keys: Sequence[str]) -> list[int]:
         """The positions of the keys that are gone. A `cas` that can't succeed asks for
-        them. Every proxy knows it, and it neither reads a chunk nor changes its
-        expiry."""
+        them. Every proxy knows it, and it neither reads nor changes a chunk."""
         commands = [_Command("cas", key, token=_NO_TOKEN) for key in keys]
         return self._absent(commands, _EXISTS)
 

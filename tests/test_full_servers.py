@@ -112,6 +112,8 @@ def test_a_replacement_makes_room_only_if_it_needs_it(start_memcached: Start) ->
         cache.set("file", source(), size=len(BIG))
         assert cache.get("file") == BIG[::-1]
     assert (left[0], left[-1]) == (old.chunks, 0)
+    # Both, and 1/8 for other items, would not fit with the second batch of 4 MiB.
+    assert left.count(old.chunks) == 7
 
 
 def is_stored(cache: FileCache, data: bytes) -> bool:
