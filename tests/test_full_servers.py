@@ -9,7 +9,7 @@ import itertools
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from pymemcache.exceptions import MemcacheServerError
 from pymemcache.exceptions import MemcacheUnexpectedCloseError as ClosedError
 from pymemcache.exceptions import MemcacheUnknownCommandError as UnknownError
 
+import mcpool
 import memchunk
 from memchunk import FileCache
 from tests.engines import options_of
@@ -399,6 +400,37 @@ def test_chunks_behind_one_that_was_refused_are_kept_active(
         cache.set("file", BIG[:5_500_000])
         assert cache.get("file") == BIG[:5_500_000]
     assert list(client.touches.values()) == [3] * 11
+
+
+class Short(Wrapped):
+    """A pool whose server has no memory for the first three batches."""
+
+    def __init__(self, memcached: Memcached) -> None:
+        super().__init__(mcpool.connect(memcached.server))
+        self.batches: list[int] = []
+
+    def for_key(self, _: str) -> Short:
+        return self
+
+    def pipeline(self, commands: Iterable[tuple[bytes, ...]]) -> list[bytes]:
+        made = list(commands)
+        sets = [each for each in made if each[0].startswith(b"set")]
+        self.batches += [len(sets)] * bool(sets)
+        if not sets or len(self.batches) > 3:
+            return list(self.client.pipeline(made))
+        refusal = b"SERVER_ERROR out of memory storing object"
+        return [refusal if each in sets else b"NOT_FOUND" for each in made]
+
+
+def test_chunks_that_were_refused_twice_are_sent_one_at_a_time(
+    memcached: Memcached,
+) -> None:
+    """Each try takes memory from chunks that are stored."""
+    pool = Short(memcached)
+    with FileCache(pool, chunk_size=500_000) as cache:
+        cache.set("file", BIG[:5_500_000])
+        assert cache.get("file") == BIG[:5_500_000]
+    assert pool.batches == [8, 8, *[1] * 9, 3]
 
 
 def test_a_last_chunk_that_was_refused_once_leaves_its_lease(
