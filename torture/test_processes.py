@@ -251,7 +251,6 @@ def test_an_interrupt_of_a_command_that_is_done_late(
                 )
                 with contextlib.suppress(KeyboardInterrupt):
                     cache.set("file", new, expire=5000)
-                    cache.stat("file")  # the signal may come after a quick delete
                 fired, sealed = proxy.fired, "touch" in proxy.verbs
                 proxy.disarm()
             proxy.drain()

@@ -63,9 +63,9 @@ class File:
     def read(self, start: int, stop: int) -> object:
         """What reading a part of it gives."""
         part = set(range(start // CHUNK, -(-stop // CHUNK))) if start < stop else set()
-        if part & self.damaged:
-            return "FileCorrupt"
-        return "FileEvicted" if part & self.missing else self.data[start:stop]
+        if part & self.missing:  # found before any chunk is verified
+            return "FileEvicted"
+        return "FileCorrupt" if part & self.damaged else self.data[start:stop]
 
 
 @dataclass
