@@ -112,7 +112,7 @@ _REFUSAL = re.compile(rb"(?i)NOT_STORED|out of memory|object too large")
 _NO_CAS = "it runs without cas (-C), which memchunk needs"
 _OLD = "it refused a command: it has too many connections, or is older than 1.4.8"
 _CLOSED = ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, MemcacheClosed
-# What a damaged manifest may raise. Other errors, as of a signal's handler, pass.
+# What a damaged manifest may raise. A signal's handler must raise other errors.
 _BAD_MANIFEST = ValueError, TypeError, LookupError, AttributeError, RecursionError
 
 _log = logging.getLogger("memchunk")
@@ -420,12 +420,12 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
                         return self.get(write.name)
                     if is_ours or (now := time.monotonic()) >= end:
                         break
-                    # If we get it, look again: its last owner may have stored the file.
+                    # If we get it, look again. The last owner may have made the file.
                     if is_ours := write.entry.take_lock(lock):
                         end = now + lock
             data: _Bytes = make()
             with contextlib.suppress(CacheUnavailable, CacheFull):
-                write.run(data)
+                write.run(memoryview(data))  # a TypeError if it is not bytes-like
             return data
         finally:
             if is_ours and time.monotonic() < end:  # else it may be another's
@@ -645,7 +645,7 @@ class _Write:
             last = self._send(_batches(source, self.batch_size), found)
             manifest = self._manifest()
             for attempt in range(_ATTEMPTS):
-                # A restarted server counts its tokens anew: an old one might fit.
+                # After a restart, an old token may fit a file that only `set` replaces.
                 if attempt or (self.verb != "set" and found.value is not None):
                     found = self._look_up()
                 # 3. Touch every chunk, which proves that each is still there.
@@ -805,9 +805,9 @@ class _Write:
 
     @contextlib.contextmanager
     def _deleted_on_error(self) -> Iterator[None]:
-        """An error deletes the segment, unless the file may yet appear. After an
-        exception that is no Exception, such as Ctrl-C, nothing more is sent, because
-        the server may still be at work. Then the chunks expire with their lease."""
+        """An error deletes the segment, unless the file may yet appear. It can't if its
+        manifest was refused (CacheFull). After an exception that is no Exception, such
+        as Ctrl-C, nothing is sent, because the server may be at work. Chunks expire."""
         try:
             yield
         except Exception as error:

@@ -23,7 +23,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable
+from typing import Any, Callable, cast
 
 import pytest
 from pymemcache.client.base import Client, PooledClient
@@ -651,6 +651,12 @@ def test_get_or_set_refuses_bad_options_before_it_makes_a_file(
     bad: Any = {"expire": -1, "metadata": bytes(65_536)}[option]
     with pytest.raises(ValueError, match=option):
         files.get_or_set(NAME, lambda: bytes(1 // 0), **{option: bad})
+
+
+def test_get_or_set_refuses_what_is_not_bytes_like(cache: FileCache) -> None:
+    with pytest.raises(TypeError):
+        cache.get_or_set("file", cast(Any, lambda: iter([b"data"])))
+    assert "file" not in cache
 
 
 def test_get_or_set_hands_out_the_bytes_that_a_full_cache_refuses(
