@@ -4,8 +4,7 @@
     pool = mcpool.connect("10.0.0.1,10.0.0.2:11212,unix:/run/memcached.sock")
     pool = mcpool.connect("tls://user:password@cache.example.com")
 
-* Threads may share a pool. It survives a fork. It can be pickled, unless it was given
-  a TLS context.
+* Threads may share a pool. It survives a fork. Without a TLS context, it pickles.
 * A call has one time limit for all its waits. The time of the caller's own generator is
   not counted.
 * After a time-out, calls to that server fail at once for two seconds. Then one call
@@ -21,14 +20,13 @@ import contextlib
 import dataclasses
 import io
 import os
-import queue
 import re
 import socket
 import ssl
 import threading
 import time
 import weakref
-from collections import ChainMap, deque
+from collections import ChainMap, OrderedDict, deque
 from collections.abc import Iterable
 from hashlib import sha256
 from typing import Any, Callable
@@ -158,7 +156,7 @@ class Cluster(_Commands):
 class ServerPool(_Commands):
     """Connections to one server, whose name is `server`. `connect` makes it."""
 
-    _fork_lock = threading.Lock()
+    _fork_lock = threading.RLock()  # A signal's handler may call, too.
     stats, version, flush_all = map(_command, ("stats", "version", "flush_all"))
     pipeline = _command("pipeline")  # see _Connection
 
@@ -172,9 +170,10 @@ class ServerPool(_Commands):
     def _start(self) -> None:
         self._lock = threading.RLock()
         self._idle: deque[_Connection] = deque()
-        self._waiters: deque[Any] = deque()  # SimpleQueues
+        # Locks: before Python 3.13, a signal may let SimpleQueue.get wait for ever.
+        self._waiters: OrderedDict[Any, list[_Connection]] = OrderedDict()
         # If a signal's handler makes us lose one, the garbage collector takes it out.
-        self._all: weakref.WeakSet[_Connection] = weakref.WeakSet()
+        self._all: set[weakref.ref[_Connection]] = set()
         self._full_until, self._refusal = 0.0, ""
         self._down_until = 0.0  # 0: it answers. In the past: the next call tries.
         self._pid = os.getpid()
@@ -190,14 +189,14 @@ class ServerPool(_Commands):
         if self._pid != os.getpid():  # A child must not talk on its parent's.
             with self._fork_lock:
                 if self._pid != os.getpid():
-                    for connection in list(self._all):
+                    for connection in filter(None, [ref() for ref in [*self._all]]):
                         connection.close()
                     self._start()
         with self._lock:
             while self._idle and self._idle[0].used <= time.monotonic() - idle:
                 connection = self._idle.popleft()  # the newest are used first
                 connection.close()
-                self._all.discard(connection)
+                self._all.discard(weakref.ref(connection))
 
     def _call(self, command: str, *args: Any, **options: Any) -> Any:
         """Have a connection do a command, within the time limit."""
@@ -243,7 +242,7 @@ class ServerPool(_Commands):
                     raise
                 # The server may be full. So wait for a connection that is open.
                 self._full_until, self._refusal = time.monotonic() + _DOWN, str(error)
-            self._all.discard(connection)
+            self._all.discard(weakref.ref(connection))
 
     def _find(self, deadline: float) -> _Connection:
         """The newest idle connection, else a new one, else the next to come free."""
@@ -254,31 +253,34 @@ class ServerPool(_Commands):
                 return self._idle.pop()
             is_full = now < self._full_until
             if len(self._all) < (1 if is_full else self._maximum):
-                self._all.add(connection := _Connection(self._server, self._tls))
+                connection = _Connection(self._server, self._tls)
+                self._all.add(weakref.ref(connection, self._all.discard))
                 return connection
-            self._waiters.append(waiter := queue.SimpleQueue[_Connection]())
+            (turn := threading.Lock()).acquire()
+            self._waiters[turn] = handed = list[_Connection]()
         try:
-            return waiter.get(timeout=max(deadline - now, 0))
-        except queue.Empty:
+            if turn.acquire(timeout=max(deadline - now, 0)):
+                return handed.pop()
             why = self._refusal if is_full else f"max_connections is {self._maximum}"
-            raise TimeoutError(f"{self.server}: no free connection; {why}") from None
+            raise TimeoutError(f"{self.server}: no free connection; {why}")
         finally:
             with self._lock:
-                if waiter in self._waiters:
-                    self._waiters.remove(waiter)
-                elif not waiter.empty():  # It came too late for this call.
-                    self._give(waiter.get())
+                self._waiters.pop(turn, None)
+                if handed:  # It came too late for this call.
+                    self._give(handed.pop())
 
     def _give(self, connection: _Connection) -> None:
         """Hand a connection to the call that waits longest, else keep it if open."""
         with self._lock:
             connection.used = time.monotonic()
             if self._waiters:
-                self._waiters.popleft().put(connection)
+                turn, handed = self._waiters.popitem(last=False)
+                handed.append(connection)
+                turn.release()
             elif connection._socket:
                 self._idle.append(connection)
             else:
-                self._all.discard(connection)
+                self._all.discard(weakref.ref(connection))
 
 
 class _Connection(Client):

@@ -8,13 +8,15 @@ import functools
 import os
 import pathlib
 import pickle
-import queue
 import select
+import signal
 import socket
 import ssl
+import sys
 import threading
 import time
 import tracemalloc
+import types
 from collections.abc import Iterator
 from typing import Any, Callable
 
@@ -746,27 +748,76 @@ def test_max_connections_lets_calls_wait_for_a_free_one(
     wait_for(lambda: has_connections(memcached, 1), "1 connections")
 
 
+class Late:
+    """A lock that comes free just after the time is over."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.release = self.lock.release
+
+    def acquire(self, timeout: float = -1) -> bool:
+        self.lock.acquire(timeout=timeout)
+        return False
+
+
 def test_max_connections_hands_on_a_connection_that_comes_too_late(
     connect: Any, memcached: Memcached, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool, late = connect(memcached.server, timeout=2, max_connections=1), [True]
-
-    class Late(queue.SimpleQueue[Any]):
-        def get(self, block: bool = True, timeout: float | None = None) -> Any:
-            value = super().get(block, timeout)
-            if late and late.pop():
-                self.put(value)
-                raise queue.Empty
-            return value
-
-    monkeypatch.setattr(queue, "SimpleQueue", Late)
+    pool = connect(memcached.server, max_connections=1)
     with in_use(pool):
-        first = in_thread(lambda: pool.get("a"))
-        wait_for(lambda: len(pool._waiters) == 1, "the first call to wait")
+        with monkeypatch.context() as patch:
+            patch.setattr(mcpool, "threading", types.SimpleNamespace(Lock=Late))
+            first = in_thread(lambda: pool.get("a"))
+            wait_for(lambda: len(pool._waiters) == 1, "the first call to wait")
         second = in_thread(lambda: pool.get("a", 5))
         wait_for(lambda: len(pool._waiters) == 2, "the second call to wait")
     assert isinstance(first(), TimeoutError)
     assert second() == 5
+
+
+def test_a_call_that_waits_ends_although_a_signal_is_handled_at_its_deadline(
+    connect: Any, memcached: Memcached
+) -> None:
+    pool = connect(memcached.server, timeout=0.2, max_connections=1)
+    main = threading.get_ident()
+    errors: list[Any] = []
+
+    def handle(*_: Any) -> None:
+        with pytest.raises(TimeoutError) as error:
+            pool.get("a")  # It waits for longer than the call that it interrupts.
+        errors.append(error)
+
+    def interrupt() -> None:
+        wait_for(lambda: len(pool._waiters) == 1, "the call to wait")
+        signal.pthread_kill(main, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    try:
+        with in_use(pool):
+            interrupted = in_thread(interrupt)
+            with pytest.raises(TimeoutError, match="max_connections is 1"):
+                pool.get("a")
+            interrupted()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert errors
+
+
+def test_a_lost_connection_gives_its_place_back_although_signals_go_on(
+    connect: Any, memcached: Memcached
+) -> None:
+    pool = connect(memcached.server, max_connections=1)
+    lost = [pool._take(time.monotonic() + WAIT)]
+    lost[0].close()
+
+    def interrupt(frame: Any, event: str, _: Any) -> None:
+        if event == "call":  # of a function in Python
+            raise KeyboardInterrupt
+
+    sys.setprofile(interrupt)
+    lost.clear()
+    sys.setprofile(None)
+    assert pool.get("a") is None
 
 
 def test_max_connections_serves_the_calls_that_wait_in_their_order(
