@@ -156,7 +156,6 @@ class Cluster(_Commands):
 class ServerPool(_Commands):
     """Connections to one server, whose name is `server`. `connect` makes it."""
 
-    _fork_lock = threading.RLock()  # A signal's handler may call, too.
     stats, version, flush_all = map(_command, ("stats", "version", "flush_all"))
     pipeline = _command("pipeline")  # see _Connection
 
@@ -165,6 +164,7 @@ class ServerPool(_Commands):
         self._given = server, timeout, tls, maximum
         self._server, self._timeout, self._maximum = server, timeout, maximum
         self._tls = tls or (ssl.create_default_context() if server.tls else None)
+        self._fork_locks: dict[int, Any] = {}  # by process; forks copy held locks
         self._start()
 
     def _start(self) -> None:
@@ -187,7 +187,7 @@ class ServerPool(_Commands):
     def close(self, idle: float = 0) -> None:
         """Close what is unused for `idle` seconds. The pool can still be used."""
         if self._pid != os.getpid():  # A child must not talk on its parent's.
-            with self._fork_lock:
+            with self._fork_locks.setdefault(os.getpid(), threading.RLock()):
                 if self._pid != os.getpid():
                     for connection in filter(None, [ref() for ref in [*self._all]]):
                         connection.close()

@@ -1054,6 +1054,32 @@ def test_a_forked_child_has_connections_of_its_own(
     assert len(pool._idle) == 1
 
 
+def test_a_child_that_forks_while_it_uses_the_pool_first_has_a_working_child(
+    connect: Any, memcached: Memcached
+) -> None:
+    pool, begun, end = connect(memcached.server), threading.Event(), threading.Event()
+    start, pool._pid = pool._start, 0  # as if this process were a child
+
+    def pause() -> None:
+        begun.set()
+        assert end.wait(WAIT)
+        start()
+
+    pool._start = pause
+    first = in_thread(lambda: pool.get("a", 5))
+    assert begun.wait(WAIT)
+    pool._start = start
+    child = os.fork()
+    if child == 0:
+        signal.alarm(WAIT)
+        with contextlib.suppress(BaseException):
+            os._exit(pool.get("a", 5) != 5)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    end.set()
+    assert first() == 5
+
+
 def test_all_addresses_of_a_host_are_tried(
     connect: Any, memcached: Memcached, monkeypatch: pytest.MonkeyPatch
 ) -> None:
