@@ -5,12 +5,10 @@
     pool = mcpool.connect("tls://user:password@cache.example.com")
 
 * Threads may share a pool. It survives a fork. Without a TLS context, it pickles.
-* A call has one time limit for all its waits. The time of the caller's own generator is
-  not counted.
+* A call has one time limit for all its waits, but for those of the caller's generator.
 * After a time-out, calls to that server fail at once for two seconds. Then one call
   tries, and the others fail until it has its answer.
-* A key belongs to one server. Another never takes over, because old values would come
-  back later.
+* A key belongs to one server. No other takes over, or old values would come back.
 * Errors are OSErrors or pymemcache's. None of them shows a password.
 """
 
@@ -26,7 +24,7 @@ import ssl
 import threading
 import time
 import weakref
-from collections import ChainMap, OrderedDict, deque
+from collections import ChainMap, deque
 from collections.abc import Iterable
 from hashlib import sha256
 from typing import Any, Callable
@@ -171,7 +169,7 @@ class ServerPool(_Commands):
         self._lock = threading.RLock()
         self._idle: deque[_Connection] = deque()
         # Locks: before Python 3.13, a signal may let SimpleQueue.get wait for ever.
-        self._waiters: OrderedDict[Any, list[_Connection]] = OrderedDict()
+        self._waiters: dict[Any, list[_Connection]] = {}
         # If a signal's handler makes us lose one, the garbage collector takes it out.
         self._all: set[weakref.ref[_Connection]] = set()
         self._full_until, self._refusal = 0.0, ""
@@ -274,8 +272,10 @@ class ServerPool(_Commands):
         with self._lock:
             connection.used = time.monotonic()
             if self._waiters:
-                turn, handed = self._waiters.popitem(last=False)
-                handed.append(connection)
+                turn, handed = next(iter(self._waiters.items()))
+                # Python handles signals after calls, so not between these.
+                handed += [connection]
+                del self._waiters[turn]
                 turn.release()
             elif connection._socket:
                 self._idle.append(connection)

@@ -820,6 +820,32 @@ def test_a_lost_connection_gives_its_place_back_although_signals_go_on(
     assert pool.get("a") is None
 
 
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # the lost one
+@pytest.mark.parametrize("number", range(8))
+def test_a_call_that_waits_is_served_although_a_signal_ends_the_handing_over(
+    connect: Any, memcached: Memcached, number: int
+) -> None:
+    pool, waiting = connect(memcached.server, max_connections=1), []
+    steps = iter(range(number))
+
+    def interrupt(frame: Any, event: str, _: Any) -> None:
+        is_step = frame.f_code.co_name == "_give" and event == "c_return"
+        if is_step and next(steps, None) is None:
+            raise KeyboardInterrupt
+
+    def commands() -> Iterator[list[bytes]]:
+        yield [b"touch a 0\r\n"]
+        waiting.append(in_thread(lambda: pool.get("a", 5)))
+        wait_for(lambda: len(pool._waiters) == 1, "the call to wait")
+        sys.setprofile(interrupt)
+
+    with contextlib.suppress(KeyboardInterrupt):
+        pool.pipeline(commands())
+    sys.setprofile(None)
+    assert pool.get("a", 5) == 5
+    assert waiting[0]() == 5
+
+
 def test_max_connections_serves_the_calls_that_wait_in_their_order(
     connect: Any, memcached: Memcached
 ) -> None:
