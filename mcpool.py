@@ -323,7 +323,7 @@ class _Connection(Client):
             wrap = self._tls.wrap_socket
             self._socket = self._wait(wrap, self._socket, server_hostname=place[0])
         # Log in, or have a harmless command answered, before others rely on it.
-        with contextlib.suppress(OSError):  # it may have sent a refusal before
+        with contextlib.suppress(ConnectionError):  # it may have sent a refusal before
             self.sendall(self._server.login or b"get mcpool-%d\r\n" % time.time_ns())
         # A proxy says SERVER_ERROR if only one of its servers is down.
         if not (reply := self.recv()).startswith((b"STORED", b"END", b"SERVER_ERROR")):

@@ -820,6 +820,22 @@ def test_a_lost_connection_gives_its_place_back_although_signals_go_on(
     assert pool.get("a") is None
 
 
+def test_an_error_of_a_signal_handler_passes_while_a_connection_is_opened(
+    connect: Any, memcached: Memcached
+) -> None:
+    pool = connect(memcached.server, timeout=1)
+
+    def interrupt(frame: Any, event: str, called: Any) -> None:
+        if event == "c_call" and called.__name__ == "sendmsg":
+            raise OSError("from a handler")
+
+    sys.setprofile(interrupt)
+    with pytest.raises(OSError, match="from a handler"):
+        pool.get("a")
+    sys.setprofile(None)
+    assert pool.get("a") is None
+
+
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # the lost one
 @pytest.mark.parametrize("number", range(8))
 def test_a_call_that_waits_is_served_although_a_signal_ends_the_handing_over(
