@@ -1147,7 +1147,7 @@ class _Entry:
                 result = command(self.client)
                 self.server.note(None)
                 return result
-            except (OSError, MemcacheError, ValueError) as error:
+            except (OSError, MemcacheError, ValueError, LookupError) as error:
                 retries -= 1
                 if retries < 0 or not isinstance(error, _CLOSED):
                     self.server.note(error)

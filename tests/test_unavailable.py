@@ -170,6 +170,7 @@ ANSWERS = [
     ],
     *[b"ERROR\r\n", b"CLIENT_ERROR bad\r\n", b"ERROR Too many open connections\r\n"],
     *[b"VALUE x\r\n", b"VALUE key 0 many 1\r\nEND\r\n"],
+    *[b"VALUE other 0 1 1\r\n1\r\nEND\r\n", b"STAT\r\n"],
 ]
 
 
