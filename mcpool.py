@@ -162,13 +162,13 @@ class ServerPool(_Commands):
         self._given = server, timeout, tls, maximum
         self._server, self._timeout, self._maximum = server, timeout, maximum
         self._tls = tls or (ssl.create_default_context() if server.tls else None)
-        self._fork_locks: dict[int, Any] = {}  # by process; forks copy held locks
+        self._fork_locks: dict[int, Any] = {}  # by process, as forks copy held locks
         self._start()
 
     def _start(self) -> None:
         self._lock = threading.RLock()
         self._idle: deque[_Connection] = deque()
-        # Locks: before Python 3.13, a signal may let SimpleQueue.get wait for ever.
+        # Calls wait for locks. In Python 3.12, a signal can make SimpleQueue.get hang.
         self._waiters: dict[Any, list[_Connection]] = {}
         # If a signal's handler makes us lose one, the garbage collector takes it out.
         self._all: set[weakref.ref[_Connection]] = set()
@@ -273,7 +273,7 @@ class ServerPool(_Commands):
             connection.used = time.monotonic()
             if self._waiters:
                 turn, handed = next(iter(self._waiters.items()))
-                # Python handles signals after calls, so not between these.
+                # Python runs signal handlers after calls. These two lines have none.
                 handed += [connection]
                 del self._waiters[turn]
                 turn.release()

@@ -756,7 +756,7 @@ class _Write:
         A full cache evicts new chunks first, unless two touches make them active in its
         LRU. If every write did so, a large cache would lose an eighth of its files."""
         if not self.is_tight and not self.entry.refusal(self.entry.run(chunks)):
-            return
+            return  # memory is not tight, and they are stored
         self.is_tight, deadline = True, time.monotonic() + _PATIENCE
         width = len(chunks)
         while chunks:
@@ -784,7 +784,7 @@ class _Write:
         replies, count = self.entry.run([*last, *touches]), len(last)
         if self.entry.refusal(replies[:count]):
             self._keep(last)
-            return self._settle([])
+            return self._settle([])  # now only the touches
         self.entry.expect(replies[count:], _TOUCHED, _NOT_FOUND)
         if missing := replies[count:].count(_NOT_FOUND):
             raise self._cache_full(missing)
