@@ -5,7 +5,7 @@
     pool = mcpool.connect("tls://user:password@cache.example.com")
 
 * Threads may share a pool. It survives a fork. Without a TLS context, it pickles.
-* A call has one time limit for all its waits, but for those of the caller's generator.
+* A call's waits share one time limit, except for DNS and the caller's generator.
 * After a time-out, calls to that server fail at once for two seconds. Then one call
   tries, and the others fail until it has its answer.
 * A key belongs to one server. No other takes over, or old values would come back.
@@ -40,18 +40,18 @@ __version__ = "1.0.0"
 _IDLE = 60  # seconds; firewalls forget connections that are unused for longer
 _DOWN = 2  # seconds without calls to a slow server, or new connections to a full one
 _SMALL = 8192  # bytes; shorter commands travel together; no line of a reply is longer
-_OUTSTANDING = 256  # replies left unread after a send; they fit in a socket's buffer
+_OUTSTANDING = 256  # replies that may stay unread; they fit in a socket's buffer
 
 _ADDRESS = re.compile(
     r"(?P<tls>(tls://)?)((?P<login>[^:@]+:[^@]+)@)?"
     r"(?P<place>(\[(?P<ipv6>[\w:.%]+)\]|(?P<host>(?!\d+(:|$))[^][\s:/@,]+))"
     r"(:(?P<port>\d{1,5}))?)"
 )
-_VALUE = re.compile(rb"VALUE (\S+) \d+ (\d{1,9})(?: (\d+))?")  # -I is 1 GB at most
+_VALUE = re.compile(rb"VALUE (\S+) \d+ (1?\d{1,9})(?: (\d+))?")  # -I is 1 GiB at most
 
 
 class NoAnswer(TimeoutError):
-    """The server did not answer this call, or one of the last two seconds, in time."""
+    """The server did not answer in time, now or within the last two seconds."""
 
 
 def connect(
@@ -65,7 +65,7 @@ def connect(
     servers: addresses, as an iterable or with commas between: "host", "host:port",
     "[ipv6]:port" or "unix:/path". "tls://" and "user:password@", percent-encoded, may
     stand before a host. timeout: seconds that a call may wait in all. max_connections:
-    for each server. tls: for every host. Without it, "tls://" has Python's default."""
+    for each server. tls: for every host. Without it, "tls://" uses Python's default."""
     if not 0 < timeout <= threading.TIMEOUT_MAX or max_connections < 1:
         raise ValueError("timeout must be above 0, and max_connections 1 or more")
     given = servers.split(",") if isinstance(servers, str) else servers
@@ -111,12 +111,14 @@ def _command(name: str, join: Any = lambda found: dict(ChainMap(*found))) -> Any
             return self.for_key(key)._call(name, *args, **options)
         first = "values" if name == "set_many" else "keys"
         given, *args = args or (options.pop(first),)  # type: ignore[assignment]
-        shares: dict[ServerPool, dict[Any, Any]] = {}
-        for key in given:
-            value = given[key] if name == "set_many" else None
-            shares.setdefault(self.for_key(key), {})[key] = value
-        pools = shares.items()
-        return join([pool._call(name, own, *args, **options) for pool, own in pools])
+        shares: dict[tuple[ServerPool, int], dict[Any, Any]] = {}
+        for number, key in enumerate(given):
+            pool, value = self.for_key(key), given[key] if name == "set_many" else None
+            # pymemcache sends all that it gets, and then reads. So it gets a few.
+            share = 0 if name.startswith("get") else number // pool._together
+            shares.setdefault((pool, share), {})[key] = value
+        calls = [(pool._call, own) for (pool, _), own in shares.items()]
+        return join([call(name, own, *args, **options) for call, own in calls])
 
     return method
 
@@ -162,6 +164,7 @@ class ServerPool(_Commands):
         self._given = server, timeout, tls, maximum
         self._server, self._timeout, self._maximum = server, timeout, maximum
         self._tls = tls or (ssl.create_default_context() if server.tls else None)
+        self._together = 1 if self._tls else _OUTSTANDING  # see pipeline
         self._fork_locks: dict[int, Any] = {}  # by process, as forks copy held locks
         self._start()
 
@@ -170,7 +173,7 @@ class ServerPool(_Commands):
         self._idle: deque[_Connection] = deque()
         # Calls wait for locks. In Python 3.12, a signal can make SimpleQueue.get hang.
         self._waiters: dict[Any, list[_Connection]] = {}
-        # If a signal's handler makes us lose one, the garbage collector takes it out.
+        # If a signal handler makes us lose one, the garbage collector removes it.
         self._all: set[weakref.ref[_Connection]] = set()
         self._full_until, self._refusal = 0.0, ""
         self._down_until = 0.0  # 0: it answers. In the past: the next call tries.
@@ -184,14 +187,15 @@ class ServerPool(_Commands):
 
     def close(self, idle: float = 0) -> None:
         """Close what is unused for `idle` seconds. The pool can still be used."""
-        if self._pid != os.getpid():  # A child must not talk on its parent's.
+        if self._pid != os.getpid():  # a child must not use its parent's
             with self._fork_locks.setdefault(os.getpid(), threading.RLock()):
                 if self._pid != os.getpid():
                     for connection in filter(None, [ref() for ref in [*self._all]]):
                         connection.close()
                     self._start()
+        limit = time.monotonic() - idle
         with self._lock:
-            while self._idle and self._idle[0].used <= time.monotonic() - idle:
+            while self._idle and self._idle[0].used <= limit:
                 connection = self._idle.popleft()  # the newest are used first
                 connection.close()
                 self._all.discard(weakref.ref(connection))
@@ -203,6 +207,7 @@ class ServerPool(_Commands):
             raise NoAnswer(f"{self.server} did not answer in time a moment ago")
         if self._down_until:
             self._down_until = now + self._timeout  # this call tries, others fail
+            self.close()  # it tries a new connection, which must answer
         try:
             connection = self._take(now + self._timeout)
             result = getattr(connection, command)(*args, **options)
@@ -213,7 +218,7 @@ class ServerPool(_Commands):
         except BaseException as error:
             if isinstance(error, NoAnswer):
                 self._down_until = time.monotonic() + _DOWN
-            elif not isinstance(error, TimeoutError):  # it answered: one call tries
+            elif not isinstance(error, TimeoutError):  # the next call tries
                 self._down_until = min(self._down_until, time.monotonic())
             raise
         finally:
@@ -223,8 +228,8 @@ class ServerPool(_Commands):
                 self._give(connection)
 
     def _take(self, deadline: float) -> _Connection:
-        """An open connection, for this call alone. If no other can be opened, wait for
-        one of those that are open; half of the time is left for that."""
+        """An open connection, for this call alone. If none can be opened, wait for one
+        of those that are open; half of the time is left for that."""
         while True:
             connection = self._find(deadline)
             try:
@@ -273,7 +278,7 @@ class ServerPool(_Commands):
             connection.used = time.monotonic()
             if self._waiters:
                 turn, handed = next(iter(self._waiters.items()))
-                # Python runs signal handlers after calls. These two lines have none.
+                # Signal handlers run after calls. The next two lines have no call.
                 handed += [connection]
                 del self._waiters[turn]
                 turn.release()
@@ -299,7 +304,7 @@ class _Connection(Client):
         self._tls = tls if isinstance(server.place, tuple) else None
 
     def has_news(self) -> bool:
-        """Something came that nobody asked for, or the server closed it."""
+        """Data came that nobody asked for, or the server closed it."""
         try:
             self._socket.settimeout(0)
             self._socket.recv(1)
@@ -323,7 +328,7 @@ class _Connection(Client):
             wrap = self._tls.wrap_socket
             self._socket = self._wait(wrap, self._socket, server_hostname=place[0])
         # Log in, or have a harmless command answered, before others rely on it.
-        with contextlib.suppress(ConnectionError):  # it may have sent a refusal before
+        with contextlib.suppress(ConnectionError):  # it may have sent a refusal first
             self.sendall(self._server.login or b"get mcpool-%d\r\n" % time.time_ns())
         # A proxy says SERVER_ERROR if only one of its servers is down.
         if not (reply := self.recv()).startswith((b"STORED", b"END", b"SERVER_ERROR")):
@@ -352,7 +357,7 @@ class _Connection(Client):
 
     def sendall(self, *parts: Any) -> None:
         """Send parts as they lie in memory."""
-        # TLS has no sendmsg, and that of eventlet's sockets does not wait.
+        # TLS has no sendmsg. That of eventlet's sockets does not wait.
         gathers = hasattr(type(self._socket), "sendmsg") and not self._tls
         views = [memoryview(part).cast("B") for part in parts if len(part)]
         while views:
@@ -385,7 +390,8 @@ class _Connection(Client):
         expected, unsent = 0, b""
         for command in commands:
             parts, expected = [unsent, *command], expected + 1
-            if self._tls or sum(map(len, parts)) >= _SMALL:  # see set_many
+            # memcached's TLS may overlook a command that begins within a record.
+            if self._tls or sum(map(len, parts)) >= _SMALL:
                 self.sendall(*parts)
                 parts = []
                 while expected - len(replies) > _OUTSTANDING:
@@ -393,12 +399,6 @@ class _Connection(Client):
             unsent = b"".join(parts)
         self.sendall(unsent)
         return replies + [self.recv()[:-2] for _ in range(expected - len(replies))]
-
-    def set_many(self, values: Any, *args: Any, **more: Any) -> list[Any]:
-        if not self._tls:
-            return super().set_many(values, *args, **more)
-        # memcached's TLS may overlook a command that begins within a record.
-        return [key for key in values if not self.set(key, values[key], *args, **more)]
 
     def _extract_value(
         self, expect_cas: bool, line: bytes, buf: bytes, remapped_keys: Any, _: Any

@@ -299,6 +299,29 @@ def test_commands_with_many_keys_are_those_of_pymemcache(pool: Any) -> None:
     assert pool.get_many([]) == {}
 
 
+def test_commands_with_very_many_keys_read_replies_before_all_buffers_are_full(
+    connect: Any, start_memcached: Start
+) -> None:
+    pool = connect(start_memcached(unix=True).server)
+    values = dict.fromkeys(map("key{}".format, range(50_000)), b"1")
+    assert pool.set_many(values) == []
+    assert pool.get_many(values) == values
+    assert pool.delete_many(values) is True
+    assert pool.get_many(values) == {}
+
+
+def test_commands_with_many_keys_do_not_begin_within_a_record_of_tls(
+    connect: Any, start_tls: Callable[[], Memcached], authority: trustme.CA
+) -> None:
+    address = start_tls().server.replace("127.0.0.1", "localhost")
+    pool = connect(f"tls://{address}", tls=trusting(authority))
+    keys = [f"{number:050}" for number in range(555)]  # nearly two records
+    assert pool.set_many(dict.fromkeys(keys, b"1")) == []
+    assert len(pool.get_many(keys)) == 555
+    assert pool.delete_many(keys) is True
+    assert pool.get_many(keys) == {}
+
+
 @pytest.mark.parametrize("size", [0, 1, 4000, 4096, 8192, 70_000, 1_000_000])
 def test_values_of_all_sizes_come_back(pool: Any, size: int) -> None:
     value = os.urandom(size)
@@ -660,6 +683,22 @@ def test_calls_fail_at_once_while_one_tries_again(connect: Any) -> None:
         with pytest.raises(mcpool.NoAnswer, match="a moment ago"):
             pool.get("a")
         assert isinstance(second(), mcpool.NoAnswer)
+
+
+def test_a_call_that_tries_again_does_so_on_a_new_connection(connect: Any) -> None:
+    once = replies(b"END\r\n")
+    with fake(once, once, once) as server:
+        pool = connect(server, timeout=0.5)
+
+        def commands() -> Iterator[list[bytes]]:
+            pool.get("a")  # on a second connection
+            yield [b"get a\r\n"]
+
+        assert pool.pipeline(commands()) == [b"END"]
+        with pytest.raises(mcpool.NoAnswer):
+            pool.get("a")
+        pool._down_until = time.monotonic()  # two seconds pass
+        assert pool.get("a") is None
 
 
 def test_calls_do_not_fail_at_once_after_the_one_that_tried_got_an_answer(
