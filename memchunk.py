@@ -85,14 +85,14 @@ _PIECE = 64 * 1024  # bytes to read at a time from a source of unknown size
 _MAX_CHUNK = 999_999_999  # bytes: memcached's -I ends at 1 GiB
 _MAX_CHUNKS = 2**20  # a manifest that names more is damaged
 
-# If active chunks fill the cache, memcached refuses others until its LRU thread, which
-# sleeps for up to a second, has made room.
+# If active chunks fill the cache, memcached refuses others. Its LRU thread makes room,
+# but sleeps for up to a second.
 _PATIENCE, _PAUSE = 4.0, 0.1  # seconds to wait for it, and between two tries
 
-_ATTEMPTS = 100  # to change a manifest; another writer won each attempt that failed
+_ATTEMPTS = 100  # to change a manifest; one fails only if another writer is quicker
 _ASK_AGAIN = 60.0  # seconds until a server that refused `stats` is asked again
 _IDLE = 60  # seconds; firewalls forget connections that idle longer
-_POLL = 0.05  # seconds until `get_or_set` looks again for the work of another
+_POLL = 0.05  # seconds between two looks of a `get_or_set` that waits
 
 _RELATIVE_LIMIT = 30 * 24 * 3600  # memcached reads more seconds as an absolute time
 _LONG_PAST = _RELATIVE_LIMIT + 1  # a time in 1970; twemproxy refuses -1
@@ -142,7 +142,7 @@ class InvalidName(MemchunkError, ValueError):
     """The name is empty, longer than 1024 bytes of UTF-8, or has no UTF-8 form."""
 
     def __init__(self, name: str) -> None:
-        text = f"{name!r:.50} is no text of 1 to {MAX_NAME} UTF-8 bytes"
+        text = f"{name!r:.50} is not a text of 1 to {MAX_NAME} UTF-8 bytes"
         super().__init__(text, name)
 
 
@@ -158,7 +158,7 @@ class FileNotFound(CacheMiss, KeyError, FileNotFoundError):
 
 
 class FileEvicted(CacheMiss):
-    """memcached evicted the chunks whose indices are `missing`. info: FileInfo."""
+    """memcached evicted chunks. missing: indices of those that the call asked for."""
 
     def __init__(self, name: str, info: FileInfo, missing: list[int]) -> None:
         self.info, self.missing = info, missing
@@ -262,7 +262,7 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
     chunk_size: bytes of payload in a chunk; by default the most that the server keeps
         well, by its `stats settings`. Give it if a proxy hides servers with a small -I.
     lease: seconds, 1 to 2,592,000, that chunks live before their file is published; an
-        hour by default. No upload may take longer.
+        hour by default. No write may take longer. `stage` has a lease of its own.
 
     Raises ValueError for options and clients that can't work. Every method that takes a
     name may raise InvalidName and CacheUnavailable."""
@@ -378,8 +378,8 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
         return _Write(self, "stage", name, parts, lease=_lease(lease)).stage(data)
 
     def unstage(self, name: str, parts: Sequence[str]) -> None:
-        """Delete parts, except those of the published file. Don't call it while another
-        may be publishing them: the new file would lose its chunks."""
+        """Delete parts, except those of the published file. If a write may still
+        publish them, don't call it, or the new file loses its chunks."""
         entry = self._entry(name)
         entry.delete_segments(_parsed(parts)[0], entry.lookup().segments)
 
@@ -405,8 +405,8 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
     ) -> _Bytes:
         """The file, or else the bytes that `make()` returns, which become the file. One
         caller at a time runs `make`. The others wait for the file, for up to `lock`
-        seconds, and then run it, too. They get bytes also if the cache is down or full,
-        or the file is damaged. Raises FileTooLarge, and the errors of `make`."""
+        seconds, and then run it, too. All get the bytes, even if the cache is down or
+        full, or the file is damaged. Raises FileTooLarge, and the errors of `make`."""
         # This refuses bad options, so it comes before `make` does its work.
         write = _Write(self, "set", name, (), None, expire, metadata)
         return self._get_or_make(write, make, _lease(lock))
@@ -452,7 +452,7 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
     def touch(self, name: str, expire: _Expire) -> FileInfo:
         """Give the file a new time to live: seconds from now, a timedelta, or 0 for no
         end. Raises FileNotFound, FileEvicted, FileCorrupt, CacheFull. If it raises,
-        call it again: until then, chunks may have no expiry."""
+        chunks may have no expiry, until a later call succeeds."""
         entry, seconds = self._entry(name), _seconds(expire)
         for _ in range(_ATTEMPTS):
             found, now = entry.lookup(), int(time.time())
@@ -672,8 +672,8 @@ class _Write:
             self.size = known
         found = self._look_up()
         self._plan(self.cache.max_size if self.size is None else self.size)
-        self._check(max(self.size or 0, self.length))
-        self.total = -(-max((self.size or 0) - self.length, 0) // self.chunk_size)
+        self._check(length := max(self.size or 0, self.length))
+        self.total = -(-(length - self.length) // self.chunk_size)
         largest, around = self.entry.server.item_size_max, self.inline_limit + _AROUND
         if largest < _DEFAULT_ITEM and len(self._manifest().pack()) + around > largest:
             raise self.entry.cache_full(0, "its manifest is too large")
@@ -729,7 +729,7 @@ class _Write:
             if is_last and len(batch) == self.length <= self.inline_limit:
                 self.data = bytes(batch)
                 continue
-            if is_last and not self.count:
+            if is_last and not self.count:  # it is the only batch
                 self.total = -(-len(batch) // self.chunk_size)
             chunks = list(self._commands(batch))
             if self.is_tight or not is_last:
@@ -757,15 +757,15 @@ class _Write:
         LRU. If every write did so, a large cache would lose an eighth of its files."""
         if not self.is_tight and not self.entry.refusal(self.entry.run(chunks)):
             return  # memory is not tight, and they are stored
-        self.is_tight, deadline = True, time.monotonic() + _PATIENCE
-        width = len(chunks)
+        self.is_tight = True  # for later batches, too
+        width, deadline = len(chunks), time.monotonic() + _PATIENCE
         while chunks:
             batch, later = chunks[:width], chunks[width:]
             touches = [_Command("touch", chunk.key, self.lease) for chunk in batch] * 2
             replies, count = self.entry.run([*batch, *touches]), len(batch)
             refusal = self.entry.refusal(replies[:count])
             self.entry.expect(replies[count:], _TOUCHED, _NOT_FOUND)
-            second = replies[-count:]  # only chunks that it finds are active
+            second = replies[-count:]  # a chunk that this touch does not find is lost
             lost = [chunk for chunk, said in zip(batch, second) if said != _TOUCHED]
             chunks = lost + later
             if lost and (time.monotonic() > deadline or "too large" in refusal):
@@ -830,8 +830,8 @@ class _Write:
         return f"{self.key}:{self.count}:{self.chunk_size}", taken
 
     def _missing_parts(self) -> list[int]:
-        """The indices of the parts' chunks that are gone. Keeps the others active if
-        memory is tight."""
+        """The indices of the parts' chunks that are gone. If memory is tight, two
+        touches make the others active."""
         keys = self.entry.keys(self.staged)
         if not keys or not self.is_tight or self._are_published():
             return self.entry.missing(keys)
@@ -950,7 +950,7 @@ class CachedFile(io.RawIOBase):
 
 class _Found(NamedTuple):
     """A look at the key of a manifest. value: None if there is none. damage: the error
-    if it is no manifest. token: for memcached's `cas`."""
+    if that is no manifest. token: for memcached's `cas`."""
 
     name: str
     value: Any = None
@@ -1067,7 +1067,7 @@ class _Entry:
         return _STORED in replies
 
     def explain(self, info: FileInfo, missing: list[int]) -> NoReturn:
-        """Raise why chunks are missing: FileChanged, FileEvicted or FileCorrupt."""
+        """Raise FileChanged, FileEvicted or FileCorrupt for chunks that are gone."""
         found = self.lookup()
         if found.value is None:
             raise FileChanged(self.name, info.version, None)
@@ -1248,10 +1248,10 @@ class _Server:
 
     def note(self, error: Exception | None) -> None:
         """Log once that the server stops answering, and once that it answers again."""
-        # Some servers close the connection after a command that they refuse.
-        is_down = isinstance(error, OSError) and not isinstance(error, _CLOSED)
-        if self.is_down != is_down and (is_down or not error):
-            self.is_down = is_down
+        if error and (isinstance(error, _CLOSED) or not isinstance(error, OSError)):
+            return  # it answers; some servers close after a command that they refuse
+        if self.is_down != bool(error):
+            self.is_down = bool(error)
             news = f"does not answer: {error}" if error else "answers again"
             _log.warning("memcached at %s %s", self.address, news)
 

@@ -1485,7 +1485,7 @@ ERRORS: list[tuple[memchunk.MemchunkError, list[type], dict[str, Any], str]] = [
         memchunk.InvalidName("n"),
         [ValueError],
         {},
-        "'n' is no text of 1 to 1024 UTF-8 bytes",
+        "'n' is not a text of 1 to 1024 UTF-8 bytes",
     ),
     (
         memchunk.FileNotFound("n"),
