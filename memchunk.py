@@ -129,10 +129,10 @@ Source = Union[_Bytes, IO[bytes], Iterable[_Bytes], "os.PathLike[str]"]
 class MemchunkError(Exception):
     """Root of all errors of this module. `name` is the file's."""
 
-    def __init__(self, message: str, *args: Any) -> None:
+    def __init__(self, message: str, name: str = "", *more: Any) -> None:
         super().__init__(message)
         # Unpickling calls the class with these arguments.
-        self.message, self.name, self.args = message, args[0], args
+        self.message, self.name, self.args = message, name, (name, *more)
 
     def __str__(self) -> str:
         return self.message
@@ -397,12 +397,12 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
     def get_or_set(
         self,
         name: str,
-        make: Callable[[], _Bytes],
+        make: Callable[[], bytes],
         *,
         expire: _Expire = 0,
         metadata: bytes = b"",
         lock: int = 60,
-    ) -> _Bytes:
+    ) -> bytes:
         """The file, or else the bytes that `make()` returns, which become the file. One
         caller at a time runs `make`. The others wait for the file, for up to `lock`
         seconds, and then run it, too. All get the bytes, even if the cache is down or
@@ -411,7 +411,7 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
         write = _Write(self, "set", name, (), None, expire, metadata)
         return self._get_or_make(write, make, _lease(lock))
 
-    def _get_or_make(self, write: _Write, make: Any, lock: int) -> _Bytes:
+    def _get_or_make(self, write: _Write, make: Any, lock: int) -> bytes:
         end, is_ours = time.monotonic() + lock, False
         try:
             with contextlib.suppress(CacheUnavailable, CacheFull):
@@ -423,7 +423,7 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
                     # If we get it, look again. The last owner may have made the file.
                     if is_ours := write.entry.take_lock(lock):
                         end = now + lock
-            data: _Bytes = make()
+            data: bytes = make()
             with contextlib.suppress(CacheUnavailable, CacheFull):
                 write.run(memoryview(data))  # a TypeError if it is not bytes-like
             return data
@@ -1264,16 +1264,16 @@ def _client(given: Any) -> Any:
         form = r"unix:.+|/.+|([^][/\s:,@]+|\[[\w:.%]+\])(:\d{1,5})?"
         if not re.fullmatch(form, given):
             forms = "host, host:port, [ipv6]:port or unix:/path"
-            raise ValueError(f"{given!r} is not {forms}; for more, {instead}")
+            raise ValueError(f"an address is {forms}; for more, {instead}")
         waits: Any = dict.fromkeys(("connect_timeout", "timeout"), TIMEOUT)
         return PooledClient(given, no_delay=True, pool_idle_timeout=_IDLE, **waits)
+    kind = type(given).__name__  # of an address, the text may have a password
     if isinstance(given, RetryingClient):
         raise ValueError(f"RetryingClient repeats an `add` that may be done: {instead}")
     if isinstance(given, HashClient) or getattr(given, "ignore_exc", False):
-        kind = type(given).__name__
         raise ValueError(f"{kind} calls a dead server's files a miss: {instead}")
     if not hasattr(given, "get_many"):
-        raise ValueError(f"{given!r:.80} is no memcached client: {instead}")
+        raise ValueError(f"{kind} is no memcached client: {instead}")
     return given
 
 

@@ -1445,7 +1445,7 @@ def test_a_name_that_is_none_is_invalid_for_every_verb(
         "http://host",
         "[::1",
         "unix:",
-        ["127.0.0.1:1"],
+        ["user:password@127.0.0.1:1"],
         ("127.0.0.1", 1),
         {},
         None,
@@ -1455,8 +1455,9 @@ def test_a_name_that_is_none_is_invalid_for_every_verb(
     ],
 )
 def test_a_client_that_breaks_the_promise_is_refused(client: Any) -> None:
-    with pytest.raises(ValueError, match=r"mcpool|ignore_exc"):
+    with pytest.raises(ValueError, match=r"mcpool|ignore_exc") as caught:
         FileCache(client)
+    assert "password" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
