@@ -207,7 +207,6 @@ class ServerPool(_Commands):
             raise NoAnswer(f"{self.server} did not answer in time a moment ago")
         if self._down_until:
             self._down_until = now + self._timeout  # this call tries, others fail
-            self.close()  # it tries a new connection, which must answer
         try:
             connection = self._take(now + self._timeout)
             result = getattr(connection, command)(*args, **options)
@@ -249,7 +248,8 @@ class ServerPool(_Commands):
 
     def _find(self, deadline: float) -> _Connection:
         """The newest idle connection, else a new one, else the next to come free."""
-        self.close(_IDLE)
+        # A call that tries again opens a new connection, which must answer.
+        self.close(0 if self._down_until else _IDLE)
         with self._lock:
             now = time.monotonic()
             if self._idle:

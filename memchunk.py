@@ -460,11 +460,10 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
             new = dataclasses.replace(old, expires=now + seconds if seconds else None)
             # If chunks are missing, nothing changes. Else all lose their expiry for a
             # moment, because they must outlive the old and the new manifest.
-            missing = entry.missing(keys) or entry.touch(keys, 0)
-            if missing:
+            if missing := entry.missing(keys) or entry.touch(keys, 0):
                 with contextlib.suppress(FileChanged):  # then touch the present version
                     entry.explain(old.info, missing)
-            elif entry.replace(found, new.pack(), entry.exptimes(seconds)[0]):
+            elif entry.replace(found, new, entry.exptimes(seconds)[0]):
                 entry.end_chunks(found.segments, seconds, new)
                 return new.info
         raise entry.contention()
@@ -479,7 +478,7 @@ class FileCache(contextlib.AbstractContextManager["FileCache"]):
             if found.value is None or version is not None:
                 found.require(version)
             # No command deletes conditionally, but a `cas` can store an expired item.
-            if entry.replace(found, b"", _LONG_PAST):
+            if entry.replace(found, None, _LONG_PAST):
                 entry.delete(entry.keys(found.segments))
                 return
         raise entry.contention()
@@ -652,7 +651,7 @@ class _Write:
                 end, last = self._settle(last), []
                 # 4. Publish. If the reply gets lost, the file may yet appear.
                 self.may_appear = True
-                if self.entry.replace(found, manifest.pack(), end):
+                if self.entry.replace(found, manifest, end):
                     break
                 self.may_appear = False
             else:
@@ -797,11 +796,10 @@ class _Write:
 
     def _manifest(self) -> _Manifest:
         now, expire = int(time.time()), self.expire
-        about = now, now + expire if expire else None, self.metadata
+        about = self.chunk_size, now, now + expire if expire else None, self.metadata
         # The last segment is the version, also of a file without chunks of its own.
         segments = [*self.staged, (self.key, self.count)]
-        cut = self.chunk_size
-        return _Manifest(self.name, self.length, cut, *about, segments, self.data)
+        return _Manifest(self.name, self.length, *about, segments, self.data)
 
     @contextlib.contextmanager
     def _deleted_on_error(self) -> Iterator[None]:
@@ -999,19 +997,24 @@ class _Entry:
         except FileCorrupt as error:
             return _Found(self.name, value, token, damage=error)
 
-    def replace(self, found: _Found, value: bytes, exptime: int) -> bool:
+    def replace(self, found: _Found, new: _Manifest | None, exptime: int) -> bool:
         """Put a manifest, or nothing (an empty one), in the place of the one that was
         found: the one atomic step. False: another was quicker. Raises CacheFull, and
-        CacheUnavailable if nobody knows the outcome."""
-        verb = "add" if found.value is None else "cas"
+        CacheUnavailable if nobody knows the outcome, or the server restarted."""
+        verb, value = "cas" if found.token else "add", new.pack() if new else b""
         put = _Command(verb, self.key, exptime, lambda: (value,), found.token)
+        # A pool may have connected anew to a server that restarted, and has no chunk.
+        own = new.segments[-1:] if new and hasattr(self.client, "pipeline") else ()
+        asks = [_Command("cas", key, token=_NO_TOKEN) for key in self.keys(own)[:1]]
         try:
-            (reply,) = self.run([put], again=False)
+            reply, *answers = self.run([put, *asks], again=False)
         except CacheUnavailable:
             # The reply was lost. Look once for the new state.
             if self.lookup().value == (value or None):
                 return True
             raise
+        if _NOT_FOUND in answers and self.lookup().value == value:
+            raise self.unavailable("it lost chunks while the file appeared")
         # Of replicas behind a proxy, one may store the manifest while another refuses
         # it. So look, whatever the reply says.
         if reply == _STORED or (value and self.lookup().value == value):
@@ -1053,8 +1056,7 @@ class _Entry:
 
     def delete_segments(self, old: _Segments, kept: _Segments) -> None:
         """Delete the chunks of old segments, except those that are kept."""
-        gone = [(key, count) for key, count in old if key not in dict(kept)]
-        self.delete(self.keys(gone))
+        self.delete(self.keys([each for each in old if each[0] not in dict(kept)]))
 
     def take_lock(self, seconds: int) -> bool:
         """Take the lock of `get_or_set`, or wait a moment if another has it."""
@@ -1194,10 +1196,9 @@ class _Command(NamedTuple):
 
     def wire(self) -> tuple[Any, ...]:
         """The command as a pool with `pipeline` sends it, in parts."""
-        if self.verb == "touch":
-            return (f"touch {self.key} {self.exptime}\r\n".encode(),)
-        if self.verb == "delete":
-            return (f"delete {self.key}\r\n".encode(),)
+        if self.verb in ("touch", "delete"):
+            end = f" {self.exptime}" if self.verb == "touch" else ""
+            return (f"{self.verb} {self.key}{end}\r\n".encode(),)
         parts = self.value()
         head = f"{self.verb} {self.key} 0 {self.exptime} {sum(map(len, parts))}"
         token = b"" if self.token is None else b" " + self.token
@@ -1263,8 +1264,7 @@ def _client(given: Any) -> Any:
     if isinstance(given, str):
         form = r"unix:.+|/.+|([^][/\s:,@]+|\[[\w:.%]+\])(:\d{1,5})?"
         if not re.fullmatch(form, given):
-            forms = "host, host:port, [ipv6]:port or unix:/path"
-            raise ValueError(f"an address is {forms}; for more, {instead}")
+            raise ValueError(f"give host:port, [ipv6]:port or unix:/path, or {instead}")
         waits: Any = dict.fromkeys(("connect_timeout", "timeout"), TIMEOUT)
         return PooledClient(given, no_delay=True, pool_idle_timeout=_IDLE, **waits)
     kind = type(given).__name__  # of an address, the text may have a password

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable
+from typing import Any, Callable
 
 import pytest
 from pymemcache.client.base import Client, PooledClient
@@ -333,6 +333,30 @@ def test_a_server_restarted_in_mid_write_is_full_and_not_half_full(
     with pytest.raises(memchunk.CacheFull):
         cache.set("file", source())
     assert memcached.keys() == []
+
+
+def test_a_server_restarted_before_the_publication_is_an_outage(
+    memcached: Memcached, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool: Any = mcpool.connect(memcached.server)
+    send = pool.pipeline
+
+    def pipeline(commands: Iterable[Iterable[bytes]]) -> Any:
+        parts = [list(command) for command in commands]
+        if parts[0][0].startswith(b"add "):
+            memcached.kill()
+            memcached.start()
+        return send(parts)
+
+    with FileCache(pool, chunk_size=CHUNK) as cache:
+        with monkeypatch.context() as patch:
+            patch.setattr(pool, "pipeline", pipeline)
+            with pytest.raises(memchunk.CacheUnavailable, match="lost chunks"):
+                cache.add("file", NEW)
+        with pytest.raises(memchunk.FileEvicted):
+            cache.get("file")
+        cache.add("file", NEW)
+        assert cache.get("file") == NEW
 
 
 def test_add_replaces_no_file_that_got_an_old_token_after_a_restart(
