@@ -5,7 +5,8 @@
     pool = mcpool.connect("tls://user:password@cache.example.com")
 
 * Threads may share a pool. It survives a fork. Without a TLS context, it pickles.
-* A call's waits share one time limit, except for DNS and the caller's generator.
+* A call's waits share one time limit, except for DNS and the caller's generator. For
+  `set_many` and `delete_many`, 256 keys are a call; over TLS, each key is one.
 * After a time-out, calls to that server fail at once for two seconds. Then one call
   tries, and the others fail until it has its answer.
 * A key belongs to one server. No other takes over, or old values would come back.
@@ -248,8 +249,7 @@ class ServerPool(_Commands):
 
     def _find(self, deadline: float) -> _Connection:
         """The newest idle connection, else a new one, else the next to come free."""
-        # A call that tries again opens a new connection, which must answer.
-        self.close(0 if self._down_until else _IDLE)
+        self.close(0 if self._down_until else _IDLE)  # one that tries again starts anew
         with self._lock:
             now = time.monotonic()
             if self._idle:

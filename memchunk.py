@@ -975,6 +975,7 @@ class _Entry:
     def __init__(self, server: _Server, name: str, key: str) -> None:
         self.server, self.client, self.name, self.key = server, server.client, name, key
         self.lock, self.pid = f"{key}|#|lock", os.getpid()  # the lock of `get_or_set`
+        self.pipelines = hasattr(self.client, "pipeline")
 
     def chunk_key(self, segment: str, index: int) -> str:
         return f"{self.key}|#|{segment}:{index}"
@@ -1000,19 +1001,19 @@ class _Entry:
     def replace(self, found: _Found, new: _Manifest | None, exptime: int) -> bool:
         """Put a manifest, or nothing (an empty one), in the place of the one that was
         found: the one atomic step. False: another was quicker. Raises CacheFull, and
-        CacheUnavailable if nobody knows the outcome, or the server restarted."""
+        CacheUnavailable if nobody knows the outcome, or chunks are gone."""
         verb, value = "cas" if found.token else "add", new.pack() if new else b""
         put = _Command(verb, self.key, exptime, lambda: (value,), found.token)
-        # A pool may have connected anew to a server that restarted, and has no chunk.
-        own = new.segments[-1:] if new and hasattr(self.client, "pipeline") else ()
-        asks = [_Command("cas", key, token=_NO_TOKEN) for key in self.keys(own)[:1]]
+        # mcpool reconnects. A restarted server lets `add` succeed, so ask for a chunk.
+        keys = self.keys(new.segments)[-1:] if new and verb == "add" else []
+        asks = [_Command("cas", key, token=_NO_TOKEN) for key in keys if self.pipelines]
         try:
             reply, *answers = self.run([put, *asks], again=False)
         except CacheUnavailable:
             # The reply was lost. Look once for the new state.
-            if self.lookup().value == (value or None):
-                return True
-            raise
+            if self.lookup().value != (value or None):
+                raise
+            reply, answers = _STORED, self.run(asks)
         if _NOT_FOUND in answers and self.lookup().value == value:
             raise self.unavailable("it lost chunks while the file appeared")
         # Of replicas behind a proxy, one may store the manifest while another refuses
@@ -1132,10 +1133,9 @@ class _Entry:
         """Do commands; return their replies. A client with `pipeline`, as of mcpool,
         gets them in one go. Others get them one by one: pymemcache's `set_many` stops
         at the first refusal, while the server goes on to store what is behind it."""
-        if not commands or not hasattr(self.client, "pipeline"):
+        if not commands or not self.pipelines:
             return [self.ask(command.call, again) for command in commands]
-        wire = _Command.wire
-        return list(self.ask(lambda c: c.pipeline(map(wire, commands)), again))
+        return list(self.ask(lambda c: c.pipeline(map(_Command.wire, commands)), again))
 
     def ask(self, command: Callable[[Any], Any], again: bool = True) -> Any:
         """Have the client do a command. Its errors become CacheUnavailable. again: if
@@ -1250,7 +1250,7 @@ class _Server:
     def note(self, error: Exception | None) -> None:
         """Log once that the server stops answering, and once that it answers again."""
         if error and (isinstance(error, _CLOSED) or not isinstance(error, OSError)):
-            return  # it answers; some servers close after a command that they refuse
+            return  # no outage: some servers close after a command that they refuse
         if self.is_down != bool(error):
             self.is_down = bool(error)
             news = f"does not answer: {error}" if error else "answers again"
@@ -1267,7 +1267,7 @@ def _client(given: Any) -> Any:
             raise ValueError(f"give host:port, [ipv6]:port or unix:/path, or {instead}")
         waits: Any = dict.fromkeys(("connect_timeout", "timeout"), TIMEOUT)
         return PooledClient(given, no_delay=True, pool_idle_timeout=_IDLE, **waits)
-    kind = type(given).__name__  # of an address, the text may have a password
+    kind = type(given).__name__  # because its repr may show a password
     if isinstance(given, RetryingClient):
         raise ValueError(f"RetryingClient repeats an `add` that may be done: {instead}")
     if isinstance(given, HashClient) or getattr(given, "ignore_exc", False):

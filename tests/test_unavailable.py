@@ -335,24 +335,32 @@ def test_a_server_restarted_in_mid_write_is_full_and_not_half_full(
     assert memcached.keys() == []
 
 
+@pytest.mark.parametrize("is_lost", [False, True])  # the reply
+@pytest.mark.parametrize("taken", [0, 2000, len(NEW)])  # bytes that were staged
 def test_a_server_restarted_before_the_publication_is_an_outage(
-    memcached: Memcached, monkeypatch: pytest.MonkeyPatch
+    memcached: Memcached, monkeypatch: pytest.MonkeyPatch, taken: int, is_lost: bool
 ) -> None:
     pool: Any = mcpool.connect(memcached.server)
     send = pool.pipeline
 
     def pipeline(commands: Iterable[Iterable[bytes]]) -> Any:
         parts = [list(command) for command in commands]
-        if parts[0][0].startswith(b"add "):
+        is_publication = parts[0][0].startswith(b"add ")
+        if is_publication:
             memcached.kill()
             memcached.start()
-        return send(parts)
+        replies = send(parts)
+        if is_publication and is_lost:
+            raise ConnectionResetError
+        return replies
 
-    with FileCache(pool, chunk_size=CHUNK) as cache:
+    with FileCache(pool, chunk_size=512) as cache:
+        first = [cache.stage("file", NEW[:taken])] if taken else []
+        rest = NEW[sum(count for _, count in first) :]
         with monkeypatch.context() as patch:
             patch.setattr(pool, "pipeline", pipeline)
             with pytest.raises(memchunk.CacheUnavailable, match="lost chunks"):
-                cache.add("file", NEW)
+                cache.add("file", rest, parts=[part for part, _ in first])
         with pytest.raises(memchunk.FileEvicted):
             cache.get("file")
         cache.add("file", NEW)
