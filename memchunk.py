@@ -803,9 +803,9 @@ class _Write:
 
     @contextlib.contextmanager
     def _deleted_on_error(self) -> Iterator[None]:
-        """An error deletes the segment, unless the file may yet appear. It can't if its
-        manifest was refused (CacheFull). After an exception that is no Exception, such
-        as Ctrl-C, nothing is sent, because the server may be at work. Chunks expire."""
+        """An error deletes the segment, unless the file may yet appear. After CacheFull
+        it can't. After an exception that is no Exception, such as Ctrl-C, nothing is
+        sent, because the server may be at work. Chunks expire."""
         try:
             yield
         except Exception as error:
@@ -1001,7 +1001,7 @@ class _Entry:
     def replace(self, found: _Found, new: _Manifest | None, exptime: int) -> bool:
         """Put a manifest, or nothing (an empty one), in the place of the one that was
         found: the one atomic step. False: another was quicker. Raises CacheFull, and
-        CacheUnavailable if nobody knows the outcome, or chunks are gone."""
+        CacheUnavailable if nobody knows the outcome."""
         verb, value = "cas" if found.token else "add", new.pack() if new else b""
         put = _Command(verb, self.key, exptime, lambda: (value,), found.token)
         # mcpool reconnects. A restarted server lets `add` succeed, so ask for a chunk.
@@ -1015,7 +1015,7 @@ class _Entry:
                 raise
             reply, answers = _STORED, self.run(asks)
         if _NOT_FOUND in answers and self.lookup().value == value:
-            raise self.unavailable("it lost chunks while the file appeared")
+            raise self.cache_full(0, "chunks are gone: evicted, or lost in a restart")
         # Of replicas behind a proxy, one may store the manifest while another refuses
         # it. So look, whatever the reply says.
         if reply == _STORED or (value and self.lookup().value == value):

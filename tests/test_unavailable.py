@@ -337,7 +337,7 @@ def test_a_server_restarted_in_mid_write_is_full_and_not_half_full(
 
 @pytest.mark.parametrize("is_lost", [False, True])  # the reply
 @pytest.mark.parametrize("taken", [0, 2000, len(NEW)])  # bytes that were staged
-def test_a_server_restarted_before_the_publication_is_an_outage(
+def test_a_server_restarted_before_the_publication_keeps_no_file(
     memcached: Memcached, monkeypatch: pytest.MonkeyPatch, taken: int, is_lost: bool
 ) -> None:
     pool: Any = mcpool.connect(memcached.server)
@@ -359,7 +359,7 @@ def test_a_server_restarted_before_the_publication_is_an_outage(
         rest = NEW[sum(count for _, count in first) :]
         with monkeypatch.context() as patch:
             patch.setattr(pool, "pipeline", pipeline)
-            with pytest.raises(memchunk.CacheUnavailable, match="lost chunks"):
+            with pytest.raises(memchunk.CacheFull, match="lost in a restart"):
                 cache.add("file", rest, parts=[part for part, _ in first])
         with pytest.raises(memchunk.FileEvicted):
             cache.get("file")
