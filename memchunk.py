@@ -1002,8 +1002,8 @@ class _Entry:
         """Put a manifest, or nothing (an empty one), in the place of the one that was
         found: the one atomic step. False: another was quicker. Raises CacheFull, and
         CacheUnavailable if nobody knows the outcome."""
-        verb, value = "cas" if found.token else "add", new.pack() if new else b""
-        put = _Command(verb, self.key, exptime, lambda: (value,), found.token)
+        verb, data = "add" if found.value is None else "cas", new.pack() if new else b""
+        put = _Command(verb, self.key, exptime, lambda: (data,), found.token)
         # mcpool reconnects. A restarted server lets `add` succeed, so ask for a chunk.
         keys = self.keys(new.segments)[-1:] if new and verb == "add" else []
         asks = [_Command("cas", key, token=_NO_TOKEN) for key in keys if self.pipelines]
@@ -1011,14 +1011,14 @@ class _Entry:
             reply, *answers = self.run([put, *asks], again=False)
         except CacheUnavailable:
             # The reply was lost. Look once for the new state.
-            if self.lookup().value != (value or None):
+            if self.lookup().value != (data or None):
                 raise
             reply, answers = _STORED, self.run(asks)
-        if _NOT_FOUND in answers and self.lookup().value == value:
+        if _NOT_FOUND in answers and self.lookup().value == data:
             raise self.cache_full(0, "chunks are gone: evicted, or lost in a restart")
         # Of replicas behind a proxy, one may store the manifest while another refuses
         # it. So look, whatever the reply says.
-        if reply == _STORED or (value and self.lookup().value == value):
+        if reply == _STORED or (data and self.lookup().value == data):
             return True
         self.expect([reply], _NOT_STORED, _EXISTS, _NOT_FOUND)
         return False
