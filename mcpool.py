@@ -111,7 +111,7 @@ def _command(name: str, join: Any = lambda found: dict(ChainMap(*found))) -> Any
             key = args[0] if args else options.get("key", b"")
             return self.for_key(key)._call(name, *args, **options)
         first = "values" if name == "set_many" else "keys"
-        given, *args = args or (options.pop(first),)  # type: ignore[assignment]
+        given, *rest = args or (options.pop(first),)
         shares: dict[tuple[ServerPool, int], dict[Any, Any]] = {}
         for number, key in enumerate(given):
             pool, value = self.for_key(key), given[key] if name == "set_many" else None
@@ -119,7 +119,7 @@ def _command(name: str, join: Any = lambda found: dict(ChainMap(*found))) -> Any
             share = 0 if name.startswith("get") else number // pool._together
             shares.setdefault((pool, share), {})[key] = value
         calls = [(pool._call, own) for (pool, _), own in shares.items()]
-        return join([call(name, own, *args, **options) for call, own in calls])
+        return join([call(name, own, *rest, **options) for call, own in calls])
 
     return method
 
