@@ -355,12 +355,11 @@ def test_a_server_restarted_before_the_publication_keeps_no_file(
         return replies
 
     with FileCache(pool, chunk_size=512) as cache:
-        first = [cache.stage("file", NEW[:taken])] if taken else []
-        start = sum(count for _, count in first)
+        part, start = cache.stage("file", NEW[:taken])
         with monkeypatch.context() as patch:
             patch.setattr(pool, "pipeline", pipeline)
             with pytest.raises(memchunk.CacheFull, match="lost in a restart"):
-                cache.add("file", NEW[start:], parts=[part for part, _ in first])
+                cache.add("file", NEW[start:], parts=[part])
         with pytest.raises(memchunk.FileEvicted):
             cache.get("file")
         cache.add("file", NEW)
